@@ -1,0 +1,29 @@
+"""Compressed N:M matrices and their products: arrays in, arrays out."""
+
+from pallas_kernels.compressed import (
+    CompressedMatrix,
+    compress,
+    compressed_shapes,
+    decompress,
+    kept_mask,
+    positions_of,
+)
+from pallas_kernels.dispatch import Choice, Query, choose
+from pallas_kernels.pattern import Pattern
+from pallas_kernels.products import nm_matmul, nm_sddmm, nm_transpose
+
+__all__ = [
+    "Choice",
+    "CompressedMatrix",
+    "Pattern",
+    "Query",
+    "choose",
+    "compress",
+    "compressed_shapes",
+    "decompress",
+    "kept_mask",
+    "nm_matmul",
+    "nm_sddmm",
+    "nm_transpose",
+    "positions_of",
+]

@@ -1,0 +1,55 @@
+"""Which implementation of a product runs, and why."""
+
+import dataclasses
+from typing import NamedTuple
+
+from pallas_kernels.pattern import Pattern
+
+OPS = ("nm_matmul", "nm_sddmm", "nm_transpose")
+IMPLEMENTATIONS = ("xla",)
+REASON = "no sparse kernel here: dense product on the decompressed weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """A product to be run: `tokens` rows of x against an (in, out) matrix, in `dtype`."""
+
+    op: str
+    shape: tuple[int, int]
+    pattern: Pattern
+    dtype: str
+    tokens: int | None = None
+
+    def __post_init__(self):
+        if self.op not in OPS:
+            raise ValueError(f"op is {self.op!r}; it must be one of {', '.join(OPS)}")
+
+
+class Choice(NamedTuple):
+    """The implementation that runs, and the reason in words."""
+
+    implementation: str
+    reason: str
+
+
+def choose(query: Query, implementation: str | None = None) -> Choice:
+    """What would run for `query`, without running it.
+
+    Args:
+      query: the product.
+      implementation: None for the best one, or a name to insist on.
+
+    Raises:
+      ValueError: unknown name.
+
+    >>> choose(Query("nm_matmul", (768, 3072), Pattern(2, 4), "bfloat16", tokens=8192))
+    Choice(implementation='xla', reason='no sparse kernel here: dense product on the decompressed weight')
+    """
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation is {implementation!r}; it must be None (the best one) or one of"
+            f" {', '.join(map(repr, IMPLEMENTATIONS))}"
+        )
+    if implementation is not None:
+        return Choice(implementation, "asked for")
+    return Choice("xla", REASON)

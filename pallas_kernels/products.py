@@ -1,0 +1,142 @@
+"""The three products of a compressed weight: each validates once, then dispatches."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch, xla
+from pallas_kernels.compressed import CompressedMatrix, check_dtype
+
+
+def nm_matmul(
+    x: jax.Array,
+    w: CompressedMatrix,
+    *,
+    out_dtype=None,
+    precision: jax.lax.PrecisionLike = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """y = x @ w, accumulated in float32.
+
+    Args:
+      x: (..., in), float32, bfloat16 or float16.
+      w: (in, out), compressed along the input axis (axis 0), in x's dtype.
+      out_dtype: dtype of y; None for x's.
+      precision: of the product, as in `jax.lax.dot_general`.
+      implementation: None for the best, or a name; `choose` tells which and why.
+
+    Returns:
+      (..., out).
+
+    Raises:
+      ValueError: shapes or dtypes do not fit, or w is compressed along the output axis.
+
+    >>> from pallas_kernels import compress
+    >>> w = compress(jnp.ones((8, 3)), "2:4")
+    >>> nm_matmul(jnp.ones((2, 8)), w).tolist()
+    [[4.0, 4.0, 4.0], [4.0, 4.0, 4.0]]
+    """
+    _check_matrix(w)
+    if w.axis != 0:
+        raise ValueError(
+            "w is compressed along axis 1 (output); nm_matmul contracts the compressed axis, so it"
+            " needs axis 0: compress(w, pattern, axis=0), or nm_transpose(w)"
+        )
+    _check_rows(x, w.shape[0], "x", "in")
+    _check_same_dtype(x, w.values, "x", "w.values")
+    choice = dispatch.choose(_query("nm_matmul", w, x), implementation)
+    return _run(choice).nm_matmul(x, w, jnp.dtype(out_dtype or x.dtype), precision)
+
+
+def nm_sddmm(
+    x: jax.Array,
+    dy: jax.Array,
+    w: CompressedMatrix,
+    *,
+    out_dtype=None,
+    precision: jax.lax.PrecisionLike = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """The values of (x.T @ dy) * mask, where w's metadata keeps; accumulated in float32.
+
+    Args:
+      x: (..., in), float32, bfloat16 or float16; the leading axes are tokens.
+      dy: (..., out), same tokens and dtype.
+      w: (in, out); only its positions are read.
+      out_dtype: dtype of the result; None for that of `w.values`.
+      precision: of the product, as in `jax.lax.dot_general`.
+      implementation: None for the best, or a name.
+
+    Returns:
+      An array of the shape of `w.values`.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit.
+    """
+    _check_matrix(w)
+    _check_rows(x, w.shape[0], "x", "in")
+    _check_rows(dy, w.shape[1], "dy", "out")
+    _check_same_dtype(x, dy, "x", "dy")
+    if x.shape[:-1] != dy.shape[:-1]:
+        raise ValueError(f"x {x.shape} and dy {dy.shape} must have the same tokens")
+    choice = dispatch.choose(_query("nm_sddmm", w, x), implementation)
+    return _run(choice).nm_sddmm(x, dy, w, jnp.dtype(out_dtype or w.dtype), precision)
+
+
+def nm_transpose(
+    w: CompressedMatrix, *, dtype=None, implementation: str | None = None
+) -> CompressedMatrix:
+    """The double-pruned transpose: w.T pruned again, n:m along its own input axis.
+
+    In each group of m consecutive outputs of w the n largest magnitudes survive; ties, zeros and
+    NaN as in `compress`. Groups with n survivors or fewer lose nothing. (SLoPe, section 2.)
+
+    Args:
+      w: (in, out), compressed along the input axis; m divides out.
+      dtype: dtype of the new values; None for w's. Selection is made before the cast.
+      implementation: None for the best, or a name.
+
+    Returns:
+      A compressed (out, in) matrix with axis 0, ready for `nm_matmul(dy, ...)`.
+
+    Raises:
+      ValueError: w is compressed along axis 1, or m does not divide the output axis.
+    """
+    w.check()
+    if w.axis != 0:
+        raise ValueError("w is compressed along axis 1; nm_transpose needs axis 0 (input)")
+    w.pattern.check_divides(w.shape[1], f"output axis of shape {w.shape}")
+    choice = dispatch.choose(_query("nm_transpose", w), implementation)
+    return _run(choice).nm_transpose(w, jnp.dtype(dtype or w.dtype))
+
+
+def _run(choice: dispatch.Choice):
+    return {"xla": xla}[choice.implementation]
+
+
+def _query(op: str, w: CompressedMatrix, x: jax.Array | None = None) -> dispatch.Query:
+    tokens = None if x is None else math.prod(x.shape[:-1])
+    dtype = (w.values if x is None else x).dtype
+    return dispatch.Query(op, w.shape, w.pattern, str(dtype), tokens)
+
+
+def _check_matrix(w: CompressedMatrix) -> None:
+    w.check()
+    if w.values.ndim != 2:
+        raise ValueError(
+            f"w.values has shape {w.values.shape}: a stack of matrices; use jax.vmap or scan"
+        )
+
+
+def _check_rows(x: jax.Array, size: int, name: str, role: str) -> None:
+    check_dtype(x.dtype, name)
+    if x.ndim < 1 or x.shape[-1] != size:
+        raise ValueError(f"{name} has shape {x.shape}; its last axis must be w's {role}, {size}")
+
+
+def _check_same_dtype(a: jax.Array, b: jax.Array, a_name: str, b_name: str) -> None:
+    if a.dtype != b.dtype:
+        raise ValueError(
+            f"{a_name} is {a.dtype} and {b_name} is {b.dtype}; cast one so that they agree"
+        )

@@ -1,0 +1,37 @@
+"""The three products in plain XLA: the definition, the oracle, and what runs without a kernel.
+
+Each multiplies densely, so it saves memory (stored weights, gradients, moments) and no time.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import compressed
+from pallas_kernels.compressed import CompressedMatrix
+
+
+def nm_matmul(x: jax.Array, w: CompressedMatrix, out_dtype, precision) -> jax.Array:
+    y = jnp.matmul(
+        x, compressed.decompress(w), precision=precision, preferred_element_type=jnp.float32
+    )
+    return y.astype(out_dtype)
+
+
+def nm_sddmm(x: jax.Array, dy: jax.Array, w: CompressedMatrix, out_dtype, precision) -> jax.Array:
+    tokens = tuple(range(x.ndim - 1))
+    dw = jax.lax.dot_general(
+        x,
+        dy,
+        ((tokens, tokens), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    groups = compressed.split_groups(dw.astype(out_dtype), w.m, w.axis)
+    positions = compressed.split_groups(compressed.positions_of(w), w.n, w.axis)
+    return compressed.join_groups(compressed.pick(groups, positions), w.axis)
+
+
+def nm_transpose(w: CompressedMatrix, dtype) -> CompressedMatrix:
+    dense = jnp.swapaxes(compressed.decompress(w), -1, -2)
+    pruned = compressed.compress(dense, w.pattern, axis=0)
+    return pruned.with_values(pruned.values.astype(dtype))

@@ -1,0 +1,161 @@
+"""`SparseDense`: `flax.linen.Dense` with a kernel that is stored, trained and saved compressed."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from pallas_kernels import CompressedMatrix, Pattern, compress, compressed_shapes
+from slope_jax import masks
+from slope_jax.matmul import slope_matmul
+
+MASKS = "masks"
+MASK_INITS = ("magnitude", "random")
+ADAPTER_L, ADAPTER_R = "adapter_l", "adapter_r"
+
+Initializer = Callable[..., jax.Array]
+
+
+def inverse_rank_normal(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
+    """N(0, 1) / rank for an adapter_l of shape (in, rank): the paper's N(0, 1) with scale 1/r."""
+    return jax.random.normal(key, shape, dtype) / shape[1]
+
+
+class SparseDense(nn.Dense):
+    """A drop-in for `flax.linen.Dense` whose kernel is N:M sparse along the input axis.
+
+        y = x @ w_r + (x @ adapter_l) @ adapter_r + bias
+
+    The parameter `kernel` holds the survivors only, shape (in * n / m, out), so gradients, moments,
+    weight decay, clip norms and checkpoints of any optax optimizer are compressed as well. Which
+    entries they are is fixed at initialisation and lies in the collection `masks` (uint8, packed),
+    which is not differentiated: pass it beside `params`. The backward pass is the double-pruned one
+    of `slope_matmul`.
+
+    All attributes of `flax.linen.Dense`, and:
+
+    Attributes:
+      sparsity: "n:m"; None or n == m is `flax.linen.Dense` itself (with adapters, if asked for).
+      adapter_rank: rank of the low-rank adapters `adapter_l` (in, rank) and `adapter_r`
+        (rank, out); 0 for none. See `slope_jax.add_adapters` for adding them later.
+      mask_init: "magnitude" of the initial kernel, "random", or a function (key, kernel) -> scores
+        of the kernel's shape, of which the highest n per group stay.
+      adapter_l_init, adapter_r_init: initialisers; one of the two must give zeros for the function
+        not to change when adapters join.
+      implementation: of the sparse products, None for the best. See `slope_jax.explain`.
+
+    `precision` and `dtype` work as in `flax.linen.Dense`; dtype None takes the promoted dtype of
+    input and parameters. `dot_general` and `dot_general_cls` cannot apply to a compressed kernel.
+
+    Raises:
+      ValueError: the sizes are not multiples of m, the rank exceeds the layer, the `masks`
+        collection is missing, or an option has an unknown value.
+
+    >>> layer = SparseDense(8, sparsity="2:4")
+    >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 16)))
+    >>> jax.tree.map(jnp.shape, variables)
+    {'masks': {'kernel': (2, 8)}, 'params': {'bias': (8,), 'kernel': (8, 8)}}
+    """
+
+    sparsity: str | None = "2:4"
+    adapter_rank: int = 0
+    mask_init: str | Callable[[jax.Array, jax.Array], jax.Array] = "magnitude"
+    adapter_l_init: Initializer = inverse_rank_normal
+    adapter_r_init: Initializer = nn.initializers.zeros_init()
+    implementation: str | None = None
+
+    @property
+    def pattern(self) -> Pattern | None:
+        """The pattern, None when the layer is dense."""
+        pattern = None if self.sparsity is None else Pattern.parse(self.sparsity)
+        return None if pattern is None or pattern.is_dense else pattern
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """(..., in) to (..., features)."""
+        inputs = jnp.asarray(inputs)
+        self._check(inputs)
+        y = super().__call__(inputs) if self.pattern is None else self._sparse(inputs)
+        return y + self._adapter(inputs, y.dtype) if self.adapter_rank else y
+
+    def _sparse(self, inputs: jax.Array) -> jax.Array:
+        kernel = self._kernel(inputs.shape[-1])
+        bias = (
+            self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+            if self.use_bias
+            else None
+        )
+        # The kernel is promoted for its dtype alone: slope_matmul casts it, so that its gradient
+        # stays in float32.
+        inputs, _, bias = self.promote_dtype(inputs, kernel.values, bias, dtype=self.dtype)
+        y = slope_matmul(
+            inputs, kernel, precision=self.precision, implementation=self.implementation
+        )
+        return y if bias is None else y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
+
+    def _kernel(self, in_features: int) -> CompressedMatrix:
+        shape = (in_features, self.features)
+        if not (self.is_initializing() or self.has_variable(MASKS, "kernel")):
+            raise ValueError(
+                f"{self._where()}: the collection '{MASKS}' is missing; call apply with"
+                f" {{'params': params, '{MASKS}': masks}}, both from init"
+            )
+        born = {}
+
+        def init(key):
+            if self.has_variable("params", "kernel"):  # Flax compares shapes, no more
+                return jnp.zeros(compressed_shapes(shape, self.pattern)[0], self.param_dtype)
+            kernel = self.kernel_init(key, shape, self.param_dtype)
+            mask = self._mask(jax.random.fold_in(key, 1), kernel)
+            compressed = compress(kernel, self.pattern, mask=mask)
+            born["metadata"] = compressed.metadata
+            return compressed.values
+
+        values = self.param("kernel", init)
+        metadata = self.variable(MASKS, "kernel", lambda: born["metadata"]).value
+        return CompressedMatrix(values, metadata, self.pattern, 0, shape)
+
+    def _mask(self, key: jax.Array, kernel: jax.Array) -> jax.Array:
+        if callable(self.mask_init):
+            return masks.score_mask(self.mask_init(key, kernel), self.pattern)
+        if self.mask_init == "random":
+            return masks.random_mask(key, kernel.shape, self.pattern)
+        return masks.magnitude_mask(kernel, self.pattern)
+
+    def _adapter(self, inputs: jax.Array, dtype) -> jax.Array:
+        rank = self.adapter_rank
+        adapter_l = self.param(
+            ADAPTER_L, self.adapter_l_init, (inputs.shape[-1], rank), self.param_dtype
+        )
+        adapter_r = self.param(
+            ADAPTER_R, self.adapter_r_init, (rank, self.features), self.param_dtype
+        )
+        x, left, right = (a.astype(dtype) for a in (inputs, adapter_l, adapter_r))
+        hidden = jnp.matmul(x, left, precision=self.precision)
+        return jnp.matmul(hidden, right, precision=self.precision)
+
+    def _check(self, inputs: jax.Array) -> None:
+        where = self._where()
+        rank = self.adapter_rank
+        if rank < 0 or rank > min(inputs.shape[-1], self.features):
+            raise ValueError(
+                f"{where}: adapter_rank {rank} must lie between 0 and"
+                f" {min(inputs.shape[-1], self.features)}, the smaller side of the layer"
+                f" ({inputs.shape[-1]}, {self.features})"
+            )
+        if not callable(self.mask_init) and self.mask_init not in MASK_INITS:
+            raise ValueError(
+                f"{where}: mask_init {self.mask_init!r} must be one of {MASK_INITS} or a function"
+            )
+        if self.pattern is None:
+            return
+        self.pattern.check_divides(inputs.shape[-1], f"{where}: input axis")
+        self.pattern.check_divides(self.features, f"{where}: output axis")
+        if self.dot_general is not None or self.dot_general_cls is not None:
+            raise ValueError(
+                f"{where}: dot_general does not apply to a compressed kernel; use sparsity=None"
+            )
+
+    def _where(self) -> str:
+        return "/".join(self.path) or type(self).__name__

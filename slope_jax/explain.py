@@ -1,0 +1,186 @@
+"""What runs, and why: one row per linear layer of a model."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from pallas_kernels import Choice, Query, choose
+from slope_jax.adapters import example_inputs
+from slope_jax.dense import ADAPTER_L, ADAPTER_R, MASKS, SparseDense
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One linear layer; `layers` of them when it is a scanned stack.
+
+    `shape` is (in, out); `choices` maps y, dx and dw to what runs and why; bytes are those stored
+    for kernel, metadata and adapters, and for a dense kernel of the same dtype.
+    """
+
+    path: str
+    layers: int
+    shape: tuple[int, int]
+    pattern: str
+    choices: dict[str, Choice]
+    stored_bytes: int
+    dense_bytes: int
+
+    @property
+    def implementation(self) -> str:
+        """The implementation, or "y:.. dx:.. dw:.." where the three products differ."""
+        names = {name: choice.implementation for name, choice in self.choices.items()}
+        if len(set(names.values())) == 1:
+            return names["y"]
+        return " ".join(f"{name}:{value}" for name, value in names.items())
+
+    @property
+    def reason(self) -> str:
+        reasons = dict.fromkeys(choice.reason for choice in self.choices.values())
+        return "; ".join(reasons)
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """The rows of `explain`; printing it gives a table."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(row.stored_bytes for row in self.rows)
+
+    @property
+    def dense_bytes(self) -> int:
+        return sum(row.dense_bytes for row in self.rows)
+
+    def __str__(self) -> str:
+        header = ("path", "layers", "shape", "pattern", "runs", "bytes", "of dense", "why")
+        lines = [header] + [
+            (
+                row.path,
+                str(row.layers),
+                f"{row.shape[0]}x{row.shape[1]}",
+                row.pattern,
+                row.implementation,
+                f"{row.stored_bytes:,}",
+                f"{row.stored_bytes / row.dense_bytes:.3f}",
+                row.reason,
+            )
+            for row in self.rows
+        ]
+        total = f"{self.stored_bytes:,}"
+        share = f"{self.stored_bytes / max(self.dense_bytes, 1):.3f}"
+        lines.append(("all", str(sum(r.layers for r in self.rows)), "", "", "", total, share, ""))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+        return "\n".join(
+            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+
+def explain(model: nn.Module, variables: Any, *args, strict: bool = False, **kwargs) -> Explanation:
+    """Says for each linear layer what it stores, what runs, and why. Computes nothing.
+
+    Args:
+      model: any Flax module; its `nn.Dense` and `SparseDense` layers are listed in call order.
+      variables: from `model.init`, or shapes from `jax.eval_shape(model.init, ...)`.
+      *args, **kwargs: example inputs (arrays or shapes) as `model.apply` takes them; by default
+        `model.example_inputs()`. Their number of tokens decides what runs.
+      strict: raise if a layer with a pattern would be multiplied densely.
+
+    Raises:
+      ValueError: no example inputs, or `strict` and a sparse layer runs a dense product.
+
+    >>> layer = SparseDense(8)
+    >>> x = jnp.ones((1, 8))
+    >>> explain(layer, layer.init(jax.random.key(0), x), x).rows[0].pattern
+    '2:4'
+    """
+    args, kwargs = example_inputs(model, args, kwargs)
+    rows: dict[tuple[str, ...], Row] = {}
+
+    def record(call, call_args, call_kwargs, context):
+        module = context.module
+        dense = isinstance(module, nn.Dense) and context.method_name == "__call__"
+        tied = isinstance(module, nn.Embed) and context.method_name == "attend"
+        if (dense or tied) and module.path not in rows:
+            describe = _dense_row if dense else _tied_row
+            rows[module.path] = describe(module, call_args[0], variables)
+        return call(*call_args, **call_kwargs)
+
+    with nn.intercept_methods(record):
+        jax.eval_shape(lambda v, a, k: model.apply(v, *a, **k), variables, args, kwargs)
+    explanation = Explanation(tuple(rows.values()))
+    if strict:
+        _raise_if_dense(explanation)
+    return explanation
+
+
+def _dense_row(module: nn.Dense, x: jax.Array, variables: Any) -> Row:
+    params = _at(variables["params"], module.path)
+    pattern = module.pattern if isinstance(module, SparseDense) else None
+    shape = (x.shape[-1], module.features)
+    kernel = params["kernel"]
+    layers = math.prod(kernel.shape[:-2])
+    names = ("kernel", ADAPTER_L, ADAPTER_R)
+    stored = sum(_nbytes(params[name]) for name in names if name in params)
+    if pattern is None:
+        why = "sparsity is dense" if isinstance(module, SparseDense) else "flax.linen.Dense"
+        choices = dict.fromkeys(("y", "dx", "dw"), Choice("dense", why))
+    else:
+        stored += _nbytes(_at(variables[MASKS], module.path)["kernel"])
+        choices = _choices(module, pattern, shape, x, kernel)
+    return Row(
+        path="/".join(module.path) or type(module).__name__,
+        layers=layers,
+        shape=shape,
+        pattern="dense" if pattern is None else str(pattern),
+        choices=choices,
+        stored_bytes=stored,
+        dense_bytes=layers * math.prod(shape) * kernel.dtype.itemsize,
+    )
+
+
+def _choices(module, pattern, shape, x, kernel) -> dict[str, Choice]:
+    dtype = str(jnp.dtype(module.dtype or jnp.result_type(x, kernel)))
+    tokens = math.prod(x.shape[:-1])
+    products = {
+        "y": ("nm_matmul", shape),
+        "dx": ("nm_matmul", shape[::-1]),
+        "dw": ("nm_sddmm", shape),
+    }
+    return {
+        name: choose(Query(op, size, pattern, dtype, tokens), module.implementation)
+        for name, (op, size) in products.items()
+    }
+
+
+def _tied_row(module: nn.Embed, x: jax.Array, variables: Any) -> Row:
+    size = _nbytes(_at(variables["params"], module.path)["embedding"])
+    choices = dict.fromkeys(("y", "dx", "dw"), Choice("dense", "tied embedding"))
+    shape = (module.features, module.num_embeddings)
+    return Row("/".join(module.path), 1, shape, "dense", choices, size, size)
+
+
+def _raise_if_dense(explanation: Explanation) -> None:
+    silent = [
+        f"{row.path} ({row.reason})"
+        for row in explanation.rows
+        if row.pattern != "dense" and "xla" in row.implementation
+    ]
+    if silent:
+        raise ValueError("sparse layers that would run a dense product: " + ", ".join(silent))
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def _nbytes(leaf: Any) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
