@@ -1,0 +1,182 @@
+"""Checkpoints of a run, by Orbax: everything needed to go on, bit for bit.
+
+    RUN/checkpoints/STEP/state      params, masks, optimizer state, step, RNG key
+    RUN/checkpoints/STEP/run        configuration, data position, results so far (JSON)
+    RUN/checkpoints/STEP/tokenizer  the tokenizer (JSON)
+
+STEP counts completed steps. Orbax writes under a temporary name and renames, so a checkpoint is
+whole or absent.
+"""
+
+import errno
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from slope_jax import TrainState
+from train.config import Config, free_fields, to_json
+
+
+class OutOfSpace(OSError):
+    """The disk cannot hold a checkpoint; the message says where, how much, and what to do."""
+
+
+class Checkpoints:
+    """Saves, lists and restores the checkpoints of one run.
+
+    Args:
+      run_dir: the run's folder.
+      keep: latest checkpoints to keep; the best by held-out loss stays besides.
+    """
+
+    def __init__(self, run_dir: pathlib.Path, *, keep: int):
+        self.folder = run_dir.resolve() / "checkpoints"
+        policies = checkpoint_managers.AnyPreservationPolicy(
+            [
+                checkpoint_managers.LatestN(keep),
+                checkpoint_managers.BestN(
+                    get_metric_fn=lambda metrics: metrics["eval_loss"],
+                    reverse=True,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            item_names=("state", "run", "tokenizer"),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies,
+                cleanup_tmp_directories=True,
+                # On CPU a saved array can share memory with the buffer that the next step reuses.
+                enable_async_checkpointing=jax.default_backend() != "cpu",
+            ),
+        )
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def path(self, step: int) -> pathlib.Path:
+        return self.folder / str(step)
+
+    def save(
+        self,
+        state: TrainState,
+        key: jax.Array,
+        run: dict[str, Any],
+        tokenizer: dict[str, Any],
+        eval_loss: float | None,
+    ) -> pathlib.Path:
+        """Save the state after `state.step` steps; does nothing if that step is saved already.
+
+        Raises:
+          OutOfSpace: the disk is full. Earlier checkpoints are untouched.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return self.path(step)
+        check_space(self.folder, state_bytes(state))
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(_saved(state, key)),
+            run=ocp.args.JsonSave(run),
+            tokenizer=ocp.args.JsonSave(tokenizer),
+        )
+        metrics = None if eval_loss is None else {"eval_loss": eval_loss}
+        try:
+            self._manager.save(step, args=items, metrics=metrics)
+        except Exception as error:
+            raise _explained(error, self.folder) from error
+        return self.path(step)
+
+    def wait(self) -> None:
+        """Return when what was saved has reached the disk."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise _explained(error, self.folder) from error
+
+    def read_run(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The run's record and the tokenizer of a checkpoint, without its arrays."""
+        items = self._manager.restore(
+            step, args=ocp.args.Composite(run=ocp.args.JsonRestore(), tokenizer=ocp.args.JsonRestore())
+        )
+        return items["run"], items["tokenizer"]
+
+    def restore(self, step: int, shapes: TrainState) -> tuple[TrainState, jax.Array]:
+        """The state and the RNG key of a checkpoint; `shapes` is the abstract state it must have."""
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+            _saved(shapes, jax.eval_shape(jax.random.key_data, key)),
+        )
+        items = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
+        )["state"]
+        key = jax.random.wrap_key_data(items.pop("key"))
+        return shapes.replace(**items), key
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def check_config(saved: dict[str, Any], config: Config, folder: pathlib.Path) -> None:
+    """Refuse to go on from a checkpoint of another configuration.
+
+    Raises:
+      ValueError: lists the fields that differ, both values, and the remedy.
+    """
+    ours, free = to_json(config), free_fields()
+    names = [n for n in {**saved, **ours} if n not in free and saved.get(n) != ours.get(n)]
+    if names:
+        lines = "\n".join(f"  {n}: {saved.get(n)} there, {ours.get(n)} here" for n in names)
+        raise ValueError(
+            f"{folder} holds a run of another configuration:\n{lines}\n"
+            f"Give the values it was started with to go on, or another --run-dir to start anew."
+        )
+
+
+def check_space(folder: pathlib.Path, needed: int) -> None:
+    """Raise `OutOfSpace` unless the disk of `folder` has room for `needed` bytes and some more."""
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed * 1.05:
+        raise OutOfSpace(
+            errno.ENOSPC,
+            f"a checkpoint takes {needed / 2**20:,.0f} MiB but only {free / 2**20:,.0f} MiB are "
+            f"free on the disk of {folder}. Free some space (or lower --keep-checkpoints), then "
+            f"run the same command to go on from the last checkpoint",
+        )
+
+
+def state_bytes(state: TrainState) -> int:
+    """Bytes of parameters, masks and optimizer state."""
+    leaves = jax.tree.leaves((state.params, state.masks, state.opt_state))
+    return sum(x.size * x.dtype.itemsize for x in leaves)
+
+
+def tokenizer_json(path: pathlib.Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _saved(state: TrainState, key: jax.Array) -> dict[str, Any]:
+    if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.key_data(key)
+    names = ("params", "masks", "opt_state", "step")
+    return {name: getattr(state, name) for name in names} | {"key": key}
+
+
+def _explained(error: Exception, folder: pathlib.Path) -> Exception:
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    if not full:
+        return error
+    return OutOfSpace(
+        errno.ENOSPC,
+        f"the disk of {folder} is full, the checkpoint was not written; earlier ones are intact. "
+        f"Free some space, then run the same command to go on from the last one",
+    )

@@ -1,0 +1,284 @@
+"""What a pretraining run is, in one frozen dataclass.
+
+A run goes through *phases* (BERT: short sequences, then long). The fields `seq_len`,
+`batch_size`, `accumulation`, `steps`, `lr`, `warmup` and `max_predictions` hold one value per
+phase, or one value for all of them; `seq_len` says how many phases there are.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+FREE = {"free": True}  # marks fields that may change when a run is resumed
+PER_PHASE = ("seq_len", "batch_size", "accumulation", "steps", "lr", "warmup", "max_predictions")
+DATA_KINDS = ("docs", "tfds:NAME[/CONFIG]", "text:GLOB")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of the run with its own shapes and schedule. Steps count from the run's start."""
+
+    index: int
+    start: int
+    seq_len: int
+    batch_size: int
+    accumulation: int
+    steps: int
+    lr: float
+    warmup: float
+    max_predictions: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.steps
+
+    @property
+    def warmup_steps(self) -> int:
+        return round(self.warmup * self.steps)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.seq_len
+
+
+@dataclass(frozen=True)
+class Config:
+    """Pretrain a sparse BERT or GPT-2 with lazy low-rank adapters, or its dense control."""
+
+    model: str = "bert-base"
+    """Named variant of slope_jax.models, such as bert-tiny, bert-base, gpt2-nano, gpt2-small."""
+    recipe: Literal["quickstart", "paper"] = "quickstart"
+    """Where the defaults below come from. quickstart: minutes on a CPU. paper: the published
+    hyperparameters. Whatever you give explicitly wins over the recipe."""
+    method: Literal["slope", "dense"] = "slope"
+    """slope: N:M sparse with adapters. dense: the control, the same recipe without sparsity."""
+
+    sparsity: str = "2:4"
+    """Patterns of the pruned linears. "2:4": keep 2 of every 4 consecutive inputs. "2:4,2:8": by
+    depth, first half and second half. "layers/0/.*=dense; .*=2:4": rules over linear paths.
+    Heads, embeddings and the first linear after the input stay dense unless a rule says more."""
+    mask_init: Literal["magnitude", "random"] = "magnitude"
+    """How the static mask is chosen: by magnitude of the initial weights, or at random."""
+    adapter_rank: int | float = 0.0156
+    """Rank of the adapters: an integer, or a fraction (below 1) of the hidden size. 0: none."""
+    adapter_start: float = 0.99
+    """Fraction of the last phase's steps after which the adapters join, in [0, 1)."""
+    adapter_lr_scale: float = 1.0
+    """Learning rate of the adapters relative to that of the other parameters."""
+
+    data: str = "docs"
+    """docs (documentation of Python and the installed packages), tfds:NAME[/CONFIG], or text:GLOB
+    (.txt, .jsonl, also .gz and .xz)."""
+    tokenizer: str = ""
+    """A tokenizer.json or vocab.txt. Empty: train one on the data and keep it with the run."""
+    vocab_size: int = 8192
+    """Entries of the tokenizer to train (ignored with --tokenizer)."""
+    valid_fraction: float = 0.05
+    """Fraction of the documents held out for evaluation, in (0, 0.5]."""
+    cache_dir: str = field(default="", metadata=FREE)
+    """Where prepared tokens are kept. Empty: a user cache folder."""
+
+    seq_len: tuple[int, ...] = (128,)
+    """Tokens per sequence. One value per phase: the number of values is the number of phases."""
+    batch_size: tuple[int, ...] = (8,)
+    """Sequences per optimizer step. One value per phase or one for all, as for the next five."""
+    accumulation: tuple[int, ...] = (1,)
+    """Micro-batches that a step's batch is split into, to bound memory."""
+    steps: tuple[int, ...] = (100,)
+    """Optimizer steps."""
+    lr: tuple[float, ...] = (1e-3,)
+    """Peak learning rate."""
+    warmup: tuple[float, ...] = (0.1,)
+    """Fraction of the phase's steps in which the learning rate rises linearly, in [0, 1)."""
+    max_predictions: tuple[int, ...] = (20,)
+    """Most masked positions per sequence (BERT only)."""
+
+    optimizer: Literal["adamw", "lamb"] = "adamw"
+    """adamw, or lamb (layer-wise trust ratios, for large batches)."""
+    schedule: Literal["linear", "polynomial"] = "linear"
+    """Decay to zero after the warm-up: linear, or polynomial with power 0.5."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; never on biases and norms."""
+    beta1: float = 0.9
+    """Decay of the first moment, in [0, 1)."""
+    beta2: float = 0.999
+    """Decay of the second moment, in [0, 1)."""
+    eps: float = 1e-6
+    """Added to the square root of the second moment."""
+    clip: float = 1.0
+    """Largest global norm of the gradient. 0: no clipping."""
+
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type of the computation; parameters are float32. auto: bfloat16 on GPU and TPU, float32 on
+    CPU, where it is faster."""
+    dropout: float = 0.0
+    """Dropout rate, in [0, 1)."""
+    remat: bool = False
+    """Recompute each layer in the backward pass: less memory, about a third more work."""
+    implementation: Literal["auto", "xla", "mosaic", "triton"] = "auto"
+    """Implementation of the sparse products. auto: the best one on this device."""
+    seed: int = 0
+    """Seed of the initialisation, the masks, the data order and dropout."""
+
+    eval_every: int = field(default=50, metadata=FREE)
+    """Steps between evaluations on held-out data. 0: only at the end."""
+    eval_batches: int = field(default=8, metadata=FREE)
+    """Held-out batches per evaluation, always the same ones."""
+    log_every: int = field(default=1, metadata=FREE)
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every: int = field(default=50, metadata=FREE)
+    """Steps between checkpoints. 0: only at the end, or when stopped."""
+    keep_checkpoints: int = field(default=2, metadata=FREE)
+    """Latest checkpoints to keep; the best one by held-out loss stays besides."""
+    max_minutes: float = field(default=0.0, metadata=FREE)
+    """Save and stop after this many minutes; the same command goes on. 0: no limit."""
+    tensorboard: bool = field(default=True, metadata=FREE)
+    """Write TensorBoard events next to metrics.jsonl."""
+    run_dir: str = field(default="", metadata=FREE)
+    """Folder of the run. Empty: runs/MODEL-RECIPE-METHOD-HASH, the hash of these settings."""
+    dry_run: bool = field(default=False, metadata=FREE)
+    """Print the plan (parameters, bytes, schedule, what runs where) and exit."""
+
+    def __post_init__(self):
+        for name in PER_PHASE:  # one value may be given bare
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, int | float) else (*value,))
+        _check_choices(self)
+        _check_phases(self)
+        _check_ranges(self)
+
+    @property
+    def family(self) -> str:
+        """The model family: the part of the name ahead of the first dash."""
+        return self.model.split("-")[0]
+
+    @property
+    def objective(self) -> str:
+        return "mlm" if self.family == "bert" else "clm"
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        phases, start = [], 0
+        for i in range(len(self.seq_len)):
+            values = {name: _phase_value(getattr(self, name), i) for name in PER_PHASE}
+            phases.append(Phase(index=i, start=start, **values))
+            start = phases[-1].end
+        return tuple(phases)
+
+    @property
+    def total_steps(self) -> int:
+        return self.phases[-1].end
+
+    @property
+    def total_tokens(self) -> int:
+        return sum(p.steps * p.tokens_per_step for p in self.phases)
+
+    @property
+    def adapter_step(self) -> int | None:
+        """Steps completed when the adapters join; None without adapters."""
+        if self.method == "dense" or self.adapter_rank == 0:
+            return None
+        last = self.phases[-1]
+        return last.start + min(round(self.adapter_start * last.steps), last.steps - 1)
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that make the run what it is, in JSON types: all but the free ones."""
+        return {k: v for k, v in to_json(self).items() if k not in free_fields()}
+
+    def default_run_dir(self) -> str:
+        digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+        return f"runs/{self.model}-{self.recipe}-{self.method}-{digest[:8]}"
+
+
+def free_fields() -> frozenset[str]:
+    """Names of the fields that may differ between a checkpoint and the command resuming it."""
+    return frozenset(f.name for f in dataclasses.fields(Config) if f.metadata.get("free"))
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The configuration in JSON types (tuples as lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def choices(name: str) -> tuple[str, ...]:
+    """The values that a field with fixed choices allows."""
+    return get_args(get_type_hints(Config)[name])
+
+
+def _phase_value(values: tuple, index: int):
+    return values[index] if len(values) > 1 else values[0]
+
+
+def _check_choices(config: Config) -> None:
+    from slope_jax.models import VARIANTS
+
+    if config.model not in VARIANTS:
+        raise ValueError(f"unknown model {config.model!r}; choose one of: {', '.join(VARIANTS)}")
+    for name, hint in get_type_hints(Config).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            allowed = ", ".join(get_args(hint))
+            raise ValueError(f"unknown {name} {value!r}; choose one of: {allowed}")
+    kind, colon, rest = config.data.partition(":")
+    if config.data != "docs" and not (kind in ("tfds", "text") and colon and rest):
+        raise ValueError(f"unknown data {config.data!r}; choose one of: {', '.join(DATA_KINDS)}")
+
+
+def _check_phases(config: Config) -> None:
+    count = len(config.seq_len)
+    if count == 0:
+        raise ValueError("seq_len is empty; give at least one sequence length")
+    for name in PER_PHASE:
+        values = getattr(config, name)
+        if len(values) not in (1, count):
+            raise ValueError(
+                f"{name} has {len(values)} values {values} but seq_len sets {count} phase(s); "
+                f"give one value, or one per phase"
+            )
+        whole = name not in ("lr", "warmup")
+        for value in values:
+            if whole and (not isinstance(value, int) or value <= 0):
+                raise ValueError(f"{name} must be a positive integer, got {value}")
+    for phase in config.phases:
+        if phase.batch_size % phase.accumulation:
+            raise ValueError(
+                f"batch_size {phase.batch_size} is not divisible by accumulation "
+                f"{phase.accumulation}; make it a multiple, so that micro-batches are equal"
+            )
+        if not 0 < phase.lr < 10:
+            raise ValueError(f"lr must be above 0 (and below 10), got {phase.lr}")
+        if not 0 <= phase.warmup < 1:
+            raise ValueError(f"warmup is a fraction of the steps in [0, 1), got {phase.warmup}")
+        if config.objective == "mlm" and phase.max_predictions >= phase.seq_len:
+            raise ValueError(
+                f"max_predictions {phase.max_predictions} must be below seq_len {phase.seq_len}; "
+                f"about 15 % of it is usual"
+            )
+
+
+def _check_ranges(config: Config) -> None:
+    rank = config.adapter_rank
+    if rank < 0 or (isinstance(rank, float) and rank >= 1 and rank != int(rank)):
+        raise ValueError(f"adapter_rank must be an integer >= 0 or a fraction below 1, got {rank}")
+    if not 0 <= config.adapter_start < 1:
+        raise ValueError(
+            f"adapter_start is a fraction of the last phase's steps in [0, 1), got "
+            f"{config.adapter_start}; for no adapters set adapter_rank to 0"
+        )
+    for name in ("beta1", "beta2", "dropout"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} must lie in [0, 1), got {getattr(config, name)}")
+    for name in ("weight_decay", "clip", "eval_every", "checkpoint_every", "max_minutes"):
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"{name} must not be negative, got {getattr(config, name)}")
+    for name in ("adapter_lr_scale", "eps", "eval_batches", "log_every", "keep_checkpoints"):
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} must be above 0, got {getattr(config, name)}")
+    if not 0 < config.valid_fraction <= 0.5:
+        raise ValueError(f"valid_fraction must lie in (0, 0.5], got {config.valid_fraction}")
+    if config.vocab_size < 300:
+        raise ValueError(f"vocab_size must be at least 300, got {config.vocab_size}")
+    if not 0 <= config.seed < 2**31:
+        raise ValueError(f"seed must lie in [0, 2**31), got {config.seed}")

@@ -1,0 +1,113 @@
+"""Optimizers from optax pieces, outermost first:
+
+    clip by global norm → [base | adapters] moments, decay, trust ratio → learning rate
+
+Clipping and the learning rate stand outside `lazy_adapters`, so that adapters that join late are
+clipped with everything else and find the schedule where it is; what keeps per-parameter state
+stands inside, where newborn leaves get their own bias correction.
+"""
+
+from collections.abc import Callable
+
+import jax
+import optax
+
+from slope_jax import lazy_adapters
+from train.config import Config, Phase
+
+POLYNOMIAL_POWER = 0.5
+DECAYED = ("kernel", "embedding", "adapter_l", "adapter_r")
+
+
+def make_schedule(phases: tuple[Phase, ...], kind: str) -> optax.Schedule:
+    """Learning rate by global step; every phase warms up and decays to zero anew.
+
+    Within a phase of T steps with W of warm-up and peak `lr`, step t (from 0) has
+
+        lr (t + 1) / W                        t < W
+        lr (1 - (t - W) / (T - W)) ** power   otherwise; power is 1 (linear) or 0.5 (polynomial)
+
+    so that no step is spent at zero and the first step after the warm-up has the peak.
+    """
+    power = 1.0 if kind == "linear" else POLYNOMIAL_POWER
+    parts, boundaries = [], []
+    for phase in phases:
+        warm = phase.warmup_steps
+        if warm:
+            parts.append(optax.linear_schedule(phase.lr / warm, phase.lr, max(warm - 1, 1)))
+            boundaries.append(phase.start + warm)
+        parts.append(optax.polynomial_schedule(phase.lr, 0.0, power, phase.steps - warm))
+        boundaries.append(phase.end)
+    return optax.join_schedules(parts, boundaries[:-1])
+
+
+def make_optimizer(
+    config: Config, schedule: optax.Schedule, is_stacked: Callable[[tuple], bool]
+) -> optax.GradientTransformation:
+    """AdamW or LAMB with everything around it.
+
+    Args:
+      config: the run.
+      schedule: learning rate by step.
+      is_stacked: tells from a parameter's key path whether its leading axis counts layers.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
+        lazy_adapters(_base(config, is_stacked), _adapters(config)),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _base(config: Config, is_stacked: Callable[[tuple], bool]) -> optax.GradientTransformation:
+    adamw = optax.chain(
+        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+    )
+    if config.optimizer == "adamw":
+        return adamw
+    # As in the reference implementations of LAMB, what isn't decayed isn't adapted either.
+    trust = optax.masked(scale_by_layer_trust_ratio(is_stacked), mask=decayed)
+    return optax.chain(adamw, trust)
+
+
+def _adapters(config: Config) -> optax.GradientTransformation:
+    # No trust ratio: one adapter starts at zero, where a step in proportion to its norm would
+    # leave it for the few steps that remain.
+    return optax.chain(
+        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        optax.scale(config.adapter_lr_scale),
+    )
+
+
+def decayed(params: optax.Params) -> optax.Params:
+    """Which leaves weight decay touches: kernels, embeddings, adapters; not biases, not norms."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) in DECAYED, params)
+
+
+def scale_by_layer_trust_ratio(
+    is_stacked: Callable[[tuple], bool],
+) -> optax.GradientTransformation:
+    """`optax.scale_by_trust_ratio` by layer, also where layers are stacked along a leading axis.
+
+    LAMB (You et al., arXiv 1904.00962) scales each layer's update by |w| / |u|. Layers under
+    `nn.scan` share one array; taken as one leaf they would share one ratio.
+    """
+    trust = optax.scale_by_trust_ratio()
+
+    def scale(path, update, param):
+        def one(u, p):
+            return trust.update(u, optax.EmptyState(), p)[0]
+
+        return (jax.vmap(one) if is_stacked(path) else one)(update, param)
+
+    def update_fn(updates, state, params=None):
+        if params is None:
+            raise ValueError("the trust ratio needs the parameters: call update(grads, state, params)")
+        return jax.tree_util.tree_map_with_path(scale, updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)
+
+
+def _name(path: tuple) -> str:
+    return str(getattr(path[-1], "key", getattr(path[-1], "name", path[-1])))

@@ -1,0 +1,105 @@
+"""Model, optimizer and training state of a run, concrete or as shapes only."""
+
+import functools
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from slope_jax import TrainState, add_adapters, models
+from train.config import Config
+from train.optimizer import make_optimizer, make_schedule
+
+STACKED = re.compile(r"layers_\d+_to_\d+")  # names that the models give to scanned layers
+
+
+class Setup(NamedTuple):
+    """What is fixed before the first step. `adapted` is `model` with adapters, None without."""
+
+    model: nn.Module
+    adapted: nn.Module | None
+    schedule: optax.Schedule
+    tx: optax.GradientTransformation
+    key: jax.Array
+
+
+def make_setup(config: Config, *, vocab_size: int | None = None) -> Setup:
+    """Build everything that needs no data but the vocabulary size (entries of the tokenizer).
+
+    Raises:
+      ValueError: sequences longer than the model's positions, a rank above a layer's size, sizes
+        that the pattern doesn't divide.
+    """
+    options = {
+        "vocab_size": vocab_size or config.vocab_size,
+        "sparsity": config.sparsity if config.method == "slope" else "dense",
+        "dtype": compute_dtype(config),
+        "dropout": config.dropout,
+        "remat": config.remat,
+        "mask_init": config.mask_init,
+        "implementation": None if config.implementation == "auto" else config.implementation,
+    }
+    model = models.build(config.model, **options)
+    positions, longest = model.config.max_positions, max(config.seq_len)
+    if longest > positions:
+        raise ValueError(
+            f"seq_len {longest} is longer than the {positions} positions of {config.model}; "
+            f"use at most {positions}"
+        )
+    adapted = None
+    if config.adapter_step is not None:
+        adapted = models.build(config.model, adapter_rank=config.adapter_rank, **options)
+    schedule = make_schedule(config.phases, config.schedule)
+    tx = make_optimizer(config, schedule, is_stacked)
+    return Setup(model, adapted, schedule, tx, jax.random.key(config.seed))
+
+
+def compute_dtype(config: Config) -> Any:
+    """The dtype of the computation; "auto" is bfloat16 where the hardware multiplies it faster."""
+    if config.dtype != "auto":
+        return jnp.dtype(config.dtype)
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+def is_stacked(path: tuple) -> bool:
+    """Whether the parameter at a key path holds many layers, along its leading axis."""
+    return any(STACKED.fullmatch(str(getattr(part, "key", ""))) for part in path)
+
+
+def init_state(setup: Setup) -> TrainState:
+    """The state before the first step, compiled as one function."""
+    return jax.jit(functools.partial(_init, setup))(jax.random.fold_in(setup.key, 0))
+
+
+def join_adapters(setup: Setup, state: TrainState) -> tuple[TrainState, int]:
+    """The state with newborn adapters, which leave the function unchanged, and their number."""
+    return add_adapters(state, setup.adapted, jax.random.fold_in(setup.key, 1))
+
+
+def abstract_state(setup: Setup, *, adapters: bool) -> TrainState:
+    """Shapes and dtypes of the state, before or after the adapters join; no memory, no compute."""
+    state = jax.eval_shape(functools.partial(_init, setup), setup.key)
+    if adapters:
+        state = jax.eval_shape(lambda s: join_adapters(setup, s)[0], state)
+    return state
+
+
+def step_key(setup: Setup) -> jax.Array:
+    """The key from which every step derives its own (dropout)."""
+    return jax.random.fold_in(setup.key, 2)
+
+
+def _init(setup: Setup, key: jax.Array) -> TrainState:
+    inputs = setup.model.example_inputs()
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+    args, kwargs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (args, kwargs))
+    variables = setup.model.init(key, *args, **kwargs)
+    return TrainState.create(
+        apply_fn=setup.model.apply,
+        params=variables["params"],
+        masks=variables.get("masks", {}),
+        tx=setup.tx,
+    )
