@@ -13,7 +13,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 FREE = {"free": True}  # marks fields that may change when a run is resumed
 PER_PHASE = ("seq_len", "batch_size", "accumulation", "steps", "lr", "warmup", "max_predictions")
-DATA_KINDS = ("docs", "tfds:NAME[/CONFIG]", "text:GLOB")
 
 
 @dataclass(frozen=True)
@@ -70,12 +69,12 @@ class Config:
 
     data: str = "docs"
     """docs (documentation of Python and the installed packages), tfds:NAME[/CONFIG], or text:GLOB
-    (.txt, .jsonl, also .gz and .xz)."""
+    (.txt, .jsonl, also .gz and .xz); several joined with a comma."""
     tokenizer: str = ""
     """A tokenizer.json or vocab.txt. Empty: train one on the data and keep it with the run."""
     vocab_size: int = 8192
     """Entries of the tokenizer to train (ignored with --tokenizer)."""
-    valid_fraction: float = 0.05
+    valid_fraction: float = 0.02
     """Fraction of the documents held out for evaluation, in (0, 0.5]."""
     cache_dir: str = field(default="", metadata=FREE)
     """Where prepared tokens are kept. Empty: a user cache folder."""
@@ -125,7 +124,7 @@ class Config:
     eval_every: int = field(default=50, metadata=FREE)
     """Steps between evaluations on held-out data. 0: only at the end."""
     eval_batches: int = field(default=8, metadata=FREE)
-    """Held-out batches per evaluation, always the same ones."""
+    """Held-out micro-batches per evaluation, always the same ones."""
     log_every: int = field(default=1, metadata=FREE)
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = field(default=50, metadata=FREE)
@@ -213,6 +212,7 @@ def _phase_value(values: tuple, index: int):
 
 def _check_choices(config: Config) -> None:
     from slope_jax.models import VARIANTS
+    from train.data.sources import split_spec
 
     if config.model not in VARIANTS:
         raise ValueError(f"unknown model {config.model!r}; choose one of: {', '.join(VARIANTS)}")
@@ -221,9 +221,7 @@ def _check_choices(config: Config) -> None:
         if get_origin(hint) is Literal and value not in get_args(hint):
             allowed = ", ".join(get_args(hint))
             raise ValueError(f"unknown {name} {value!r}; choose one of: {allowed}")
-    kind, colon, rest = config.data.partition(":")
-    if config.data != "docs" and not (kind in ("tfds", "text") and colon and rest):
-        raise ValueError(f"unknown data {config.data!r}; choose one of: {', '.join(DATA_KINDS)}")
+    split_spec(config.data)
 
 
 def _check_phases(config: Config) -> None:

@@ -43,7 +43,7 @@ RECIPES: dict[tuple[str, str], dict[str, Any]] = {
         "dropout": 0.1,
         "adapter_start": 0.99,
         "eval_every": 100,
-        "eval_batches": 1,
+        "eval_batches": 64,
         "checkpoint_every": 100,
     },
     ("paper", "gpt2"): {
@@ -62,7 +62,7 @@ RECIPES: dict[tuple[str, str], dict[str, Any]] = {
         "eps": 1e-4,
         "adapter_start": 0.99,
         "eval_every": 1000,
-        "eval_batches": 1,
+        "eval_batches": 64,
         "log_every": 10,
         "checkpoint_every": 1000,
     },

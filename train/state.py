@@ -75,8 +75,19 @@ def init_state(setup: Setup) -> TrainState:
 
 
 def join_adapters(setup: Setup, state: TrainState) -> tuple[TrainState, int]:
-    """The state with newborn adapters, which leave the function unchanged, and their number."""
-    return add_adapters(state, setup.adapted, jax.random.fold_in(setup.key, 1))
+    """The state with newborn adapters, which leave the function unchanged, and their number.
+
+    Takes over the buffers of `state`.
+    """
+    counts = []
+
+    def join(state: TrainState) -> TrainState:
+        state, count = add_adapters(state, setup.adapted, jax.random.fold_in(setup.key, 1))
+        counts.append(count)
+        return state
+
+    # Compiled, so that the fresh optimizer state of existing parameters is never allocated.
+    return jax.jit(join, donate_argnums=0)(state), counts[0]
 
 
 def abstract_state(setup: Setup, *, adapters: bool) -> TrainState:
