@@ -1,0 +1,206 @@
+"""Where documents come from: a spec such as "docs", "tfds:NAME" or "text:GLOB" becomes units.
+
+A unit is a picklable piece of a source that a worker process reads on its own. Units come in a
+fixed order and give the same documents however many workers there are.
+"""
+
+import glob
+import gzip
+import io
+import json
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from train.data.store import digest
+
+KINDS = {
+    "docs": "docs: the documentation of Python and of the installed packages",
+    "tfds": "tfds:NAME[/CONFIG]: a TensorFlow Datasets data set",
+    "text": "text:GLOB: .txt or .jsonl files, plain, .gz or .xz",
+}
+_RANGE_BYTES = 16 << 20
+_COMPRESSED = {".gz": gzip.open, ".xz": lzma.open}
+
+
+class Unit(Protocol):
+    """A part of a source: ``size`` (about its bytes, for progress) and its documents."""
+
+    size: int
+
+    def documents(self) -> Iterator[str]: ...
+
+
+class Source(Protocol):
+    """``fingerprint`` changes when the documents may have changed."""
+
+    fingerprint: str
+
+    def units(self, cache_dir: Path, workers: int) -> list[Unit]: ...
+
+
+def split_spec(spec: str) -> list[tuple[str, str]]:
+    """Parses "docs,text:a/*.txt" to [("docs", ""), ("text", "a/*.txt")].
+
+    Sources are joined with a comma or a plus; either may also occur inside a path.
+
+    Raises:
+      ValueError: an unknown kind, or one without the argument it needs.
+    """
+    parts = []
+    for part in re.split(r"[,+](?=\s*\w+\s*(?::|$|[,+]))", spec):
+        kind, _, argument = part.strip().partition(":")
+        if kind not in KINDS:
+            raise ValueError(
+                f"data source {part.strip()!r} in {spec!r} is unknown. Choose from:\n  "
+                + "\n  ".join(KINDS.values())
+                + "\nSeveral are joined with a comma: docs,text:GLOB"
+            )
+        if bool(argument) != (kind != "docs"):
+            rule = "takes no argument" if kind == "docs" else "needs an argument"
+            raise ValueError(f"data source {part.strip()!r} {rule}: {KINDS[kind]}")
+        parts.append((kind, argument))
+    return parts
+
+
+@dataclass(frozen=True)
+class TextUnit:
+    """The documents of a file that begin in the byte range [start, stop).
+
+    A range owns a document when the line end (.jsonl) or the last blank line (.txt) before it lies
+    in the range, so neighbouring ranges share nothing and lose nothing. Bytes that are not UTF-8
+    are read as U+FFFD, the replacement character.
+    """
+
+    path: str
+    start: int = 0
+    stop: int | None = None
+    size: int = 0
+
+    def documents(self) -> Iterator[str]:
+        base, compression = _kinds(self.path)
+        try:
+            with _COMPRESSED.get(compression, open)(self.path, "rb") as file:
+                file = file if compression == "" else io.BufferedReader(file, 1 << 20)
+                lines = self._lines(file)
+                yield from self._records(lines) if base == ".jsonl" else self._blocks(lines)
+        except (gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error) as error:
+            raise ValueError(
+                f"{self.path} is not a whole {compression} file ({error}): make it again"
+            ) from error
+
+    def _lines(self, file) -> Iterator[tuple[int, bytes]]:
+        position = self.start
+        if self.start:
+            file.seek(self.start - 1)
+            position += len(file.readline()) - 1
+        for line in file:
+            yield position, line
+            position += len(line)
+
+    def _records(self, lines) -> Iterator[str]:
+        for position, line in lines:
+            if self.stop is not None and position >= self.stop:
+                return
+            if line.strip():
+                yield self._text_of(line, position)
+
+    def _text_of(self, line: bytes, position: int) -> str:
+        try:
+            record = json.loads(line.decode("utf-8", "replace"))
+            if isinstance(record, dict) and isinstance(record.get("text"), str):
+                return record["text"]
+            keys = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record)
+            problem = f'has no string under the key "text" (it has {keys or "no keys"})'
+        except ValueError as error:
+            problem = f"is not JSON ({error})"
+        raise ValueError(
+            f"{self.path}, line {self._line_number(position)}: the record {problem}. "
+            'Each line must be an object such as {"text": "..."}'
+        )
+
+    def _line_number(self, position: int) -> int:
+        number, left = 1, position
+        with _COMPRESSED.get(_kinds(self.path)[1], open)(self.path, "rb") as file:
+            while left > 0 and (block := file.read(min(left, 1 << 20))):
+                number, left = number + block.count(b"\n"), left - len(block)
+        return number
+
+    def _blocks(self, lines) -> Iterator[str]:
+        owned, block = self.start == 0, []
+        for position, line in lines:
+            if not line.isspace():
+                if owned:
+                    block.append(line)
+                elif self.stop is not None and position >= self.stop:
+                    return
+                continue
+            if block:
+                yield b"".join(block).decode("utf-8", "replace")
+                block = []
+            if self.stop is not None and position >= self.stop:
+                return
+            owned = True
+        if block:
+            yield b"".join(block).decode("utf-8", "replace")
+
+
+class TextSource:
+    """Files that match a glob: .txt (documents separated by blank lines) and .jsonl (key "text")."""
+
+    def __init__(self, pattern: str):
+        found = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+        paths = [path for path in found if os.path.isfile(path)]
+        if not paths:
+            raise ValueError(
+                f"text:{pattern} matches no file: check the path (quote the pattern in the shell; "
+                "** crosses folders)"
+            )
+        unknown = [path for path in paths if _kinds(path)[0] not in (".txt", ".jsonl")]
+        if unknown:
+            raise ValueError(
+                f"text:{pattern} matches {unknown[0]}, which is neither .txt nor .jsonl (also with "
+                ".gz or .xz): narrow the pattern or rename the file"
+            )
+        empty = [path for path in paths if os.path.getsize(path) == 0]
+        if empty:
+            raise ValueError(
+                f"text:{pattern} matches {empty[0]}, which is empty: remove it or narrow the pattern"
+            )
+        self._paths = paths
+        stats = [os.stat(path) for path in paths]
+        self.fingerprint = digest(
+            [
+                (str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns)
+                for path, stat in zip(paths, stats, strict=True)
+            ]
+        )
+
+    def units(self, cache_dir: Path, workers: int) -> list[Unit]:
+        del cache_dir, workers
+        return [unit for path in self._paths for unit in text_units(path)]
+
+
+def text_units(path: str, range_bytes: int = _RANGE_BYTES) -> list[Unit]:
+    """Cuts a plain file into ranges that workers read in parallel; a compressed one is one unit."""
+    size = os.path.getsize(path)
+    if _kinds(path)[1]:
+        return [TextUnit(path, size=size)]
+    starts = range(0, size, range_bytes)
+    return [
+        TextUnit(path, start, min(start + range_bytes, size), min(range_bytes, size - start))
+        for start in starts
+    ]
+
+
+def _kinds(path: str) -> tuple[str, str]:
+    """("notes.txt.gz") -> (".txt", ".gz")."""
+    stem, last = os.path.splitext(path)
+    if last in _COMPRESSED:
+        return os.path.splitext(stem)[1], last
+    return last, ""
