@@ -1,0 +1,123 @@
+"""Multi-head self-attention, and the choice of the program that computes it."""
+
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from slope_jax.models.config import TransformerConfig
+from slope_jax.models.layers import linear
+
+
+class AttentionPath(NamedTuple):
+    """What computes attention ("cudnn" or "xla") and why."""
+
+    implementation: str
+    reason: str
+
+
+def attention_path(dtype, head_dim: int, *, device: jax.Device | None = None) -> AttentionPath:
+    """The best implementation of `jax.nn.dot_product_attention` (whose own default is XLA's).
+
+    Decided while tracing, from the device that JAX would run on, so that a model can be lowered on
+    a CPU. cuDNN's fused attention needs an NVIDIA GPU of compute capability 8.0 or more, 16-bit
+    operands, and heads of a multiple of 8, at most 128 (256 from 9.0 on).
+
+    Args:
+      dtype: of queries, keys and values.
+      head_dim: width of one head.
+      device: None is the default device.
+
+    >>> attention_path(jnp.float32, 64, device=jax.devices("cpu")[0])
+    AttentionPath(implementation='xla', reason='cuDNN attention needs an NVIDIA GPU, this is cpu')
+    """
+    device = device or _default_device()
+    # "9.0" on NVIDIA GPUs; AMD's are spelled like "gfx90a", and a CPU has none.
+    version = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
+    if device.platform == "cpu" or not version:
+        return AttentionPath(
+            "xla", f"cuDNN attention needs an NVIDIA GPU, this is {device.platform}"
+        )
+    capability = int(version[1]), int(version[2])
+    if capability < (8, 0):
+        return AttentionPath(
+            "xla", f"cuDNN attention needs compute capability 8.0, this GPU has {version[0]}"
+        )
+    name = jnp.dtype(dtype).name
+    if name not in ("bfloat16", "float16"):
+        return AttentionPath("xla", f"cuDNN attention needs bfloat16 or float16, not {name}")
+    widest = 256 if capability >= (9, 0) else 128
+    if head_dim % 8 or head_dim > widest:
+        return AttentionPath(
+            "xla",
+            f"cuDNN attention needs heads of a multiple of 8 up to {widest}, not {head_dim}",
+        )
+    return AttentionPath(
+        "cudnn", f"fused attention: {name}, heads of {head_dim}, {device.device_kind}"
+    )
+
+
+def _default_device() -> jax.Device:
+    chosen = jax.config.jax_default_device
+    if isinstance(chosen, str):
+        return jax.devices(chosen)[0]
+    return chosen or jax.local_devices()[0]
+
+
+def _attend(config: TransformerConfig, query, key, value, causal: bool, lengths):
+    device = _default_device()
+    best = attention_path(query.dtype, config.head_dim, device=device)
+    if config.attention == "cudnn" and best.implementation != "cudnn":
+        raise NotImplementedError(f"attention='cudnn': {best.reason}; use attention=None")
+    dtype = query.dtype
+    if device.platform == "cpu":
+        # A CPU multiplies 16-bit numbers in float32 anyway, and the gradient of JAX's XLA attention
+        # mixes 16 and 32 bits, which jax_numpy_dtype_promotion="strict" forbids.
+        query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
+    mixed = jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        is_causal=causal,
+        key_value_seq_lengths=lengths,
+        implementation=config.attention or best.implementation,
+    )
+    return mixed.astype(dtype)
+
+
+class Attention(nn.Module):
+    """Self-attention with one fused linear for queries, keys and values.
+
+    The columns of `qkv` are [queries | keys | values], each (heads, head_dim). No dropout acts on
+    the attention probabilities, because fused attention never forms them.
+
+    Attributes:
+      config: the model's.
+      patterns: (path inside the layer, pattern) pairs.
+      causal: whether a token sees only itself and those before it.
+      output_init: initialiser of the output projection.
+    """
+
+    config: TransformerConfig
+    patterns: tuple[tuple[str, str], ...]
+    causal: bool
+    output_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
+        """(B, S, hidden), and None or int32 (B,) valid tokens of each row, to (B, S, hidden)."""
+        config, patterns = self.config, dict(self.patterns)
+        qkv = linear(config, patterns["attention/qkv"], 3 * config.hidden_size, name="qkv")(x)
+        heads = (*x.shape[:2], config.num_heads, config.head_dim)
+        query, key, value = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))
+        mixed = _attend(config, query, key, value, self.causal, lengths)
+        output = linear(
+            config,
+            patterns["attention/output"],
+            config.hidden_size,
+            kernel_init=self.output_init,
+            name="output",
+        )
+        return output(mixed.reshape(x.shape))

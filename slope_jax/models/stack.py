@@ -1,0 +1,111 @@
+"""Layers as scanned stacks: consecutive layers of equal patterns share one program."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from slope_jax.models.config import Segment, TransformerConfig
+
+_NAME = re.compile(r"layers_(\d+)(?:_to_(\d+))?")
+
+
+def run_layers(
+    layer: type[nn.Module],
+    config: TransformerConfig,
+    x: jax.Array,
+    lengths: jax.Array | None,
+    deterministic: bool,
+) -> jax.Array:
+    """All layers, one after the other; called inside a compact method.
+
+    A run of layers with equal patterns is one `nn.scan` whose variables have a leading layer axis,
+    named "layers_1_to_11"; a single layer has none and is named "layers_0".
+
+    Args:
+      layer: module class with fields config, patterns, deterministic, whose call maps (x, lengths)
+        to (x, None).
+    """
+    for segment in config.segments:
+        x, _ = _segment(layer, config, segment, deterministic)(x, lengths)
+    return x
+
+
+def _segment(
+    layer: type[nn.Module], config: TransformerConfig, segment: Segment, deterministic: bool
+) -> nn.Module:
+    count = segment.stop - segment.start
+    if config.remat:
+        policy = config.remat
+        layer = nn.remat(
+            layer,
+            # A scan separates the two passes already; without one XLA would merge them again.
+            prevent_cse=count == 1,
+            policy=None if policy is True else getattr(jax.checkpoint_policies, policy),
+        )
+    if count > 1:
+        layer = nn.scan(
+            layer,
+            variable_axes={"params": 0, "masks": 0, "intermediates": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=count,
+        )
+    return layer(config, segment.patterns, deterministic, name=segment.name)
+
+
+def unstack_layers(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables with one entry a layer, "layers_0", "layers_1", ..., as of `scan=False`.
+
+    Args:
+      variables: {"params": ..., "masks": ...} of a model; every collection is converted.
+    """
+    return {name: _unstack(collection) for name, collection in variables.items()}
+
+
+def stack_layers(variables: Mapping[str, Any], config: TransformerConfig) -> dict[str, Any]:
+    """The inverse of `unstack_layers`: variables in the stacks that `config` scans over.
+
+    Raises:
+      ValueError: the layers in `variables` are not those of `config`.
+    """
+    return {name: _stack(collection, config) for name, collection in variables.items()}
+
+
+def _unstack(collection: Mapping[str, Any]) -> dict[str, Any]:
+    result = {}
+    for name, tree in collection.items():
+        match = _NAME.fullmatch(name)
+        if not match or match[2] is None:
+            result[name] = tree
+            continue
+        for row, i in enumerate(range(int(match[1]), int(match[2]) + 1)):
+            result[f"layers_{i}"] = jax.tree.map(lambda leaf, row=row: leaf[row], tree)
+    return result
+
+
+def _stack(collection: Mapping[str, Any], config: TransformerConfig) -> dict[str, Any]:
+    layers = _unstack(collection)
+    result = {name: tree for name, tree in layers.items() if not _NAME.fullmatch(name)}
+    found = {name for name in layers if _NAME.fullmatch(name)}
+    for segment in config.segments:
+        names = [f"layers_{i}" for i in range(segment.start, segment.stop)]
+        trees = [layers[name] for name in names if name in found]
+        found.difference_update(names)
+        if not trees:
+            continue  # A collection without entries here, such as the masks of dense layers.
+        if len(trees) != len(names):
+            raise ValueError(f"variables hold only some of {names[0]} .. {names[-1]}")
+        stacked = len(names) > 1
+        result[segment.name] = (
+            jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) if stacked else trees[0]
+        )
+    if found:
+        raise ValueError(
+            f"variables hold {', '.join(sorted(found))}, but the model has"
+            f" {config.num_layers} layers"
+        )
+    return result
