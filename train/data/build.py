@@ -1,14 +1,18 @@
 """Builds the token store of a corpus: units in worker processes, parts joined in order."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -99,7 +103,7 @@ def _check_splits(totals, scores, objective, fraction) -> None:
     needed = 2 if objective == "mlm" else 1
     rule = f"objective {objective} needs at least {needed} document{'s' * (needed > 1)} in each"
     if valid < needed:
-        least = (scores + [1.0, 1.0])[needed - 1]
+        least = [*scores, 1.0, 1.0][needed - 1]
         remedy = (
             f"--valid-fraction={min(least * 1.01 + 1e-4, 1):.4g} would do"
             if least < 0.5
@@ -124,7 +128,7 @@ class _Task:
 
 def _tokenise(task: _Task) -> dict[str, Any]:
     """Writes one unit as a part: the three files of each split, offsets without the leading 0."""
-    vocabulary = vocabulary_from_json(task.tokenizer, task.objective)
+    vocabulary = _vocabulary(task.tokenizer, task.objective)
     part = Path(task.directory) / f"part-{task.index}"
     part.mkdir()
     dtype = store.token_dtype(vocabulary.size)
@@ -146,6 +150,11 @@ def _tokenise(task: _Task) -> dict[str, Any]:
     for writer in writers.values():
         writer.close()
     return result | {"index": task.index, "scores": scores}
+
+
+@functools.lru_cache(maxsize=1)
+def _vocabulary(text: str, objective: str) -> Vocabulary:
+    return vocabulary_from_json(text, objective)
 
 
 def _encode(text: str, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
@@ -196,9 +205,15 @@ def parallel(
             pool = ProcessPoolExecutor(count, context, initializer=_start_worker)
             stack.callback(pool.shutdown, wait=True, cancel_futures=True)
             results = _ordered(pool, function, tasks, ahead=4 * count)
-        for result, size in zip(results, sizes, strict=True):
-            yield result
-            advance(size)
+        try:
+            for result, size in zip(results, sizes, strict=True):
+                yield result
+                advance(size)
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                f"a worker process died while {description}, perhaps for lack of memory: free some "
+                "or use fewer workers. Nothing half-written was kept"
+            ) from error
 
 
 def _ordered(pool, function, tasks, ahead: int) -> Iterator:
@@ -218,6 +233,14 @@ def _ordered(pool, function, tasks, ahead: int) -> Iterator:
 def _start_worker() -> None:
     # One process per core already: the tokenizer's own threads would fight over them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle.
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """A parent that was killed can't stop its workers, and they would wait for work for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 @contextlib.contextmanager
@@ -249,5 +272,17 @@ def _progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda size: bar.advance(task, size)
 
 
+def usable_cores() -> int:
+    """Cores this process may run on; not every system can tell them from those it has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def seconds_since(start: float) -> str:
     return f"{time.perf_counter() - start:.1f} s"
+
+
+@functools.cache
+def code_version() -> str:
+    """Hash of this package's source: a change in how text is read or cut makes new caches."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.blake2b(b"".join(f.read_bytes() for f in files), digest_size=8).hexdigest()

@@ -1,7 +1,7 @@
 """From a data spec to a corpus on disk: sources, split, tokenizer, token store."""
 
 import functools
-import hashlib
+import json
 import logging
 import os
 import time
@@ -78,14 +78,17 @@ def prepare(
     together build once. A damaged store is noticed by its checksums and built again.
 
     Args:
-      spec: "docs", "text:GLOB", "tfds:NAME[/CONFIG]", or several joined with a comma.
+      spec: "docs[:MB]", "text:GLOB", "tfds:NAME[/CONFIG][:VERSION][#FEATURE]", or several joined
+        with a comma.
       objective: "mlm" or "clm"; decides the special tokens and whether documents end with one.
       tokenizer: a tokenizer.json or a BERT vocab.txt; None takes the one in ``run_dir`` if there
         is one, and else trains a byte-level BPE of ``vocab_size`` tokens.
       vocab_size: size of a trained vocabulary; a tiny corpus may yield fewer tokens.
       valid_fraction: share of the documents to hold out for evaluation.
       cache_dir: default ``default_cache_dir()``.
-      run_dir: the tokenizer is saved there as ``tokenizer.json``.
+      run_dir: the tokenizer is saved there as ``tokenizer.json``, and ``corpus.json`` names the
+        token store. Called again with the same arguments, a run goes on with the tokens it began
+        with, even if source files (an upgraded package, say) have changed since.
       workers: processes; default one per core.
 
     Returns:
@@ -106,26 +109,28 @@ def prepare(
             f"valid_fraction={valid_fraction} must lie between 0 and 1, for example {VALID_FRACTION}"
         )
     cache = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or build.usable_cores()
     parts = split_spec(spec)
     if tokenizer is not None:
         load_tokenizer(tokenizer, objective)  # A bad file is reported before any other work.
     with store.explained_os_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
-        build_ = _Preparation(
+        preparation = _Preparation(
             [_source(kind, argument) for kind, argument in parts],
             objective,
             valid_fraction,
             cache,
             workers,
         )
-        vocabulary = build_.vocabulary(tokenizer, vocab_size, run_dir)
-        return build_.corpus(vocabulary)
+        run = Path(run_dir).expanduser() if run_dir else None
+        vocabulary = preparation.vocabulary(tokenizer, vocab_size, run)
+        arguments = [spec, objective, valid_fraction, vocabulary.fingerprint]
+        return preparation.corpus(vocabulary, run, arguments)
 
 
 def _source(kind: str, argument: str) -> Source:
     if kind == "docs":
-        return DocsSource()
+        return DocsSource(int(argument)) if argument else DocsSource()
     return TextSource(argument) if kind == "text" else TfdsSource(argument)
 
 
@@ -135,7 +140,7 @@ class _Preparation:
         self._objective, self._valid_fraction = objective, valid_fraction
         self._cache, self._workers = cache, workers
         self._key = store.digest(
-            _code_version(), [s.fingerprint for s in sources], objective, valid_fraction
+            build.code_version(), [s.fingerprint for s in sources], objective, valid_fraction
         )
 
     @functools.cached_property
@@ -143,8 +148,8 @@ class _Preparation:
         """Read only when something has to be built: a warm start touches no source file."""
         return [u for source in self._sources for u in source.units(self._cache, self._workers)]
 
-    def vocabulary(self, given, vocab_size: int, run_dir) -> Vocabulary:
-        saved = Path(run_dir) / "tokenizer.json" if run_dir else None
+    def vocabulary(self, given, vocab_size: int, run_dir: Path | None) -> Vocabulary:
+        saved = run_dir / "tokenizer.json" if run_dir else None
         if given is not None:
             vocabulary, origin = load_tokenizer(given, self._objective), f"read from {given}"
         elif saved and saved.exists():
@@ -164,8 +169,8 @@ class _Preparation:
             except ValueError as error:
                 if path.exists():
                     log.warning("tokenizer cache is damaged, training again: %s", error)
-            started = time.perf_counter()
             sample = _Sample(self._units, self._valid_fraction)
+            started = time.perf_counter()
             vocabulary = train_tokenizer(sample, self._objective, vocab_size)
             vocabulary.save(path)
         origin = (
@@ -175,24 +180,26 @@ class _Preparation:
         )
         return vocabulary, origin
 
-    def corpus(self, vocabulary: Vocabulary) -> Corpus:
+    def corpus(self, vocabulary: Vocabulary, run_dir: Path | None, arguments: list) -> Corpus:
+        started = time.perf_counter()
         key = store.digest(self._key, vocabulary.fingerprint)
-        directory = self._cache / f"tokens-{key}"
-        with store.locked(directory):
-            started = time.perf_counter()
-            meta = self._opened(directory)
-            how = "read from the cache"
-            if meta is None:
-                with store.new_directory(directory) as temporary:
-                    meta = build.build_store(
-                        temporary,
-                        self._units,
-                        vocabulary,
-                        valid_fraction=self._valid_fraction,
-                        workers=self._workers,
-                        key=key,
-                    )
-                how = "built"
+        record = run_dir / "corpus.json" if run_dir else None
+        directory, meta, how = self._cache / f"tokens-{key}", None, "read from the cache"
+        kept = self._kept(record, arguments)
+        if kept and kept != directory:
+            with store.locked(kept):
+                meta = self._opened(kept)
+            if meta:
+                log.warning("the source files have changed; this run keeps the tokens it has")
+                directory = kept
+        if meta is None:
+            with store.locked(directory):
+                meta = self._opened(directory)
+                if meta is None:
+                    meta, how = self._build(directory, vocabulary, key), "built"
+        if record:
+            entry = {"arguments": arguments, "store": directory.name}
+            store.write_atomically(record, json.dumps(entry, indent=1).encode())
         stats = {split: entry["stats"] for split, entry in meta["splits"].items()}
         _log_stats(stats, f"{how} in {build.seconds_since(started)}, {directory}")
         return Corpus(
@@ -203,6 +210,26 @@ class _Preparation:
             stats,
             directory,
         )
+
+    def _build(self, directory: Path, vocabulary: Vocabulary, key: str) -> dict:
+        with store.new_directory(directory) as temporary:
+            return build.build_store(
+                temporary,
+                self._units,
+                vocabulary,
+                valid_fraction=self._valid_fraction,
+                workers=self._workers,
+                key=key,
+            )
+
+    def _kept(self, record: Path | None, arguments: list) -> Path | None:
+        """The store that the run began with, if it was made from these arguments and is there."""
+        try:
+            entry = json.loads(record.read_text()) if record else {}
+        except (OSError, ValueError):
+            return None
+        directory = self._cache / entry.get("store", "")
+        return directory if entry.get("arguments") == arguments and directory.is_dir() else None
 
     def _opened(self, directory: Path) -> dict | None:
         if not directory.exists():
@@ -243,10 +270,3 @@ def _log_stats(stats: dict[str, dict[str, int]], how: str) -> None:
         )
     share = stats["valid"]["tokens"] / sum(s["tokens"] for s in stats.values())
     log.info("token cache: %.1f %% of the tokens held out, %s", 100 * share, how)
-
-
-@functools.cache
-def _code_version() -> str:
-    """Hash of this package's source: a change in how text is read or cut makes new caches."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.blake2b(b"".join(f.read_bytes() for f in files), digest_size=8).hexdigest()

@@ -20,11 +20,13 @@ from typing import Protocol
 from train.data.store import digest
 
 KINDS = {
-    "docs": "docs: the documentation of Python and of the installed packages",
+    "docs": "docs[:MB]: the documentation of Python and of the installed packages, read from at "
+    "most MB megabytes of their files (160)",
     "tfds": "tfds:NAME[/CONFIG]: a TensorFlow Datasets data set",
     "text": "text:GLOB: .txt or .jsonl files, plain, .gz or .xz",
 }
 _RANGE_BYTES = 16 << 20
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them, UTF-8 cannot.
 _COMPRESSED = {".gz": gzip.open, ".xz": lzma.open}
 
 
@@ -61,9 +63,13 @@ def split_spec(spec: str) -> list[tuple[str, str]]:
                 + "\n  ".join(KINDS.values())
                 + "\nSeveral are joined with a comma: docs,text:GLOB"
             )
-        if bool(argument) != (kind != "docs"):
-            rule = "takes no argument" if kind == "docs" else "needs an argument"
-            raise ValueError(f"data source {part.strip()!r} {rule}: {KINDS[kind]}")
+        if kind != "docs" and not argument:
+            raise ValueError(f"data source {part.strip()!r} needs an argument: {KINDS[kind]}")
+        if kind == "docs" and argument and not re.fullmatch(r"[1-9]\d*", argument):
+            raise ValueError(
+                f"data source {part.strip()!r}: the megabytes to read must be a positive integer, "
+                "for example docs:50"
+            )
         parts.append((kind, argument))
     return parts
 
@@ -74,7 +80,7 @@ class TextUnit:
 
     A range owns a document when the line end (.jsonl) or the last blank line (.txt) before it lies
     in the range, so neighbouring ranges share nothing and lose nothing. Bytes that are not UTF-8
-    are read as U+FFFD, the replacement character.
+    are read as U+FFFD, the replacement character; a byte order mark is dropped.
     """
 
     path: str
@@ -112,9 +118,9 @@ class TextUnit:
 
     def _text_of(self, line: bytes, position: int) -> str:
         try:
-            record = json.loads(line.decode("utf-8", "replace"))
+            record = json.loads(line.decode("utf-8", "replace").removeprefix("\ufeff"))
             if isinstance(record, dict) and isinstance(record.get("text"), str):
-                return record["text"]
+                return _LONE_SURROGATE.sub("\ufffd", record["text"])
             keys = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record)
             problem = f'has no string under the key "text" (it has {keys or "no keys"})'
         except ValueError as error:
@@ -141,13 +147,13 @@ class TextUnit:
                     return
                 continue
             if block:
-                yield b"".join(block).decode("utf-8", "replace")
+                yield _decoded(block)
                 block = []
             if self.stop is not None and position >= self.stop:
                 return
             owned = True
         if block:
-            yield b"".join(block).decode("utf-8", "replace")
+            yield _decoded(block)
 
 
 class TextSource:
@@ -196,6 +202,10 @@ def text_units(path: str, range_bytes: int = _RANGE_BYTES) -> list[Unit]:
         TextUnit(path, start, min(start + range_bytes, size), min(range_bytes, size - start))
         for start in starts
     ]
+
+
+def _decoded(block: list[bytes]) -> str:
+    return b"".join(block).decode("utf-8", "replace").removeprefix("\ufeff").strip()
 
 
 def _kinds(path: str) -> tuple[str, str]:

@@ -227,7 +227,7 @@ def locked(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained_os_errors(directory: Path) -> Iterator[None]:
-    """Turns a full disk or an unwritable directory into a message that says what to do."""
+    """Turns a full disk or an unwritable cache directory into a message that says what to do."""
     try:
         yield
     except OSError as error:
@@ -236,7 +236,7 @@ def explained_os_errors(directory: Path) -> Iterator[None]:
                 f"no space left on the device that holds the data cache {directory}: free some "
                 "space, or put the cache elsewhere with --cache-dir. Nothing half-written was kept"
             )
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        elif error.errno in _UNWRITABLE and _concerns(directory, error.filename):
             message = (
                 f"the data cache {directory} cannot be written ({error.strerror}: "
                 f"{error.filename}): make it writable or name another with --cache-dir"
@@ -244,6 +244,16 @@ def explained_os_errors(directory: Path) -> Iterator[None]:
         else:
             raise
         raise OSError(error.errno, message) from error
+
+
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+
+
+def _concerns(directory: Path, filename: object) -> bool:
+    """Whether a failing path lies in the directory or on the way to it."""
+    return isinstance(filename, str) and (
+        Path(filename).is_relative_to(directory) or directory.is_relative_to(filename)
+    )
 
 
 def _sync_directory(directory: Path) -> None:
