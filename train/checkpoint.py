@@ -9,7 +9,6 @@ whole or absent.
 """
 
 import errno
-import json
 import pathlib
 import shutil
 from typing import Any
@@ -19,7 +18,6 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from slope_jax import TrainState
-from train.config import Config, free_fields, to_json
 
 
 class OutOfSpace(OSError):
@@ -60,6 +58,10 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """Steps that a checkpoint is kept of, ascending."""
+        return sorted(self._manager.all_steps())
 
     def path(self, step: int) -> pathlib.Path:
         return self.folder / str(step)
@@ -103,7 +105,8 @@ class Checkpoints:
     def read_run(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """The run's record and the tokenizer of a checkpoint, without its arrays."""
         items = self._manager.restore(
-            step, args=ocp.args.Composite(run=ocp.args.JsonRestore(), tokenizer=ocp.args.JsonRestore())
+            step,
+            args=ocp.args.Composite(run=ocp.args.JsonRestore(), tokenizer=ocp.args.JsonRestore()),
         )
         return items["run"], items["tokenizer"]
 
@@ -125,22 +128,6 @@ class Checkpoints:
         self._manager.close()
 
 
-def check_config(saved: dict[str, Any], config: Config, folder: pathlib.Path) -> None:
-    """Refuse to go on from a checkpoint of another configuration.
-
-    Raises:
-      ValueError: lists the fields that differ, both values, and the remedy.
-    """
-    ours, free = to_json(config), free_fields()
-    names = [n for n in {**saved, **ours} if n not in free and saved.get(n) != ours.get(n)]
-    if names:
-        lines = "\n".join(f"  {n}: {saved.get(n)} there, {ours.get(n)} here" for n in names)
-        raise ValueError(
-            f"{folder} holds a run of another configuration:\n{lines}\n"
-            f"Give the values it was started with to go on, or another --run-dir to start anew."
-        )
-
-
 def check_space(folder: pathlib.Path, needed: int) -> None:
     """Raise `OutOfSpace` unless the disk of `folder` has room for `needed` bytes and some more."""
     existing = next(p for p in (folder, *folder.parents) if p.exists())
@@ -158,10 +145,6 @@ def state_bytes(state: TrainState) -> int:
     """Bytes of parameters, masks and optimizer state."""
     leaves = jax.tree.leaves((state.params, state.masks, state.opt_state))
     return sum(x.size * x.dtype.itemsize for x in leaves)
-
-
-def tokenizer_json(path: pathlib.Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _saved(state: TrainState, key: jax.Array) -> dict[str, Any]:

@@ -143,7 +143,9 @@ class Config:
     def __post_init__(self):
         for name in PER_PHASE:  # one value may be given bare
             value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, int | float) else (*value,))
+            object.__setattr__(
+                self, name, (value,) if isinstance(value, int | float) else (*value,)
+            )
         _check_choices(self)
         _check_phases(self)
         _check_ranges(self)

@@ -1,6 +1,9 @@
 """What the user sees while a run goes on: a progress bar, or plain lines where none can be drawn."""
 
+import contextlib
+import math
 import time
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import (
@@ -16,35 +19,50 @@ LINE_SECONDS = 15.0  # between plain lines
 
 
 class Speed:
-    """Tokens per second and seconds to go, over recent steps; compilation is left out."""
+    """How fast steps go, without what isn't a step: compilation, evaluation, saving.
+
+    Attributes:
+      seconds, tokens: measured in all.
+    """
 
     def __init__(self, horizon: float = 30.0):
-        self._horizon = horizon
-        self.restart()
+        self._horizon, self._marks, self._rates = horizon, [], (0.0, 0.0)
+        self.seconds, self.tokens = 0.0, 0
 
     def restart(self) -> None:
-        """Forget the past: the next step compiles."""
-        self._marks: list[tuple[float, int, int]] = []
+        """The next step compiles: count from its end on."""
+        self._marks = []
 
-    def update(self, steps: int, tokens: int, now: float | None = None) -> None:
-        """Note that `steps` and `tokens` in all are done."""
-        self._marks.append((time.monotonic() if now is None else now, steps, tokens))
-        while len(self._marks) > 2 and self._marks[-1][0] - self._marks[1][0] > self._horizon:
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time that the block takes."""
+        start = time.monotonic()
+        yield
+        lost = time.monotonic() - start
+        self._marks = [(when + lost, steps, tokens) for when, steps, tokens in self._marks]
+
+    def update(self, steps: int, tokens: int) -> None:
+        """Note that `steps` and `tokens` in all are done now."""
+        self._marks.append((time.monotonic(), steps, tokens))
+        if len(self._marks) == 1:
+            return
+        before, now = self._marks[-2:]
+        self.seconds += now[0] - before[0]
+        self.tokens += now[2] - before[2]
+        while len(self._marks) > 2 and now[0] - self._marks[1][0] > self._horizon:
             self._marks.pop(0)
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self._rate(2)
+        first = self._marks[0]
+        elapsed = max(now[0] - first[0], 1e-9)
+        self._rates = (now[1] - first[1]) / elapsed, (now[2] - first[2]) / elapsed
 
     @property
     def steps_per_second(self) -> float:
-        return self._rate(1)
+        """Over the last half minute; 0 before two steps are done."""
+        return self._rates[0]
 
-    def _rate(self, column: int) -> float:
-        if len(self._marks) < 2:
-            return 0.0
-        first, last = self._marks[0], self._marks[-1]
-        return (last[column] - first[column]) / max(last[0] - first[0], 1e-9)
+    @property
+    def tokens_per_second(self) -> float:
+        return self._rates[1]
 
 
 class Display:
@@ -79,7 +97,7 @@ class Display:
 
     def message(self, text: str) -> None:
         """Print a line above the bar."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def update(self, step: int, metrics: dict[str, float], speed: Speed) -> None:
         """Show that `step` steps are done, with the latest metrics."""
@@ -103,10 +121,6 @@ def duration(seconds: float) -> str:
 
 def size(count: float) -> str:
     """Bytes with a binary unit."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            break
-        count /= 1024
-    else:
-        unit = "TiB"
-    return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = min(int(math.log2(max(count, 1))) // 10, len(units) - 1)
+    return f"{count / 1024**power:,.{1 if power else 0}f} {units[power]}"

@@ -103,7 +103,9 @@ def scale_by_layer_trust_ratio(
 
     def update_fn(updates, state, params=None):
         if params is None:
-            raise ValueError("the trust ratio needs the parameters: call update(grads, state, params)")
+            raise ValueError(
+                "the trust ratio needs the parameters: call update(grads, state, params)"
+            )
         return jax.tree_util.tree_map_with_path(scale, updates, params), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)

@@ -180,7 +180,9 @@ def _cells(amount: Amount) -> tuple[str, ...]:
 
 
 def _phases_text(plan: Plan) -> str:
-    rows = [("phase", "steps", "tokens", "sequences", "length", "micro-batch", "lr", "warm-up steps")]
+    rows = [
+        ("phase", "steps", "tokens", "sequences", "length", "micro-batch", "lr", "warm-up steps")
+    ]
     for p in plan.config.phases:
         rows.append(
             (
@@ -194,9 +196,7 @@ def _phases_text(plan: Plan) -> str:
                 f"{p.warmup_steps:,}",
             )
         )
-    rows.append(
-        ("all", f"{plan.config.total_steps:,}", f"{plan.config.total_tokens:,}", *[""] * 5)
-    )
+    rows.append(("all", f"{plan.config.total_steps:,}", f"{plan.config.total_tokens:,}", *[""] * 5))
     return _table(rows)
 
 

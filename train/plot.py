@@ -32,7 +32,9 @@ def loss_curve(
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color="#9bb8d3", linewidth=0.8, label="training, per step")
-        axes.plot(steps, _smooth(losses), color="#1f5a91", linewidth=1.8, label="training, smoothed")
+        axes.plot(
+            steps, _smooth(losses), color="#1f5a91", linewidth=1.8, label="training, smoothed"
+        )
     if held_out:
         steps, losses = zip(*held_out, strict=True)
         axes.plot(steps, losses, "o-", color="#d1632a", markersize=4, label="held out")
@@ -41,7 +43,9 @@ def loss_curve(
         )
     for start in phase_starts:
         axes.axvline(start, color="0.6", linewidth=1, linestyle=":")
-        axes.text(start, 0.98, " next phase", transform=axes.get_xaxis_transform(), va="top", size=9)
+        axes.text(
+            start, 0.98, " next phase", transform=axes.get_xaxis_transform(), va="top", size=9
+        )
     if adapter_step is not None:
         last = max((step for step, _ in train + held_out), default=adapter_step)
         axes.axvspan(adapter_step, last, color="#2b8a3e", alpha=0.12, linewidth=0)

@@ -124,7 +124,9 @@ def _accumulate(grad_fn: Callable, params, batch: Batch, key: jax.Array, accumul
 
     def body(carry, inputs):
         index, micro = inputs
-        return jax.tree.map(jnp.add, carry, grad_fn(params, micro, jax.random.fold_in(key, index))), None
+        return jax.tree.map(
+            jnp.add, carry, grad_fn(params, micro, jax.random.fold_in(key, index))
+        ), None
 
     first = jax.tree.map(lambda x: x[0], micros)
     shapes = jax.eval_shape(grad_fn, params, first, key)

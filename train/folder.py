@@ -1,0 +1,86 @@
+"""The folder of a run: one process at a time, and only ever a run of one configuration."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+from train.config import Config, free_fields, to_json
+from train.metrics import METRICS_FILE, write_text
+
+CONFIG_FILE, LOCK_FILE, TOKENIZER_FILE = "config.json", "lock", "tokenizer.json"
+LEFTOVERS = (METRICS_FILE, TOKENIZER_FILE, "summary.json", "loss.png", "tensorboard")
+
+
+@contextlib.contextmanager
+def open_folder(config: Config) -> Iterator[pathlib.Path]:
+    """Create the run's folder if need be and hold it against other processes.
+
+    Raises:
+      ValueError: it can't be written, holds something other than a run, or another process
+        trains in it.
+    """
+    path = pathlib.Path(config.run_dir or config.default_run_dir()).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        strangers = {p.name for p in path.iterdir()} - {LOCK_FILE}
+        if strangers and CONFIG_FILE not in strangers:
+            raise ValueError(
+                f"run folder {path} is not empty and holds no run (no {CONFIG_FILE}); name a new or "
+                f"empty one with --run-dir"
+            )
+        lock = (path / LOCK_FILE).open("a+")
+    except OSError as error:
+        raise ValueError(
+            f"run folder {path} cannot be written: {error.strerror}; name another with --run-dir"
+        ) from error
+    with lock:
+        _take(lock, path)
+        yield path
+
+
+def start_anew(path: pathlib.Path, config: Config) -> None:
+    """Remove what a run that never reached a checkpoint left, and note the configuration."""
+    for name in LEFTOVERS:
+        target = path / name
+        if target.is_dir():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
+    write_text(path / CONFIG_FILE, json.dumps(to_json(config), indent=1) + "\n")
+
+
+def check_config(saved: dict[str, Any], config: Config, folder: pathlib.Path) -> None:
+    """Refuse to go on from a checkpoint of another configuration.
+
+    Raises:
+      ValueError: lists the fields that differ, both values, and the remedy.
+    """
+    ours, free = to_json(config), free_fields()
+    names = [n for n in {**saved, **ours} if n not in free and saved.get(n) != ours.get(n)]
+    if names:
+        lines = "\n".join(f"  {n}: {saved.get(n)} there, {ours.get(n)} here" for n in names)
+        raise ValueError(
+            f"{folder} holds a run of another configuration:\n{lines}\n"
+            f"Give the values it was started with to go on, or another --run-dir to start anew."
+        )
+
+
+def _take(lock, path: pathlib.Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        owner = lock.read().strip() or "unknown"
+        raise ValueError(
+            f"process {owner} trains in run folder {path} already; wait for it, stop it, or name "
+            f"another folder with --run-dir"
+        ) from None
+    lock.seek(0)
+    lock.truncate()
+    lock.write(str(os.getpid()))
+    lock.flush()

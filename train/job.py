@@ -1,0 +1,312 @@
+"""The pretraining job: from a configuration to a trained, summarised run, through any stop."""
+
+import enum
+import json
+import math
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+
+from slope_jax import TrainState
+from train import environment, summary
+from train.checkpoint import Checkpoints, check_space
+from train.config import Config, Phase, to_json
+from train.data import batches_from
+from train.display import Display, Speed
+from train.folder import TOKENIZER_FILE, check_config, open_folder, start_anew
+from train.inputs import make_datasets, open_corpus
+from train.metrics import MetricsWriter, write_text
+from train.plan import make_plan
+from train.signals import StopRequest
+from train.state import abstract_state, init_state, join_adapters, make_setup, step_key
+from train.step import all_finite, evaluate, make_train_step
+
+LAG = 1  # steps that may be under way while the host looks at the metrics of the one before
+
+
+class Exit(enum.IntEnum):
+    """Exit codes of the command. A signal gives 128 + its number: 130 Ctrl-C, 143 SIGTERM."""
+
+    DONE = 0
+    FAILED = 1  # not finite, full disk
+    BAD_INPUT = 2
+    UNFINISHED = 75  # --max-minutes; the same command goes on
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss, the gradient or the state is NaN or infinite."""
+
+
+class Stopped(NamedTuple):
+    """Why a run ended ahead of its last step."""
+
+    code: int
+    reason: str
+
+
+def pretrain(config: Config, *, console: Console | None = None, stop_at: int | None = None) -> int:
+    """Train as configured, going on from the run's last checkpoint if there is one.
+
+    Args:
+      config: the run.
+      console: where to report; by default standard output.
+      stop_at: save and stop after so many steps in all, as a signal would.
+
+    Returns:
+      An exit code, see `Exit`.
+
+    Raises:
+      ValueError: bad input, before anything was computed.
+      NonFiniteError: training diverged; names the last good checkpoint.
+      OutOfSpace: the disk is full; what was saved before is intact.
+    """
+    started = time.monotonic()
+    plan = make_plan(config)  # finds all that can be known to be wrong without the data
+    with open_folder(config) as folder:
+        check_space(folder, plan.checkpoint_bytes)
+        checkpoints = Checkpoints(folder, keep=config.keep_checkpoints)
+        try:
+            return _Job(config, folder, checkpoints, console or Console(), started).run(stop_at)
+        finally:
+            checkpoints.close()
+
+
+class _Job:
+    """One process's part of a run."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: pathlib.Path,
+        checkpoints: Checkpoints,
+        console: Console,
+        started: float,
+    ):
+        self.config, self.folder, self.checkpoints = config, folder, checkpoints
+        self.console, self.started, self.clock = console, started, started
+        self.step = checkpoints.latest() or 0
+        self.history: dict[str, Any] = {
+            "evals": [],
+            "adapters": 0,
+            "seconds": 0.0,
+            "step_seconds": 0.0,
+            "step_tokens": 0,
+        }
+        data = self._open_record()
+        self.corpus = open_corpus(config, folder, data)
+        self.data = make_datasets(config, self.corpus)
+        self.setup = make_setup(config, vocab_size=self.corpus.vocab_size)
+        self.plan = make_plan(config, self.setup)
+        self.key = step_key(self.setup)
+        self.speed = Speed()
+        self.pending: list[tuple[int, dict[str, jax.Array]]] = []
+
+    def run(self, stop_at: int | None) -> int:
+        write_text(self.folder / "plan.txt", f"{self.plan}\n")
+        if self.step == self.config.total_steps:
+            self._say(f"{self.folder} is complete. To start anew, name another --run-dir.")
+            return self._finish()
+        self._say(str(self.plan).split("\n\n")[0])
+        stopped = self._train(stop_at)
+        if stopped is None:
+            return self._finish()
+        self.checkpoints.wait()
+        self._say(
+            f"{stopped.reason}; saved after step {self.step} of {self.config.total_steps} in "
+            f"{self.checkpoints.path(self.step)}.\nThe same command goes on from there:\n"
+            f"  {summary.command()}"
+        )
+        return stopped.code
+
+    def _open_record(self) -> str | None:
+        """Take up what the last checkpoint says; returns the fingerprint of its corpus."""
+        if self.step == 0:
+            start_anew(self.folder, self.config)
+            return None
+        record, tokenizer = self.checkpoints.read_run(self.step)
+        check_config(record["config"], self.config, self.folder)
+        self.history = record["history"]
+        if not (self.folder / TOKENIZER_FILE).exists():
+            write_text(self.folder / TOKENIZER_FILE, json.dumps(tokenizer))
+        return record["data"]
+
+    def _initial_state(self) -> TrainState:
+        if self.step == 0:
+            return init_state(self.setup)
+        joined = self.config.adapter_step
+        shapes = abstract_state(self.setup, adapters=joined is not None and self.step > joined)
+        state, self.key = self.checkpoints.restore(self.step, shapes)
+        self._say(f"Going on after step {self.step} from {self.checkpoints.path(self.step)}")
+        return state
+
+    def _train(self, stop_at: int | None) -> Stopped | None:
+        total, stopped = self.config.total_steps, None
+        with StopRequest() as request:
+            state = self._initial_state()
+            self.writer = MetricsWriter(
+                self.folder, step=self.step, tensorboard=self.config.tensorboard
+            )
+            try:
+                with Display(self.console, total=total, done=self.step) as self.display:
+                    if self.step == 0:
+                        self._evaluate(state, self.config.phases[0])
+                    while self.step < total and not stopped:
+                        state, stopped = self._train_phase(state, request, stop_at)
+            finally:
+                self.writer.close()
+        return stopped
+
+    def _train_phase(
+        self, state: TrainState, request: StopRequest, stop_at: int | None
+    ) -> tuple[TrainState, Stopped | None]:
+        phase = next(p for p in self.config.phases if self.step < p.end)
+        train_step = make_train_step(phase.accumulation, self.setup.schedule)
+        batches = batches_from(self.data[phase.index].train, self.step - phase.start)
+        self._compiles()
+        while self.step < phase.end:
+            if self.step == self.config.adapter_step:
+                state = self._join(state)
+            state, metrics = train_step(state, next(batches), self.key)
+            self.step += 1
+            self.pending.append((self.step, metrics))
+            self._report(keep=LAG)
+            if self._due(self.config.eval_every):
+                self._evaluate(state, phase)
+            stopped = self._why_stop(request, stop_at)
+            if stopped or self._due(self.config.checkpoint_every):
+                self._save(state)
+            if stopped:
+                return state, stopped
+        return state, None
+
+    def _join(self, state: TrainState) -> TrainState:
+        self._compiles()
+        state, count = join_adapters(self.setup, state)
+        if count != self.plan.adapters:
+            raise RuntimeError(f"{count} layers got adapters, {self.plan.adapters} were planned")
+        self.history["adapters"] = count
+        self.display.message(
+            f"step {self.step}/{self.config.total_steps}  adapters of rank {self.plan.rank} join "
+            f"{count} linears; the step is compiled again"
+        )
+        return state
+
+    def _compiles(self) -> None:
+        self._report(keep=0)
+        self.speed.restart()
+
+    def _report(self, keep: int) -> None:
+        """Look at the metrics of all steps but the latest `keep`, in order."""
+        while len(self.pending) > keep:
+            step, arrays = self.pending.pop(0)
+            metrics = {name: float(x) for name, x in jax.device_get(arrays).items()}
+            for name in ("loss", "grad_norm"):
+                if not math.isfinite(metrics[name]):
+                    self._give_up(f"{name} is {metrics[name]} at step {step}")
+            tokens = self._tokens(step)
+            self.speed.update(step, tokens)
+            self.display.update(step, metrics, self.speed)
+            if step % self.config.log_every == 0 or step == self.config.total_steps:
+                rate = round(self.speed.tokens_per_second, 1)
+                self.writer.write(step, metrics | {"tokens": tokens, "tokens_per_second": rate})
+
+    def _evaluate(self, state: TrainState, phase: Phase) -> None:
+        self._report(keep=0)
+        held_out = self.data[phase.index].held_out
+        with self.speed.paused():
+            count = min(self.config.eval_batches, len(held_out))
+            metrics = evaluate(state, [held_out[i] for i in range(count)])
+        if not math.isfinite(metrics["eval_loss"]):
+            self._give_up(f"the held-out loss is {metrics['eval_loss']} after step {self.step}")
+        self.history["evals"].append({"step": self.step} | metrics)
+        self.writer.write(self.step, metrics)
+        accuracy = "".join(f"  {k[5:]} {v:.3f}" for k, v in metrics.items() if "accuracy" in k)
+        self.display.message(
+            f"step {self.step}/{self.config.total_steps}  held-out loss {metrics['eval_loss']:.4f}"
+            f"  perplexity {metrics['eval_perplexity']:,.1f}{accuracy}"
+        )
+
+    def _save(self, state: TrainState) -> None:
+        self._report(keep=0)
+        with self.speed.paused():
+            if not bool(all_finite(state)):
+                self._give_up(f"the state is not finite after step {self.step}")
+            self.writer.sync()
+            self._update_history()
+            evals = {x["step"]: x["eval_loss"] for x in self.history["evals"]}
+            tokenizer = json.loads(self.corpus.tokenizer.to_json())
+            self.checkpoints.save(state, self.key, self._record(), tokenizer, evals.get(self.step))
+
+    def _update_history(self) -> None:
+        now = time.monotonic()
+        self.history["seconds"] += now - self.clock
+        self.history["step_seconds"] += self.speed.seconds
+        self.history["step_tokens"] += self.speed.tokens
+        self.clock, self.speed.seconds, self.speed.tokens = now, 0.0, 0
+
+    def _record(self) -> dict[str, Any]:
+        phase = next(p for p in self.config.phases if self.step <= p.end)
+        return {
+            "config": to_json(self.config),
+            "step": self.step,
+            "phase": phase.index,
+            "batch": self.step - phase.start,  # the position in this phase's stream
+            "data": self.corpus.fingerprint,
+            "history": self.history,
+            "environment": environment.describe(),
+        }
+
+    def _due(self, every: int) -> bool:
+        return self.step == self.config.total_steps or (every > 0 and self.step % every == 0)
+
+    def _why_stop(self, request: StopRequest, stop_at: int | None) -> Stopped | None:
+        if self.step == self.config.total_steps:
+            return None
+        if request.signal is not None:
+            return Stopped(128 + request.signal, f"Stopped by {request.signal.name}")
+        if stop_at is not None and self.step >= stop_at:
+            return Stopped(Exit.UNFINISHED, f"Stopped at step {stop_at}")
+        limit = self.config.max_minutes
+        if limit and time.monotonic() - self.started > 60 * limit:
+            return Stopped(Exit.UNFINISHED, f"Stopped after {limit:g} minutes")
+        return None
+
+    def _give_up(self, what: str) -> None:
+        self.checkpoints.wait()
+        good = self.checkpoints.latest()
+        where = (
+            "No checkpoint had been saved yet"
+            if good is None
+            else f"The last good checkpoint is {self.checkpoints.path(good)}"
+        )
+        raise NonFiniteError(
+            f"{what}: training stopped, nothing was saved. {where}. Try a lower --lr, a longer "
+            f"--warmup, a smaller --clip or --dtype=float32, in another --run-dir."
+        )
+
+    def _finish(self) -> int:
+        self.checkpoints.wait()
+        evals = [x for x in self.history["evals"] if x["step"] in self.checkpoints.steps()]
+        best = min(evals, key=lambda x: x["eval_loss"])["step"]
+        paths = {"last": self.checkpoints.path(self.step), "best": self.checkpoints.path(best)}
+        result = summary.write_summary(
+            self.config,
+            self.plan,
+            self.folder,
+            self.history,
+            {name: str(path) for name, path in paths.items()},
+        )
+        self._say(summary.describe(result, self.folder))
+        return Exit.DONE
+
+    def _tokens(self, step: int) -> int:
+        """Tokens seen after so many steps."""
+        return sum(
+            max(0, min(step, p.end) - p.start) * p.tokens_per_step for p in self.config.phases
+        )
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
