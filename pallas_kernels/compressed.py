@@ -137,16 +137,16 @@ def compress(
         raise ValueError(
             f"mask is {mask.dtype}{list(mask.shape)}; it must be bool{list(w.shape)}, True keeps"
         )
-    groups = split_groups(w, pattern.m, axis)
+    groups = split_groups(to_bits(w), pattern.m, axis)
     if mask is None:
-        keep = largest(magnitude_key(groups), pattern.n, axis=-2)
+        keep = largest(magnitude_key(groups, w.dtype), pattern.n, axis=-2)
     else:
         keep = split_groups(mask, pattern.m, axis)
         _check_mask_count(keep, pattern)
-        groups = jnp.where(keep, groups, jnp.zeros((), w.dtype))
+        groups = jnp.where(keep, groups, jnp.zeros((), groups.dtype))
         keep = _fill_up(keep, pattern)
     positions = kept_positions(keep, pattern.n)
-    values = join_groups(pick(groups, positions), axis)
+    values = from_bits(join_groups(pick(groups, positions), axis), w.dtype)
     metadata = pack_positions(join_groups(positions, axis), pattern, axis)
     return CompressedMatrix(values, metadata, pattern, axis, shape)
 
@@ -154,9 +154,9 @@ def compress(
 def decompress(w: CompressedMatrix) -> jax.Array:
     """The dense (..., in, out) matrix: survivors at their positions, +0.0 elsewhere."""
     w.check()
-    values = split_groups(w.values, w.n, w.axis)
+    values = split_groups(to_bits(w.values), w.n, w.axis)
     positions = split_groups(positions_of(w), w.n, w.axis)
-    return join_groups(place(values, positions, w.m), w.axis)
+    return from_bits(join_groups(place(values, positions, w.m), w.axis), w.dtype)
 
 
 def positions_of(w: CompressedMatrix) -> jax.Array:
@@ -166,7 +166,7 @@ def positions_of(w: CompressedMatrix) -> jax.Array:
 
 def kept_mask(w: CompressedMatrix) -> jax.Array:
     """bool (..., in, out), True where an entry is stored."""
-    return decompress(w.with_values(jnp.ones(w.values.shape, jnp.float32))) != 0
+    return decompress(w.with_values(jnp.ones_like(w.values))) != 0
 
 
 # Groups. Inside this package a grouped array has shape (..., groups, m or n, lines): the members of
@@ -189,11 +189,21 @@ def join_groups(groups: jax.Array, axis: int) -> jax.Array:
 # Selection
 
 
-def magnitude_key(w: jax.Array) -> jax.Array:
-    """Unsigned integers in the order of |w|: -0.0 as 0.0, all NaN equal and above Inf."""
-    bits = {2: jnp.uint16, 4: jnp.uint32}[w.dtype.itemsize]
-    key = lax.bitcast_convert_type(jnp.abs(w), bits)
-    return jnp.where(jnp.isnan(w), jnp.array(jnp.iinfo(bits).max, bits), key)
+def to_bits(w: jax.Array) -> jax.Array:
+    """Floats as unsigned integers: moved as floats, subnormal numbers may be flushed to zero."""
+    return lax.bitcast_convert_type(w, {2: jnp.uint16, 4: jnp.uint32}[w.dtype.itemsize])
+
+
+def from_bits(bits: jax.Array, dtype) -> jax.Array:
+    """The inverse of `to_bits`."""
+    return lax.bitcast_convert_type(bits, dtype)
+
+
+def magnitude_key(bits: jax.Array, dtype) -> jax.Array:
+    """Unsigned integers in the order of |w|, from its bits: all NaN equal and above Inf."""
+    magnitude = bits & jnp.array(jnp.iinfo(bits.dtype).max >> 1, bits.dtype)
+    infinity = to_bits(jnp.array(jnp.inf, dtype))
+    return jnp.minimum(magnitude, infinity + jnp.array(1, bits.dtype))
 
 
 def largest(key: jax.Array, n: int, axis: int) -> jax.Array:
@@ -239,7 +249,7 @@ def kept_positions(keep: jax.Array, n: int) -> jax.Array:
 def pick(groups: jax.Array, positions: jax.Array) -> jax.Array:
     """(..., groups, n, lines): the members of each group at `positions`.
 
-    A chain of selects, not a gather: it vectorises, fuses, and moves bits unchanged.
+    A chain of selects, not a gather: it vectorises and fuses.
     """
     out = jnp.broadcast_to(groups[..., :1, :], positions.shape)
     for i in range(1, groups.shape[-2]):
@@ -248,7 +258,7 @@ def pick(groups: jax.Array, positions: jax.Array) -> jax.Array:
 
 
 def place(values: jax.Array, positions: jax.Array, m: int) -> jax.Array:
-    """The inverse of `pick`: (..., groups, m, lines) with +0.0 where nothing is stored."""
+    """The inverse of `pick`: (..., groups, m, lines) with zero where nothing is stored."""
     shape = (*values.shape[:-2], m, values.shape[-1])
     index = lax.broadcasted_iota(jnp.uint8, shape, len(shape) - 2)
     out = jnp.zeros(shape, values.dtype)

@@ -158,7 +158,7 @@ def _carry(old: Any, new: Any) -> Any:
         if not _is_newborn(path)
     }
     new_leaves, treedef = jax.tree_util.tree_flatten_with_path(new)
-    if not any(_is_newborn(path) for path, _ in new_leaves):
+    if not any(map(_is_partition, jax.tree.leaves(new, is_leaf=_is_partition))):
         raise ValueError(
             "the optimizer keeps no separate state for adapters, so their moments would miss their"
             " bias correction: wrap its moments in slope_jax.lazy_adapters(...) from the start"
@@ -170,6 +170,10 @@ def _carry(old: Any, new: Any) -> Any:
     if old_leaves:
         raise ValueError("optimizer state that fits no parameter: " + ", ".join(old_leaves))
     return treedef.unflatten(carried)
+
+
+def _is_partition(node: Any) -> bool:
+    return ADAPTER in getattr(node, "inner_states", ())
 
 
 def _is_newborn(path: tuple) -> bool:

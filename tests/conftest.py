@@ -5,6 +5,13 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture
+def strict_dtypes():
+    """No implicit dtype promotion. Not for all tests: optax itself relies on promotion."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield

@@ -1,0 +1,220 @@
+"""SparseDense against flax.linen.Dense and against the formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from pallas_kernels import CompressedMatrix, Pattern, decompress
+from slope_jax import SparseDense, masks
+
+X = jax.random.normal(jax.random.key(9), (2, 5, 16))
+
+
+def dense_kernel(layer, variables, in_features=16):
+    values, metadata = variables["params"]["kernel"], variables["masks"]["kernel"]
+    shape = (in_features, layer.features)
+    return decompress(CompressedMatrix(values, metadata, layer.pattern, 0, shape))
+
+
+@pytest.mark.parametrize("sparsity", [None, "4:4", "1:1"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_bias": False},
+        {"dtype": jnp.bfloat16},
+        {"param_dtype": jnp.float16, "precision": "highest"},
+        {"bias_init": nn.initializers.normal(1.0), "kernel_init": nn.initializers.orthogonal()},
+    ],
+)
+def test_dense_when_nothing_is_pruned(sparsity, options):
+    layer, reference = SparseDense(12, sparsity=sparsity, **options), nn.Dense(12, **options)
+    key = jax.random.key(0)
+    variables, expected = layer.init(key, X), reference.init(key, X)
+    jax.tree.map(np.testing.assert_array_equal, variables, expected)
+    y, y_reference = layer.apply(variables, X), reference.apply(expected, X)
+    assert y.dtype == y_reference.dtype
+    np.testing.assert_array_equal(y, y_reference)
+
+
+@pytest.mark.parametrize("sparsity", ["2:4", "1:2", "2:8"])
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_is_dense_with_the_pruned_kernel(sparsity, dtype):
+    options = {"dtype": dtype, "bias_init": nn.initializers.normal(1.0)}
+    layer, reference = SparseDense(24, sparsity=sparsity, **options), nn.Dense(24, **options)
+    key = jax.random.key(0)
+    variables = layer.init(key, X)
+    whole = reference.init(key, X)["params"]
+    pruned = whole["kernel"] * masks.magnitude_mask(whole["kernel"], sparsity)
+    np.testing.assert_array_equal(dense_kernel(layer, variables), pruned)
+    y = layer.apply(variables, X)
+    expected = reference.apply({"params": {**whole, "kernel": pruned}}, X)
+    assert y.dtype == expected.dtype
+    np.testing.assert_array_equal(y, expected)
+
+
+def test_kernel_and_everything_an_optimizer_keeps_is_half_size():
+    variables = SparseDense(64, use_bias=False).init(jax.random.key(0), jnp.ones((1, 128)))
+    assert variables["params"]["kernel"].shape == (64, 64)
+    tx = optax.chain(optax.ema(0.9), optax.adamw(1e-3))
+    sizes = {leaf.size for leaf in jax.tree.leaves(tx.init(variables["params"])) if leaf.ndim}
+    assert sizes == {128 * 64 // 2}
+    assert variables["masks"]["kernel"].nbytes == 128 * 64 // 8
+
+
+@pytest.mark.parametrize("mask_init", ["random", lambda key, kernel: -jnp.abs(kernel)])
+def test_mask_init_chooses_which_survive(mask_init):
+    layer = SparseDense(32, mask_init=mask_init, use_bias=False)
+    variables = layer.init(jax.random.key(0), X)
+    whole = nn.Dense(32, use_bias=False).init(jax.random.key(0), X)["params"]["kernel"]
+    kept = np.asarray(dense_kernel(layer, variables) != 0)
+    assert masks.is_nm(kept, "2:4")
+    magnitude = np.asarray(masks.magnitude_mask(whole, "2:4"))
+    if callable(mask_init):
+        np.testing.assert_array_equal(kept, ~magnitude)
+    else:
+        assert 0.3 < (kept == magnitude).mean() < 0.7
+    np.testing.assert_array_equal(dense_kernel(layer, variables), np.where(kept, whole, 0))
+
+
+def test_pruned_positions_stay_zero_through_50_steps_of_adamw_with_decay():
+    layer = SparseDense(32)
+    variables = layer.init(jax.random.key(0), X)
+    params, static = variables["params"], variables["masks"]
+    target = jax.random.normal(jax.random.key(1), (2, 5, 32))
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.1))
+    opt_state = tx.init(params)
+
+    @jax.jit
+    def step(params, opt_state):
+        def loss(p):
+            return ((layer.apply({"params": p, "masks": static}, X) - target) ** 2).mean()
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    first = None
+    for _ in range(50):
+        params, opt_state, value = step(params, opt_state)
+        first = value if first is None else first
+    before = dense_kernel(layer, variables)
+    after = dense_kernel(layer, {"params": params, "masks": static})
+    assert value < 0.7 * first
+    assert bool((after[before == 0] == 0).all())
+    assert bool((after != before)[before != 0].all())
+
+
+class Stack(nn.Module):
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        body = nn.remat(SparseDense) if self.remat else SparseDense
+        scanned = nn.scan(
+            _Block,
+            variable_axes={"params": 0, "masks": 0},
+            split_rngs={"params": True},
+            length=3,
+        )
+        return scanned(body, name="layers")(x, None)[0]
+
+
+class _Block(nn.Module):
+    body: type
+
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.tanh(self.body(16, name="linear")(x)), None
+
+
+def test_scan_over_layers_and_remat():
+    model = Stack()
+    variables = model.init(jax.random.key(0), X)
+    assert variables["params"]["layers"]["linear"]["kernel"].shape == (3, 8, 16)
+    assert variables["masks"]["layers"]["linear"]["kernel"].shape == (3, 2, 16)
+    y = X
+    for i in range(3):
+        one = jax.tree.map(lambda leaf: leaf[i], variables)  # noqa: B023
+        one = {name: tree["layers"]["linear"] for name, tree in one.items()}
+        y = nn.tanh(SparseDense(16).apply(one, y))
+    np.testing.assert_allclose(model.apply(variables, X), y, rtol=1e-6)
+
+    def loss(params, model):
+        return model.apply({**variables, "params": params}, X).sum()
+
+    plain, remat = (jax.grad(loss)(variables["params"], Stack(remat)) for remat in (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), plain, remat)
+
+
+def test_vmap_jit_and_eval_shape():
+    layer = SparseDense(8)
+    variables = layer.init(jax.random.key(0), X)
+    y = jax.jit(jax.vmap(lambda x: layer.apply(variables, x)))(X)
+    np.testing.assert_allclose(y, layer.apply(variables, X), rtol=1e-6)
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), X)
+    same = jax.tree.map(lambda s, v: (s.shape, s.dtype) == (v.shape, v.dtype), shapes, variables)
+    assert all(jax.tree.leaves(same))
+
+
+def test_adapters_add_their_product():
+    layer = SparseDense(8, adapter_rank=3, adapter_r_init=nn.initializers.normal(1.0))
+    variables = layer.init(jax.random.key(0), X)
+    params = variables["params"]
+    assert params["adapter_l"].shape == (16, 3)
+    assert params["adapter_r"].shape == (3, 8)
+    without = SparseDense(8).apply(variables, X)
+    expected = without + (X @ params["adapter_l"]) @ params["adapter_r"]
+    np.testing.assert_array_equal(layer.apply(variables, X), expected)
+
+
+def test_adapter_gradient_keeps_the_sparse_part_double_pruned():
+    layer = SparseDense(8, adapter_rank=3, adapter_r_init=nn.initializers.normal(1.0))
+    variables = layer.init(jax.random.key(0), X)
+    params = variables["params"]
+    _, back = jax.vjp(lambda x: layer.apply(variables, x), X)
+    dy = jax.random.normal(jax.random.key(5), (2, 5, 8))
+    w_r = dense_kernel(layer, variables)
+    w_rc = w_r * masks.double_prune(w_r, "2:4")
+    expected = dy @ w_rc.T + (dy @ params["adapter_r"].T) @ params["adapter_l"].T
+    np.testing.assert_allclose(back(dy)[0], expected, rtol=1e-4)
+
+
+def test_default_adapters_change_nothing_at_birth():
+    layer = SparseDense(8, adapter_rank=3)
+    variables = layer.init(jax.random.key(0), X)
+    np.testing.assert_array_equal(layer.apply(variables, X), SparseDense(8).apply(variables, X))
+
+
+def test_pattern_is_parsed():
+    assert SparseDense(8, sparsity="1:4").pattern == Pattern(1, 4)
+    assert SparseDense(8, sparsity="4:4").pattern is None
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (SparseDense(8, sparsity="5:4"), "5:4"),
+        (SparseDense(8, sparsity="sparse"), "'sparse'.*2:4"),
+        (SparseDense(6), "SparseDense: output axis has 6 entries"),
+        (SparseDense(18, sparsity="3:9"), "input axis has 16 entries"),
+        (SparseDense(8, adapter_rank=9), "adapter_rank 9.*between 0 and 8"),
+        (SparseDense(8, adapter_rank=-1), "adapter_rank -1"),
+        (SparseDense(8, mask_init="largest"), "'largest'.*magnitude"),
+        (SparseDense(8, dot_general=jax.lax.dot_general), "dot_general"),
+        (SparseDense(8, implementation="cuda"), "'cuda'"),
+    ],
+)
+def test_bad_options_name_themselves(layer, message):
+    with pytest.raises(ValueError, match=message):
+        layer.init(jax.random.key(0), X)
+
+
+def test_missing_masks_are_named():
+    layer = SparseDense(8, name="up")
+    params = layer.init(jax.random.key(0), X)["params"]
+    with pytest.raises(ValueError, match="'masks' is missing"):
+        layer.apply({"params": params}, X)

@@ -1,0 +1,78 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+from slope_jax import SparseDense, explain
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return SparseDense(16, sparsity="2:8", adapter_rank=2, name="linear")(x), None
+
+
+class Model(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(32, 8, name="embed")
+        x = nn.Dense(16, name="first")(embed(tokens))
+        x = SparseDense(16, name="up")(x)
+        scan = nn.scan(
+            Block, variable_axes={"params": 0, "masks": 0}, split_rngs={"params": True}, length=3
+        )
+        x = scan(name="layers")(x, None)[0]
+        x = SparseDense(8, sparsity=None, name="head")(x)
+        return embed.attend(x)
+
+
+TOKENS = jnp.zeros((2, 3), jnp.int32)
+
+
+def table():
+    model = Model()
+    variables = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
+    return explain(model, variables, TOKENS)
+
+
+def test_every_linear_has_its_row():
+    rows = {row.path: row for row in table().rows}
+    assert list(rows) == ["first", "up", "layers/linear", "head", "embed"]
+    assert [row.pattern for row in rows.values()] == ["dense", "2:4", "2:8", "dense", "dense"]
+    assert rows["layers/linear"].layers == 3
+    assert rows["up"].shape == (16, 16)
+    assert rows["head"].reason == "sparsity is dense"
+    assert rows["embed"].reason == "tied embedding"
+    assert rows["up"].implementation == "xla"
+
+
+def test_bytes_are_counted_exactly():
+    rows = {row.path: row for row in table().rows}
+    assert rows["up"].dense_bytes == 16 * 16 * 4
+    assert rows["up"].stored_bytes == 8 * 16 * 4 + 16 * 16 // 8
+    # 2:8: a quarter of the values, 4 positions of 3 bits a column and layer (2 bytes), adapters
+    values, metadata, adapters = 4 * 16 * 4, 2 * 16, (16 * 2 + 2 * 16) * 4
+    assert rows["layers/linear"].stored_bytes == 3 * (values + metadata + adapters)
+    assert rows["layers/linear"].dense_bytes == 3 * 16 * 16 * 4
+
+
+def test_prints_as_a_table_with_a_total():
+    lines = str(table()).splitlines()
+    assert lines[0].split()[:3] == ["path", "layers", "shape"]
+    assert len(lines) == 7
+    assert lines[-1].startswith("all")
+    assert f"{table().stored_bytes:,}" in lines[-1]
+
+
+def test_strict_refuses_a_silent_dense_product():
+    model = SparseDense(8)
+    variables = model.init(jax.random.key(0), jnp.ones((1, 8)))
+    with pytest.raises(ValueError, match="dense product"):
+        explain(model, variables, jnp.ones((1, 8)), strict=True)
+
+
+def test_needs_example_inputs():
+    with pytest.raises(ValueError, match="example inputs"):
+        explain(Model(), {})

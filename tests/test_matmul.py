@@ -1,0 +1,106 @@
+"""The formulas y, dx, dw. dx is not the derivative of y, so there is no gradient check."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import CompressedMatrix, compress, decompress, kept_mask
+from slope_jax import masks, slope_matmul
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+PATTERNS = ["1:2", "2:4", "1:4", "2:8", "4:8"]
+
+
+def integers(seed, shape, dtype=jnp.float32):
+    return jax.random.randint(jax.random.key(seed), shape, -8, 9).astype(dtype)
+
+
+def gradients(x, w, dy):
+    y, back = jax.vjp(slope_matmul, x, w)
+    dx, dw = back(dy)
+    return y, dx, dw.values
+
+
+@pytest.mark.parametrize("lead", [(6,), (2, 3), (2, 1, 3), ()])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_y_dx_dw_are_those_of_the_method(pattern, lead):
+    w = compress(integers(0, (32, 48)), pattern)
+    x, dy = integers(1, (*lead, 32)), integers(2, (*lead, 48))
+    y, dx, dw = gradients(x, w, dy)
+    w_r, mask_r = np.asarray(decompress(w)), np.asarray(kept_mask(w))
+    w_rc = w_r * np.asarray(masks.double_prune(decompress(w), pattern))
+    np.testing.assert_array_equal(y, x @ w_r)
+    np.testing.assert_array_equal(dx, dy @ w_rc.T)
+    tokens_x, tokens_dy = np.asarray(x).reshape(-1, 32), np.asarray(dy).reshape(-1, 48)
+    expected = (tokens_x.T @ tokens_dy) * mask_r
+    np.testing.assert_array_equal(decompress(w.with_values(dw)), expected)
+
+
+def test_dx_is_not_the_derivative_of_y():
+    w = compress(integers(0, (32, 48)), "2:4")
+    dy = integers(2, (6, 48))
+    _, dx, _ = gradients(integers(1, (6, 32)), w, dy)
+    assert (dx != dy @ decompress(w).T).any()
+
+
+def test_bf16_compute_with_a_float32_master_gives_a_float32_gradient():
+    w = compress(jax.random.normal(jax.random.key(0), (64, 32)), "2:4")
+    x = jax.random.normal(jax.random.key(1), (512, 64)).astype(jnp.bfloat16)
+    dy = jax.random.normal(jax.random.key(2), (512, 32)).astype(jnp.bfloat16)
+    y, dx, dw = gradients(x, w, dy)
+    assert (y.dtype, dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    exact = np.asarray(x, np.float64).T @ np.asarray(dy, np.float64) * np.asarray(kept_mask(w))
+    error = np.abs(np.asarray(decompress(w.with_values(dw))) - exact).max()
+    once_rounded = np.abs(exact.astype(jnp.bfloat16).astype(np.float64) - exact).max()
+    assert error < once_rounded / 10  # never went through bfloat16
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint])
+def test_transformations_leave_the_gradient_alone(wrap):
+    w = compress(integers(0, (16, 8)), "2:4")
+    x, dy = integers(1, (5, 16)), integers(2, (5, 8))
+
+    def loss(x, values):
+        return (slope_matmul(x, w.with_values(values)) * dy).sum()
+
+    plain = jax.grad(loss, argnums=(0, 1))(x, w.values)
+    wrapped = jax.grad(wrap(loss), argnums=(0, 1))(x, w.values)
+    for a, b in zip(plain, wrapped, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_vmap_over_inputs_and_over_a_stack_of_weights():
+    w = compress(integers(0, (3, 16, 8)), "2:4")
+    x = integers(1, (3, 5, 16))
+    y = jax.vmap(slope_matmul)(x, w)
+    np.testing.assert_array_equal(y, jnp.einsum("lti,lio->lto", x, decompress(w)))
+    one = jax.tree.map(lambda leaf: leaf[0], w)
+    np.testing.assert_array_equal(
+        jax.vmap(slope_matmul, in_axes=(0, None))(x, one), jnp.matmul(x, decompress(one))
+    )
+
+
+def test_scan_over_a_stack_of_weights():
+    w = compress(integers(0, (3, 8, 8)), "2:4")
+    x = integers(1, (2, 8))
+
+    def loss(values):
+        return jax.lax.scan(lambda x, w: (slope_matmul(x, w), None), x, w.with_values(values))[
+            0
+        ].sum()
+
+    def unrolled(values):
+        y = x
+        for one, positions in zip(values, w.metadata, strict=True):
+            y = slope_matmul(y, CompressedMatrix(one, positions, w.pattern, 0, w.shape))
+        return y.sum()
+
+    np.testing.assert_array_equal(jax.grad(loss)(w.values), jax.grad(unrolled)(w.values))
+
+
+def test_output_axis_must_be_a_multiple_of_m():
+    w = compress(jnp.ones((8, 6)), "2:4")
+    with pytest.raises(ValueError, match=r"output axis.*6 entries.*multiple of 4"):
+        slope_matmul(jnp.ones((1, 8)), w)

@@ -1,0 +1,159 @@
+"""The three products: exact on integers, within the rounding of their dtype on random data."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import (
+    Pattern,
+    Query,
+    choose,
+    compress,
+    decompress,
+    kept_mask,
+    nm_matmul,
+    nm_sddmm,
+    nm_transpose,
+)
+from pallas_kernels.dispatch import IMPLEMENTATIONS
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+PATTERNS = ["1:2", "2:4", "1:4", "2:8", "4:8", "4:4"]
+SHAPES = [(16, 8), (32, 40), (48, 24)]
+
+
+def integers(seed, shape, dtype=jnp.float32):
+    return jax.random.randint(jax.random.key(seed), shape, -8, 9).astype(dtype)
+
+
+def weight(seed, shape, pattern, dtype=jnp.float32, axis=0):
+    return compress(integers(seed, shape, dtype), pattern, axis=axis)
+
+
+@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("lead", [(), (5,), (2, 3)])
+def test_matmul_is_exact_on_integers(implementation, shape, pattern, lead):
+    w = weight(0, shape, pattern)
+    x = integers(1, (*lead, shape[0]))
+    y = nm_matmul(x, w, implementation=implementation)
+    np.testing.assert_array_equal(y, np.asarray(x) @ np.asarray(decompress(w)))
+
+
+@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_sddmm_is_exact_on_integers(implementation, pattern, axis):
+    shape = (32, 48)
+    w = weight(0, shape, pattern, axis=axis)
+    x, dy = integers(1, (2, 3, 32)), integers(2, (2, 3, 48))
+    dw = nm_sddmm(x, dy, w, implementation=implementation)
+    dense = np.einsum("abi,abo->io", x, dy) * np.asarray(kept_mask(w))
+    np.testing.assert_array_equal(decompress(w.with_values(dw)), dense)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_transpose_prunes_again_along_the_other_axis(pattern, shape, dtype):
+    """Ties abound among small integers, so the oracle must break them the same way: lower first."""
+    w = weight(0, shape, pattern, dtype)
+    n, m = w.n, w.m
+    dense = np.asarray(decompress(w).astype(jnp.float32))
+    expected = np.zeros_like(dense)
+    for row, start in np.ndindex(shape[0], shape[1] // m):
+        group = dense[row, start * m : (start + 1) * m]
+        keep = sorted(range(m), key=lambda i: (-abs(group[i]), i))[:n]
+        for i in keep:
+            expected[row, start * m + i] = group[i]
+    w_t = nm_transpose(w)
+    assert (w_t.shape, w_t.axis, w_t.dtype) == (shape[::-1], 0, dtype)
+    np.testing.assert_array_equal(decompress(w_t).astype(jnp.float32), expected.T)
+
+
+def test_transpose_selects_before_it_casts():
+    w = compress(jnp.array([[1.0, 1.001, 1.002, 1.003]] * 4) * jnp.array([[1.0]] * 4), "4:4")
+    w = compress(decompress(w), "2:4")
+    dense = decompress(nm_transpose(w, dtype=jnp.bfloat16))
+    kept = np.asarray(dense.T != 0)
+    np.testing.assert_array_equal(kept[:2], [[False, False, True, True]] * 2)
+    assert dense.dtype == jnp.bfloat16
+
+
+def test_transpose_keeps_nan_and_treats_negative_zero_as_zero():
+    w = compress(jnp.array([[1.0, jnp.nan, -0.0, 3.0], [0.0, -0.0, 0.0, 0.0]] * 2), "2:4")
+    row = decompress(nm_transpose(w))[:, 0]
+    assert np.isnan(row[1])
+    assert row[3] == 3.0
+    assert row[0] == row[2] == 0.0
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_error_is_within_twice_that_of_the_dense_product(implementation, dtype):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (96, 256)).astype(dtype)
+    dy = jax.random.normal(keys[1], (96, 128)).astype(dtype)
+    w = compress(jax.random.normal(keys[2], (256, 128)).astype(dtype), "2:4")
+    exact = np.asarray(x, np.float64) @ np.asarray(decompress(w), np.float64)
+    dense = np.abs(np.asarray(x @ decompress(w), np.float64) - exact).max()
+    sparse = nm_matmul(x, w, implementation=implementation)
+    assert np.abs(np.asarray(sparse, np.float64) - exact).max() <= 2 * dense
+    exact = np.asarray(x, np.float64).T @ np.asarray(dy, np.float64)
+    dense = np.abs(np.asarray(x.T @ dy, np.float64) - exact).max()
+    dw = nm_sddmm(x, dy, w, implementation=implementation)
+    mask = np.asarray(kept_mask(w))
+    error = np.asarray(decompress(w.with_values(dw)), np.float64) - exact * mask
+    assert np.abs(error).max() <= 2 * dense
+
+
+def test_accumulates_in_float32():
+    """4096 ones: a bfloat16 accumulator would stop at 256."""
+    w = compress(jnp.ones((8192, 4), jnp.bfloat16), "2:4")
+    y = nm_matmul(jnp.ones((1, 8192), jnp.bfloat16), w, out_dtype=jnp.float32)
+    assert y.tolist() == [[4096.0] * 4]
+    x, dy = jnp.ones((4096, 8), jnp.bfloat16), jnp.ones((4096, 4), jnp.bfloat16)
+    w = compress(jnp.ones((8, 4), jnp.bfloat16), "2:4")
+    assert nm_sddmm(x, dy, w, out_dtype=jnp.float32).tolist() == [[4096.0] * 4] * 4
+
+
+def test_works_under_vmap_and_jit():
+    w = weight(0, (16, 8), "2:4")
+    x = integers(1, (3, 5, 16))
+    y = jax.jit(jax.vmap(nm_matmul, in_axes=(0, None)))(x, w)
+    np.testing.assert_array_equal(y, nm_matmul(x, w))
+
+
+W = compress(jnp.ones((8, 4)), "2:4")
+X, DY = jnp.ones((3, 8)), jnp.ones((3, 4))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: nm_matmul(X[:, :4], W), r"\(3, 4\).*in, 8"),
+        (lambda: nm_matmul(X.astype(jnp.bfloat16), W), "x is bfloat16 and w.values is float32"),
+        (lambda: nm_matmul(X.astype(jnp.int32), W), "int32"),
+        (lambda: nm_matmul(X, compress(jnp.ones((8, 4)), "2:4", axis=1)), "nm_transpose"),
+        (lambda: nm_matmul(X, compress(jnp.ones((2, 8, 4)), "2:4")), "vmap"),
+        (lambda: nm_matmul(X, W, implementation="cuda"), "'cuda'.*'xla'"),
+        (lambda: nm_sddmm(X, DY[:2], W), "same tokens"),
+        (lambda: nm_sddmm(X, X, W), "out, 4"),
+        (lambda: nm_transpose(compress(jnp.ones((8, 4)), "2:4", axis=1)), "axis 1"),
+        (lambda: nm_transpose(compress(jnp.ones((8, 6)), "2:4")), "output axis.*6 entries"),
+        (lambda: Query("nm_mul", (8, 4), Pattern(2, 4), "float32"), "nm_mul"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_choose_says_what_runs_and_why():
+    choice = choose(Query("nm_matmul", (8, 4), Pattern(2, 4), "float32", tokens=3))
+    assert choice.implementation in IMPLEMENTATIONS
+    assert choice.reason
+    assert choose(Query("nm_matmul", (8, 4), Pattern(2, 4), "float32"), "xla").reason == "asked for"
