@@ -74,6 +74,8 @@ def make_dataset(
         )
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index={process_index} must be in 0..{process_count - 1}")
+    if seed < 0:
+        raise ValueError(f"seed={seed} must not be negative")
     seed = seed if train else EVAL_SEED
     if objective == "mlm":
         source = MaskedPairs(store, seq_len, max_predictions, seed)

@@ -44,30 +44,29 @@ class TfdsSource:
     def __init__(self, name: str):
         name, _, feature = name.partition("#")
         tfds = _tfds()
-        builder = self._builder(tfds, name)
-        builder.download_and_prepare(file_format="array_record")
+        builder = _builder(tfds, name)
+        # Chosen before the download, which may take hours.
+        self._feature = feature or text_feature(name, builder.info.features)
+        if self._feature not in builder.info.features:
+            raise ValueError(
+                f"tfds:{name} has no feature {self._feature!r}; it has "
+                + _listed(builder.info.features)
+            )
+        try:
+            builder.download_and_prepare(file_format="array_record")
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"tfds:{name} could not be downloaded or prepared under {builder.data_path}: {error}",
+            ) from error
         if "train" not in builder.info.splits:
             splits = ", ".join(builder.info.splits) or "none"
             raise ValueError(f"tfds:{name} has no split named train (it has {splits})")
         self._split = builder.info.splits["train"]
         self._directory = str(builder.data_path)
-        self._feature = feature or text_feature(name, builder.info.features)
-        if self._feature not in builder.info.features:
-            raise ValueError(
-                f"tfds:{name} has no feature {self._feature!r}; it has {_listed(builder.info.features)}"
-            )
         self.fingerprint = digest(
             builder.info.full_name, self._feature, self._split.shard_lengths, self._split.num_bytes
         )
-
-    def _builder(self, tfds: Any, name: str) -> Any:
-        try:
-            return tfds.builder(name, file_format="array_record")
-        except tfds.core.DatasetNotFoundError as error:
-            raise ValueError(
-                f"tfds:{name} is not a data set that TFDS knows; see "
-                "https://www.tensorflow.org/datasets/catalog/overview"
-            ) from error
 
     def units(self, cache_dir: Path, workers: int) -> list[Unit]:
         del cache_dir, workers
@@ -83,6 +82,18 @@ class TfdsSource:
             )
             for start in range(0, count, step)
         ]
+
+
+def _builder(tfds: Any, name: str) -> Any:
+    try:
+        return tfds.builder(name, file_format="array_record")
+    except tfds.core.DatasetNotFoundError as error:
+        raise ValueError(
+            f"tfds:{name} is not a data set that TFDS knows; see "
+            "https://www.tensorflow.org/datasets/catalog/overview"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"tfds:{name} cannot be opened: {error}") from error
 
 
 def text_feature(name: str, features: Any) -> str:
