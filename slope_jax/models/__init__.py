@@ -4,6 +4,7 @@ from slope_jax.models.attention import AttentionPath, attention_path
 from slope_jax.models.bert import Bert, BertConfig, BertOutput
 from slope_jax.models.config import REMAT_POLICIES, Linear, Segment, TransformerConfig
 from slope_jax.models.gpt2 import GPT2, GPT2Config
+from slope_jax.models.hf import from_hf, load_hf
 from slope_jax.models.registry import VARIANTS, build, count_parameters, variant_config
 from slope_jax.models.stack import stack_layers, unstack_layers
 
@@ -22,6 +23,8 @@ __all__ = [
     "attention_path",
     "build",
     "count_parameters",
+    "from_hf",
+    "load_hf",
     "stack_layers",
     "unstack_layers",
     "variant_config",

@@ -193,8 +193,7 @@ class Bert(nn.Module):
         if mlm_positions is not None:
             x = jnp.take_along_axis(hidden, mlm_positions[:, :, None], axis=1)
         mlm_logits = MlmHead(config, name="mlm")(x, embeddings.token)
-        nsp_input = nn.Dropout(config.dropout, deterministic=deterministic)(pooled)
-        return BertOutput(mlm_logits, nsp(nsp_input), pooled, hidden)
+        return BertOutput(mlm_logits, nsp(pooled), pooled, hidden)
 
     def example_inputs(self, batch: int = 1, length: int = 8) -> dict[str, jax.Array]:
         """Keyword arguments of a call: ids (batch, length) of zeros, all valid."""
