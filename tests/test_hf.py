@@ -1,0 +1,360 @@
+"""Import from Hugging Face folders, against Transformers' own PyTorch models."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slope_jax import models
+
+safetensors_numpy = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
+
+BERT = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 24,
+}
+GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 24}
+RNG = np.random.default_rng(0)
+IDS = RNG.integers(0, 61, (3, 20)).astype(np.int32)
+TYPES = RNG.integers(0, 2, (3, 20)).astype(np.int32)
+LENGTHS = np.array([20, 13, 1], np.int32)
+VALID = np.arange(20)[None, :] < LENGTHS[:, None]
+
+
+@pytest.fixture(scope="module")
+def torch():
+    return pytest.importorskip("torch", reason="torch is not installed", exc_type=ImportError)
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    pytest.importorskip("torch", reason="torch is not installed", exc_type=ImportError)
+    return pytest.importorskip("transformers", reason="transformers is not installed")
+
+
+def randomised(torch, model):
+    """Every parameter random: a bias or scale left at 0 or 1 would hide a wrong mapping."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 1 + 0.2 * torch.randn(parameter.shape, generator=generator)
+            other = 0.25 * torch.randn(parameter.shape, generator=generator)
+            is_scale = "LayerNorm.weight" in name or (".ln_" in name and name.endswith("weight"))
+            parameter.copy_(scale if is_scale else other)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def bert(torch, transformers, tmp_path_factory):
+    config = transformers.BertConfig(**BERT)
+    model = randomised(torch, transformers.BertForPreTraining(config))
+    folder = tmp_path_factory.mktemp("bert")
+    model.save_pretrained(folder, safe_serialization=True)
+    return model, folder
+
+
+@pytest.fixture(scope="module")
+def gpt2(torch, transformers, tmp_path_factory):
+    config = transformers.GPT2Config(**GPT2, bos_token_id=0, eos_token_id=0)
+    model = randomised(torch, transformers.GPT2LMHeadModel(config))
+    folder = tmp_path_factory.mktemp("gpt2")
+    model.save_pretrained(folder, safe_serialization=True)
+    return model, folder
+
+
+def run_bert(torch, model):
+    """Their MLM logits, NSP logits, last hidden state."""
+    with torch.no_grad():
+        out = model(
+            input_ids=torch.tensor(IDS),
+            token_type_ids=torch.tensor(TYPES),
+            attention_mask=torch.tensor(VALID),
+            output_hidden_states=True,
+        )
+    result = (out.prediction_logits, out.seq_relationship_logits, out.hidden_states[-1])
+    return [x.numpy() for x in result]
+
+
+def run_gpt2(torch, model):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor(IDS)).logits.numpy()
+
+
+def assert_bert_agrees(torch, theirs, model, variables):
+    mlm, nsp, hidden = run_bert(torch, theirs)
+    ours = jax.jit(model.apply)(variables, IDS, TYPES, LENGTHS)
+    close(ours.mlm_logits[..., :61][VALID], mlm[VALID])
+    close(ours.nsp_logits, nsp)
+    close(ours.hidden[VALID], hidden[VALID])
+
+
+def close(ours, theirs):
+    assert np.abs(theirs).max() > 1  # logits of a size at which 1e-4 says something
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+def same_form(model, variables):
+    """What `init` gives: structure, shapes, dtypes."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), **model.example_inputs())
+    described = [
+        jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), tree)
+        for tree in (dict(shapes), variables)
+    ]
+    assert described[0] == described[1]
+
+
+def test_bert_logits(torch, bert):
+    theirs, folder = bert
+    model, variables = models.from_hf(folder, sparsity="dense")
+    assert model.config.num_layers == 3
+    assert model.config.mlp_size == 64
+    same_form(model, variables)
+    assert_bert_agrees(torch, theirs, model, variables)
+    assert (variables["params"]["embeddings"]["token"]["embedding"][61:] == 0).all()
+
+
+def test_gpt2_logits(torch, gpt2):
+    theirs, folder = gpt2
+    model, variables = models.from_hf(folder, sparsity="dense")
+    assert model.config.mlp_size == 128
+    same_form(model, variables)
+    ours = jax.jit(model.apply)(variables, IDS)
+    close(ours[..., :61], run_gpt2(torch, theirs))
+
+
+def pruned_in_place(torch, model, patterns, axis):
+    """Their model with its weights masked by magnitude, groups along `axis` of the tensor."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            pattern = patterns(name)
+            if pattern is None:
+                continue
+            n, m = pattern
+            w = np.moveaxis(parameter.numpy().copy(), axis, -1)
+            groups = w.reshape(*w.shape[:-1], -1, m)
+            drop = np.argsort(np.abs(groups), axis=-1)[..., : m - n]
+            np.put_along_axis(groups, drop, 0, axis=-1)
+            parameter.copy_(torch.tensor(np.moveaxis(groups.reshape(w.shape), -1, axis)))
+
+
+def test_bert_compressed_by_magnitude(torch, transformers, bert, tmp_path):
+    folder = bert[1]
+    theirs = transformers.BertForPreTraining.from_pretrained(folder).eval()
+
+    def pattern(name):
+        in_layer = "encoder.layer" in name and name.endswith("weight") and "Norm" not in name
+        if not in_layer or "layer.0.attention.self" in name:
+            return None
+        return (2, 8) if "layer.2" in name else (2, 4)
+
+    pruned_in_place(torch, theirs, pattern, axis=1)
+    policy = "layers/0/attention/qkv=dense; layers/2/.*=2:8; layers/.*=2:4; .*=dense"
+    model, variables = models.from_hf(folder, sparsity=policy, mask_init="random")
+    same_form(model, variables)
+    assert_bert_agrees(torch, theirs, model, variables)
+
+
+def test_gpt2_compressed_by_magnitude(torch, transformers, gpt2):
+    folder = gpt2[1]
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+
+    def pattern(name):
+        in_layer = ".h." in name and name.endswith("weight") and ".ln_" not in name
+        return (2, 4) if in_layer and "h.0.attn.c_attn" not in name else None
+
+    pruned_in_place(torch, theirs, pattern, axis=0)  # Conv1D: (in, out)
+    model, variables = models.from_hf(folder, sparsity="2:4")
+    same_form(model, variables)
+    ours = jax.jit(model.apply)(variables, IDS)
+    close(ours[..., :61], run_gpt2(torch, theirs))
+
+
+def equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_shards(transformers, bert, tmp_path):
+    theirs, folder = bert
+    theirs.save_pretrained(tmp_path, safe_serialization=True, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    equal(models.from_hf(tmp_path)[1], models.from_hf(folder)[1])
+    lost = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(ValueError, match=f"{lost.name} is missing"):
+        models.from_hf(tmp_path)
+
+
+# Folders written by hand need neither torch nor transformers.
+
+
+def gpt2_tensors(prefix="transformer."):
+    rng = np.random.default_rng(1)
+    h = GPT2["n_embd"]
+    shapes = {"wte.weight": (61, h), "wpe.weight": (24, h), "ln_f.weight": (h,), "ln_f.bias": (h,)}
+    for i in range(GPT2["n_layer"]):
+        sizes = {"attn.c_attn": (h, 3 * h), "attn.c_proj": (h, h)}
+        sizes |= {"mlp.c_fc": (h, 4 * h), "mlp.c_proj": (4 * h, h)}
+        for name, shape in sizes.items():
+            shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[1:]}
+        for name in ("ln_1", "ln_2"):
+            shapes |= {f"h.{i}.{name}.weight": (h,), f"h.{i}.{name}.bias": (h,)}
+    return {prefix + k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+
+
+def write(folder, tensors, **config):
+    folder.mkdir(exist_ok=True)
+    safetensors_numpy.save_file(tensors, folder / "model.safetensors")
+    raw = {"model_type": "gpt2", **GPT2, **config}
+    (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write(tmp_path / "model", gpt2_tensors())
+
+
+def test_other_spellings_of_the_same_weights(folder, tmp_path):
+    """No prefix, buffers, the tied table stored twice."""
+    tensors = gpt2_tensors(prefix="")
+    tensors["lm_head.weight"] = tensors["wte.weight"].copy()
+    tensors["h.0.attn.bias"] = np.tri(24, dtype=np.uint8)
+    tensors["h.1.attn.masked_bias"] = np.float32(-1e4).reshape(1)
+    other = write(tmp_path / "other", tensors)
+    equal(models.from_hf(other)[1], models.from_hf(folder)[1])
+    tensors["lm_head.weight"][5, 5] += 1
+    with pytest.raises(ValueError, match=r"lm_head.weight differs from wte.weight"):
+        models.from_hf(write(tmp_path / "other", tensors))
+
+
+def test_old_names_of_bert_norms(bert, tmp_path):
+    """Files of the first BERTs say gamma and beta, and hold position_ids."""
+    folder = bert[1]
+    shutil.copy(folder / "config.json", tmp_path)
+    tensors = safetensors_numpy.load_file(folder / "model.safetensors")
+    old = {
+        k.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): v
+        for k, v in tensors.items()
+    }
+    old["bert.embeddings.position_ids"] = np.arange(24)[None, :]
+    old["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"]
+    assert old.keys() != tensors.keys()
+    safetensors_numpy.save_file(old, tmp_path / "model.safetensors")
+    equal(models.from_hf(tmp_path)[1], models.from_hf(folder)[1])
+
+
+def test_half_precision_weights(tmp_path):
+    import ml_dtypes
+
+    half = {k: v.astype(ml_dtypes.bfloat16) for k, v in gpt2_tensors().items()}
+    rounded = {k: v.astype(np.float32) for k, v in half.items()}
+    a = models.from_hf(write(tmp_path / "half", half))[1]
+    b = models.from_hf(write(tmp_path / "single", rounded))[1]
+    assert a["params"]["layers_0"]["mlp"]["up"]["kernel"].dtype == jnp.float32
+    equal(a, b)
+    stored = models.from_hf(tmp_path / "half", param_dtype="bfloat16")[1]
+    assert stored["params"]["layers_0"]["mlp"]["up"]["kernel"].dtype == jnp.bfloat16
+
+
+def test_dropout_of_the_folder(tmp_path):
+    model, _ = models.from_hf(write(tmp_path / "m", gpt2_tensors(), resid_pdrop=0.25))
+    assert model.config.dropout == 0.25
+    assert models.from_hf(tmp_path / "m", dropout=0.0)[0].config.dropout == 0.0
+
+
+def test_the_models_configuration_must_agree(folder):
+    sizes = {"hidden_size": 32, "num_heads": 4, "vocab_size": 61, "max_positions": 24}
+    model = models.build("gpt2-nano", num_layers=3, mlp_size=128, **sizes)
+    same_form(model, models.load_hf(folder, model))
+    model = models.build("gpt2-nano", num_layers=2, mlp_size=64, **sizes)
+    with pytest.raises(
+        ValueError, match=r"num_layers: folder 3, model 2; mlp_size: folder 128, model 64\."
+    ):
+        models.load_hf(folder, model)
+    with pytest.raises(ValueError, match=r"model_type is 'gpt2', but the model is a bert"):
+        models.load_hf(folder, models.build("bert-tiny"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation_function": "relu"}, r"activation_function='relu' \(ours: 'gelu_new'"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+        ({"model_type": "llama"}, "model_type 'llama'; choose"),
+        ({"n_head": 5}, "hidden_size=32 is not a multiple of num_heads=5"),
+    ],
+)
+def test_variations_that_we_do_not_have(folder, change, message):
+    raw = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=message):
+        models.from_hf(folder)
+
+
+def test_missing_and_surplus_tensors_are_listed(tmp_path):
+    tensors = gpt2_tensors()
+    del tensors["transformer.h.1.attn.c_attn.bias"]
+    tensors["score.weight"] = np.zeros((2, 32), np.float32)
+    with pytest.raises(
+        ValueError, match=r"missing: h.1.attn.c_attn.bias; surplus: score.weight\. The folder"
+    ):
+        models.from_hf(write(tmp_path / "m", tensors))
+
+
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((96, 32), np.float32), np.zeros((32, 96), np.int8)], ids=["shape", "dtype"]
+)
+def test_tensor_of_another_shape_or_dtype(tmp_path, wrong):
+    tensors = gpt2_tensors() | {"transformer.h.0.attn.c_attn.weight": wrong}
+    with pytest.raises(
+        ValueError, match=r"h.0.attn.c_attn.weight: .* for layers_0/attention/qkv/kernel \[32, 96\]"
+    ):
+        models.from_hf(write(tmp_path / "m", tensors))
+
+
+def test_adapters_join_later(folder):
+    with pytest.raises(ValueError, match=r"adapter_rank=0, then add them"):
+        models.from_hf(folder, adapter_rank=4)
+
+
+def test_damaged_files(folder):
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for content in (whole[:-100], whole[:5], b"", b"not safetensors" * 20):
+        weights.write_bytes(content)
+        with pytest.raises(ValueError, match=r"model.safetensors is damaged or cut off"):
+            models.from_hf(folder)
+    weights.rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"is missing; .*pytorch_model.bin.*save_pretrained"):
+        models.from_hf(folder)
+    config = folder / "config.json"
+    config.write_text(config.read_text()[:-5])
+    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
+        models.from_hf(folder)
+    config.unlink()
+    with pytest.raises(ValueError, match=r"config.json is missing"):
+        models.from_hf(folder)
+    with pytest.raises(ValueError, match="is not a folder"):
+        models.from_hf(folder / "nowhere")
+
+
+def test_index_that_lies(folder):
+    tensors = gpt2_tensors()
+    index = {"weight_map": {name: "model.safetensors" for name in [*tensors, "ghost"]}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="names tensors that no shard holds: ghost"):
+        models.from_hf(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="has no 'weight_map'"):
+        models.from_hf(folder)
