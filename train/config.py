@@ -68,8 +68,8 @@ class Config:
     """Learning rate of the adapters relative to that of the other parameters."""
 
     data: str = "docs"
-    """docs (documentation of Python and the installed packages), tfds:NAME[/CONFIG], or text:GLOB
-    (.txt, .jsonl, also .gz and .xz); several joined with a comma."""
+    """docs[:MB] (documentation of Python and the installed packages), tfds:NAME[/CONFIG], or
+    text:GLOB (.txt, .jsonl, also .gz and .xz); several joined with a comma."""
     tokenizer: str = ""
     """A tokenizer.json or vocab.txt. Empty: train one on the data and keep it with the run."""
     vocab_size: int = 8192

@@ -1,0 +1,162 @@
+"""The configuration, its recipes and the command line."""
+
+import dataclasses
+
+import pytest
+
+from train.config import Config, free_fields
+from train.pretrain import main, parse
+from train.recipes import make_config
+
+BAD = [
+    ({"model": "bert-huge"}, "choose one of: .*bert-base.*gpt2-xl"),
+    ({"recipe": "fast"}, "choose one of: quickstart, paper"),
+    ({"method": "magic"}, "choose one of: slope, dense"),
+    ({"optimizer": "sgd"}, "choose one of: adamw, lamb"),
+    ({"schedule": "cosine"}, "choose one of: linear, polynomial"),
+    ({"dtype": "int8"}, "choose one of: auto, bfloat16, float32"),
+    ({"data": "wikipedia"}, "'wikipedia'.*(?s:.)*docs(?s:.)*tfds:(?s:.)*text:"),
+    ({"steps": 0}, "steps must be a positive integer, got 0"),
+    ({"steps": (3, 4)}, "steps has 2 values .* 1 phase"),
+    ({"seq_len": ()}, "seq_len is empty"),
+    ({"batch_size": 8, "accumulation": 3}, "batch_size 8 is not divisible by accumulation 3"),
+    ({"adapter_start": 1.0}, r"adapter_start .* \[0, 1\).* set adapter_rank to 0"),
+    ({"adapter_rank": -1}, "adapter_rank"),
+    ({"adapter_rank": 1.5}, "adapter_rank"),
+    ({"lr": 0.0}, "lr must be above 0"),
+    ({"warmup": 1.0}, "warmup"),
+    ({"max_predictions": 64}, "max_predictions 64 must be below seq_len 64"),
+    ({"dropout": 1.0}, "dropout"),
+    ({"clip": -1.0}, "clip must not be negative"),
+    ({"weight_decay": float("nan")}, "weight_decay"),
+    ({"eval_batches": 0}, "eval_batches must be above 0"),
+    ({"valid_fraction": 0.0}, "valid_fraction"),
+    ({"vocab_size": 10}, "vocab_size"),
+    ({"seed": -1}, "seed"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD, ids=lambda x: str(x)[:40])
+def test_bad_values_are_named_with_the_remedy(fields, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**{"model": "bert-tiny", **fields})
+
+
+def test_paper_recipe_of_bert_has_the_published_numbers():
+    config = make_config("bert-large", "paper")
+    first, second = config.phases
+    assert (first.seq_len, second.seq_len) == (128, 512)
+    assert (first.batch_size, second.batch_size) == (65536, 32768)
+    assert (first.steps, second.steps) == (7038, 1563)
+    assert (first.lr, second.lr) == (6e-3, 4e-3)
+    assert (first.warmup, second.warmup) == (0.2843, 0.128)
+    assert (first.max_predictions, second.max_predictions) == (20, 80)
+    assert (config.optimizer, config.schedule, config.weight_decay) == ("lamb", "polynomial", 0.01)
+    assert config.vocab_size == 30522
+    # The last 1 % of phase 2.
+    assert config.adapter_step == 7038 + 1547
+    assert config.total_tokens == 7038 * 65536 * 128 + 1563 * 32768 * 512
+
+
+def test_paper_recipe_of_gpt2_has_the_published_numbers():
+    small, large = make_config("gpt2-small", "paper"), make_config("gpt2-large", "paper")
+    assert (small.lr, large.lr) == ((6e-4,), (1.5e-4,))
+    (phase,) = small.phases
+    assert (phase.seq_len, phase.batch_size, phase.steps) == (1024, 512, 400_000)
+    assert (small.weight_decay, small.eps, small.clip) == (0.1, 1e-4, 1.0)
+    assert (small.optimizer, small.schedule, phase.warmup) == ("adamw", "linear", 0.01)
+    assert config_steps_with_adapters(small) == 4000
+
+
+def config_steps_with_adapters(config: Config) -> int:
+    return config.total_steps - config.adapter_step
+
+
+def test_quickstart_shows_the_adapters_for_ten_steps():
+    for model in ("bert-base", "gpt2-nano"):
+        assert config_steps_with_adapters(make_config(model)) >= 10
+
+
+def test_explicit_values_win_over_the_recipe():
+    config = make_config("bert-base", "paper", lr=(1e-3, 2e-3), steps=(10, 20), optimizer="adamw")
+    assert [p.lr for p in config.phases] == [1e-3, 2e-3]
+    assert [(p.start, p.end) for p in config.phases] == [(0, 10), (10, 30)]
+    assert config.optimizer == "adamw"
+    assert config.batch_size == (65536, 32768)
+
+
+def test_fewer_sequence_lengths_than_the_recipe_drop_its_later_phases():
+    config = make_config("bert-base", "paper", seq_len=128)
+    assert len(config.phases) == 1
+    assert config.phases[0].steps == 7038
+
+
+def test_adapters_are_off_for_rank_zero_and_for_the_dense_control():
+    assert make_config("bert-tiny", adapter_rank=0).adapter_step is None
+    assert make_config("bert-tiny", method="dense").adapter_step is None
+
+
+def test_adapters_join_ahead_of_the_last_step_however_short_the_run():
+    assert make_config("bert-tiny", steps=2, adapter_start=0.99).adapter_step == 1
+
+
+def test_run_folder_depends_on_what_the_run_is_and_on_nothing_else():
+    base = make_config("bert-tiny").default_run_dir()
+    assert base.startswith("runs/bert-tiny-quickstart-slope-")
+    assert make_config("bert-tiny", lr=1e-4).default_run_dir() != base
+    assert make_config("bert-tiny", log_every=7, max_minutes=3.0).default_run_dir() == base
+    assert {"log_every", "max_minutes", "run_dir"} <= free_fields()
+
+
+def test_command_line_takes_defaults_from_recipe_and_model():
+    config = parse(["--model", "gpt2-large", "--recipe=paper", "--steps", "1000"])
+    assert (config.lr, config.steps) == ((1.5e-4,), (1000,))
+    two = parse(["--recipe=paper", "--steps", "5", "6", "--adapter-rank", "4"])
+    assert (two.steps, two.seq_len, two.adapter_rank) == ((5, 6), (128, 512), 4)
+    assert isinstance(parse(["--adapter-rank", "0.05"]).adapter_rank, float)
+
+
+@pytest.mark.parametrize(
+    ("args", "shown"),
+    [
+        (["--model=bert-huge"], "gpt2-nano"),
+        (["--recipe=fast"], "quickstart"),
+        (["--data=web"], "text:"),
+        (["--model=bert-tiny", "--seq-len=4096"], "512 positions"),
+        (["--model=bert-tiny", "--adapter-rank=999"], "rank"),
+        (["--model=bert-tiny", "--sparsity=4:2"], "4:2"),
+    ],
+)
+def test_command_line_reports_bad_values_and_exits_2(args, shown, capsys, tmp_path):
+    try:
+        code = main([*args, f"--run-dir={tmp_path / 'run'}"])
+    except SystemExit as exit_:  # found while the options are read
+        code = exit_.code
+    error = capsys.readouterr().err
+    assert code == 2
+    assert "rror" in error
+    assert "Traceback" not in error
+    assert shown in " ".join(error.split())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["--method", "--optimizer", "--schedule"])
+def test_command_line_lists_the_choices_of_an_option(option, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([f"{option}=nonsense"])
+    assert exit_.value.code == 2
+    printed = "".join(capsys.readouterr())
+    assert {"--method": "dense", "--optimizer": "lamb", "--schedule": "polynomial"}[
+        option
+    ] in printed
+
+
+def test_help_documents_every_field(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(Config):
+        assert "--" + field.name.replace("_", "-") in text
+    # One default is printed for each, and a sentence ahead of it.
+    assert text.count("(default:") == len(dataclasses.fields(Config))
+    assert "│  (default" not in text
