@@ -311,7 +311,7 @@ def test_bad_arguments_are_named(mlm_store, options, message):
 
 def test_pairs_need_two_documents(tmp_path):
     store = write_store(tmp_path / "s", "mlm", [[np.arange(6, 206)]])
-    with pytest.raises(ValueError, match="train split has 1 document: .* at least two"):
+    with pytest.raises(ValueError, match=r"train split has 1 document: .* at least two"):
         make_dataset(store, objective="mlm", seq_len=16, batch_size=2)
 
 

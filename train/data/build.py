@@ -7,6 +7,7 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -56,21 +57,22 @@ def build_store(
         for index, unit in enumerate(units)
     ]
     dtype = store.token_dtype(vocabulary.size)
-    writers = {split: store.SplitWriter(directory, split, dtype) for split in SPLITS}
     totals = {split: dict.fromkeys(("characters", "bytes"), 0) for split in SPLITS}
     scores: list[float] = []
-    for result in parallel(_tokenise, tasks, [u.size for u in units], workers, "tokenising"):
-        part = directory / f"part-{result['index']}"
-        for split, writer in writers.items():
-            writer.append_part(part, split)
-            for name in totals[split]:
-                totals[split][name] += result[split][name]
-        scores = sorted([*scores, *result["scores"]])[:2]
-        for path in part.iterdir():
-            path.unlink()
-        part.rmdir()
+    with contextlib.ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(store.SplitWriter(directory, split, dtype))
+            for split in SPLITS
+        }
+        for result in parallel(_tokenise, tasks, [u.size for u in units], workers, "tokenising"):
+            part = directory / f"part-{result['index']}"
+            for split, writer in writers.items():
+                writer.append_part(part, split)
+                for name in totals[split]:
+                    totals[split][name] += result[split][name]
+            scores = sorted([*scores, *result["scores"]])[:2]
+            shutil.rmtree(part)
     for split, writer in writers.items():
-        writer.close()
         totals[split] |= {"documents": writer.documents, "tokens": writer.tokens}
     _check_splits(totals, scores, vocabulary.objective, valid_fraction)
     meta = {
@@ -132,23 +134,25 @@ def _tokenise(task: _Task) -> dict[str, Any]:
     part = Path(task.directory) / f"part-{task.index}"
     part.mkdir()
     dtype = store.token_dtype(vocabulary.size)
-    writers = {
-        split: store.SplitWriter(part, split, dtype, offsets_from_zero=False) for split in SPLITS
-    }
     result: dict[str, Any] = {split: {"characters": 0, "bytes": 0} for split in SPLITS}
     scores: list[float] = []
-    for text in task.unit.documents():
-        tokens, ends = _encode(text, vocabulary)
-        if len(tokens) < segment.MIN_SENTENCE_TOKENS:
-            continue
-        score = held_out_score(text)
-        split = "valid" if score < task.valid_fraction else "train"
-        writers[split].add(tokens, ends)
-        result[split]["characters"] += len(text)
-        result[split]["bytes"] += len(text.encode("utf-8", "replace"))
-        scores = sorted([*scores, score])[:2]
-    for writer in writers.values():
-        writer.close()
+    with contextlib.ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(
+                store.SplitWriter(part, split, dtype, offsets_from_zero=False)
+            )
+            for split in SPLITS
+        }
+        for text in task.unit.documents():
+            tokens, ends = _encode(text, vocabulary)
+            if len(tokens) < segment.MIN_SENTENCE_TOKENS:
+                continue
+            score = held_out_score(text)
+            split = "valid" if score < task.valid_fraction else "train"
+            writers[split].add(tokens, ends)
+            result[split]["characters"] += len(text)
+            result[split]["bytes"] += len(text.encode())
+            scores = sorted([*scores, score])[:2]
     return result | {"index": task.index, "scores": scores}
 
 

@@ -55,7 +55,7 @@ def split_spec(spec: str) -> list[tuple[str, str]]:
       ValueError: an unknown kind, or one without the argument it needs.
     """
     parts = []
-    for part in re.split(r"[,+](?=\s*\w+\s*(?::|$|[,+]))", spec):
+    for part in re.split(r"[,+](?=\s*(?:docs\s*(?:$|[,+])|[a-z]+:))", spec):
         kind, _, argument = part.strip().partition(":")
         if kind not in KINDS:
             raise ValueError(
@@ -121,8 +121,10 @@ class TextUnit:
             record = json.loads(line.decode("utf-8", "replace").removeprefix("\ufeff"))
             if isinstance(record, dict) and isinstance(record.get("text"), str):
                 return _LONE_SURROGATE.sub("\ufffd", record["text"])
-            keys = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record)
-            problem = f'has no string under the key "text" (it has {keys or "no keys"})'
+            it = type(record).__name__
+            if isinstance(record, dict):
+                it = ", ".join(map(repr, record)) or "no keys"
+            problem = f'has no string under the key "text" ({it})'
         except ValueError as error:
             problem = f"is not JSON ({error})"
         raise ValueError(

@@ -103,7 +103,10 @@ def token_dtype(vocab_size: int) -> str:
 
 
 class SplitWriter:
-    """Appends documents to the three files of a split; memory stays bounded by one document."""
+    """Appends documents to the three files of a split; memory stays bounded by one document.
+
+    ``close`` makes them durable; leaving the ``with`` block by an exception only closes them.
+    """
 
     def __init__(self, directory: Path, split: str, dtype: str, *, offsets_from_zero: bool = True):
         self._files = {name: (directory / f"{split}.{name}").open("wb") for name in FILES}
@@ -141,6 +144,16 @@ class SplitWriter:
             file.flush()
             os.fsync(file.fileno())
             file.close()
+
+    def __enter__(self) -> "SplitWriter":
+        return self
+
+    def __exit__(self, kind: object, *details: object) -> None:
+        if kind is None:
+            self.close()
+        for file in self._files.values():
+            with contextlib.suppress(OSError):  # What is buffered can't be written to a full disk.
+                file.close()
 
 
 def checksum(path: Path) -> dict[str, int]:
