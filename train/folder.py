@@ -13,7 +13,7 @@ from train.config import Config, free_fields, to_json
 from train.metrics import METRICS_FILE, write_text
 
 CONFIG_FILE, LOCK_FILE, TOKENIZER_FILE = "config.json", "lock", "tokenizer.json"
-LEFTOVERS = (METRICS_FILE, TOKENIZER_FILE, "summary.json", "loss.png", "tensorboard")
+LEFTOVERS = (METRICS_FILE, TOKENIZER_FILE, "corpus.json", "plan.txt", "tensorboard")
 
 
 @contextlib.contextmanager

@@ -80,7 +80,7 @@ def make_train_step(accumulation: int, schedule: optax.Schedule) -> Callable:
         else:
             grads, sums = _accumulate(grad_fn, state.params, batch, key, accumulation)
         metrics = _means(sums) | {
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
         }
         return state.apply_gradients(grads=grads), metrics

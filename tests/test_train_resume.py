@@ -1,0 +1,240 @@
+"""A run that is stopped and goes on equals one that never stopped, bit for bit."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from train import metrics
+from train.checkpoint import Checkpoints
+from train.job import Exit, pretrain
+from train.recipes import make_config
+from train.state import abstract_state, make_setup
+
+ROOT = pathlib.Path(__file__).parents[1]
+TOTAL, JOIN = 8, 5
+EXACT = ("loss", "accuracy", "grad_norm", "lr", "nsp_loss", "tokens")
+EXACT += ("eval_loss", "eval_perplexity", "eval_mlm_accuracy", "eval_nsp_loss")
+
+
+def options(folder: pathlib.Path, **fields):
+    """Two phases; adapters join inside the second, one step before the last but two."""
+    return {
+        "data": f"text:{folder / 'text' / '*.txt'}",
+        "cache_dir": str(folder / "cache"),
+        "vocab_size": 300,
+        "valid_fraction": 0.2,
+        "seq_len": (16, 24),
+        "max_predictions": 3,
+        "batch_size": 4,
+        "accumulation": 2,
+        "steps": (3, 5),
+        "adapter_start": (JOIN - 3) / 5,
+        "dropout": 0.1,
+        "eval_every": 3,
+        "eval_batches": 2,
+        "checkpoint_every": 0,
+        "tensorboard": False,
+        **fields,
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("resume")
+    (path / "text").mkdir()
+    rng = np.random.default_rng(0)
+    words = ["sparse", "kernel", "mask", "values", "dense", "layer", "adapter", "rank", "token"]
+    documents = [
+        " ".join(" ".join(rng.choice(words, 8)).capitalize() + "." for _ in range(12))
+        for _ in range(60)
+    ]
+    (path / "text" / "a.txt").write_text("\n\n".join(documents))
+    before = {
+        name: getattr(jax.config, name)
+        for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    }
+    # Several runs compile the same programs.
+    jax.config.update("jax_compilation_cache_dir", str(path / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    yield path
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def run(config, stop_at=None) -> tuple[int, str]:
+    with open(os.devnull, "w") as nowhere:
+        console = Console(file=nowhere, record=True, width=200)
+        code = pretrain(config, console=console, stop_at=stop_at)
+    return code, console.export_text()
+
+
+def final_state(config, folder: pathlib.Path, step: int):
+    vocab = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
+    setup = make_setup(config, vocab_size=vocab)
+    checkpoints = Checkpoints(folder, keep=config.keep_checkpoints)
+    state, key = checkpoints.restore(step, abstract_state(setup, adapters=step > JOIN))
+    checkpoints.close()
+    return jax.device_get((state.params, state.masks, state.opt_state, state.step)), key
+
+
+def record(folder: pathlib.Path) -> list[dict]:
+    """What metrics.jsonl holds, without what depends on the clock."""
+    return [
+        {k: v for k, v in line.items() if k == "step" or k in EXACT}
+        for line in metrics.read(folder / "metrics.jsonl")
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    config = make_config("bert-tiny", **options(folder, run_dir=str(folder / "whole")))
+    code, text = run(config)
+    assert code == Exit.DONE
+    assert f"7 linears, rank 2, joined after step {JOIN}" in text
+    return config, folder / "whole"
+
+
+def test_run_records_every_step_once(whole):
+    _, path = whole
+    lines = record(path)
+    assert [x["step"] for x in lines if "loss" in x] == list(range(1, TOTAL + 1))
+    assert [x["step"] for x in lines if "eval_loss" in x] == [0, 3, 6, 8]
+    assert all({"grad_norm", "lr", "nsp_loss", "tokens"} <= x.keys() for x in lines if "loss" in x)
+    assert lines[-2]["tokens"] == 4 * (3 * 16 + 5 * 24)
+
+
+# Before, at and after the step at which adapters join, and at the border of the phases.
+@pytest.mark.parametrize("stops", [(2, JOIN), (3, JOIN + 1)])
+def test_resumed_run_equals_the_uninterrupted_one(folder, whole, stops):
+    config, path = whole
+    resumed = folder / f"resumed{stops[0]}"
+    again = make_config("bert-tiny", **options(folder, run_dir=str(resumed)))
+    for stop in stops:
+        code, text = run(again, stop_at=stop)
+        assert code == Exit.UNFINISHED
+        assert f"saved after step {stop} of {TOTAL}" in text
+    code, text = run(again)
+    assert code == Exit.DONE
+    assert f"Going on after step {stops[-1]}" in text
+    ours, key = final_state(again, resumed, TOTAL)
+    theirs, their_key = final_state(config, path, TOTAL)
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for (where, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True
+    ):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(where))
+    np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(their_key))
+    assert record(resumed) == record(path)
+
+
+def test_running_a_complete_run_again_only_reports(whole):
+    config, path = whole
+    before = (path / "metrics.jsonl").read_bytes()
+    code, text = run(config)
+    assert code == Exit.DONE
+    assert "is complete" in text
+    assert (path / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_configuration_is_refused_with_the_fields_that_differ(folder, whole):
+    _, path = whole
+    other = make_config(
+        "bert-tiny", **options(folder, run_dir=str(path), beta1=0.8, optimizer="lamb", log_every=3)
+    )
+    with pytest.raises(ValueError, match="another configuration") as error:
+        run(other)
+    assert "beta1: 0.9 there, 0.8 here" in str(error.value)
+    assert "optimizer: adamw there, lamb here" in str(error.value)
+    assert "log_every" not in str(error.value)
+    assert "--run-dir" in str(error.value)
+
+
+def test_changed_text_is_refused_where_the_old_tokens_are_gone(folder, whole):
+    _, path = whole
+    copy = folder / "copy"
+    shutil.copytree(path, copy)
+    text = folder / "text" / "a.txt"
+    before = text.read_text()
+    fields = options(folder, run_dir=str(copy), cache_dir=str(folder / "other-cache"))
+    try:
+        text.write_text(before + "\n\nOne more document. It has two sentences.")
+        with pytest.raises(ValueError, match="has changed since"):
+            run(make_config("bert-tiny", **fields))
+    finally:
+        text.write_text(before)
+
+
+def command(folder: pathlib.Path, name: str) -> list[str]:
+    fields = options(folder, run_dir=str(folder / name), checkpoint_every=5, steps=(20, 40))
+    fields["adapter_start"] = 0.5
+    args = [sys.executable, "-m", "train.pretrain", "--model", "bert-tiny", "--no-tensorboard"]
+    for key, value in fields.items():
+        if key != "tensorboard":
+            values = value if isinstance(value, tuple) else (value,)
+            args += ["--" + key.replace("_", "-"), *map(str, values)]
+    return args
+
+
+def start(folder: pathlib.Path, args: list[str]) -> subprocess.Popen:
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "PYTHONPATH": str(ROOT),
+    }
+    return subprocess.Popen(
+        args, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def wait_for(process: subprocess.Popen, path: pathlib.Path) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"{path} didn't appear"
+        time.sleep(0.005)
+
+
+def test_killed_then_terminated_then_finished(folder):
+    """kill -9, then SIGTERM, then to the end; against a run of the same command in one go."""
+    checkpoints = folder / "killed" / "checkpoints"
+    args = command(folder, "killed")
+
+    first = start(folder, args)
+    wait_for(first, checkpoints / "5")
+    first.kill()
+    first.communicate()
+    assert first.returncode == -signal.SIGKILL
+    reached = max(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
+    assert reached < 60
+
+    second = start(folder, args)
+    wait_for(second, checkpoints / str(reached + 5))
+    second.terminate()
+    out, err = second.communicate()
+    assert second.returncode == 128 + signal.SIGTERM, err
+    assert f"Going on after step {reached}" in out
+    assert "Stopped by SIGTERM" in out
+    assert "The same command goes on from there" in out
+
+    last = start(folder, args)
+    out, err = last.communicate()
+    assert last.returncode == 0, err
+    assert "Traceback" not in err
+    steps = [x["step"] for x in record(folder / "killed") if "loss" in x]
+    assert steps == list(range(1, 61))
+
+    whole = start(folder, command(folder, "one-go"))
+    assert whole.wait() == 0
+    assert record(folder / "killed") == record(folder / "one-go")

@@ -1,0 +1,171 @@
+"""The training and evaluation steps against NumPy, and what they must leave alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+
+from train.recipes import make_config
+from train.state import init_state, join_adapters, make_setup, step_key
+from train.step import all_finite, eval_step, evaluate, make_train_step
+
+VOCAB, LENGTH = 301, 16  # padded to 304 columns
+EPS32 = float(jnp.finfo(jnp.float32).eps)
+
+
+def tiny(model="bert-tiny", **fields):
+    defaults = {"seq_len": LENGTH, "max_predictions": 4, "steps": 4, "dtype": "float32"}
+    config = make_config(model, **{**defaults, **fields})
+    return config, make_setup(config, vocab_size=VOCAB)
+
+
+def bert_batch(rows: int, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    ints = {"dtype": np.int32}
+    return {
+        "input_ids": rng.integers(5, VOCAB, (rows, LENGTH), **ints),
+        "token_type_ids": rng.integers(0, 2, (rows, LENGTH), **ints),
+        "lengths": rng.integers(LENGTH // 2, LENGTH + 1, rows, **ints),
+        "mlm_positions": rng.integers(0, LENGTH // 2, (rows, 4), **ints),
+        "mlm_labels": rng.integers(5, VOCAB, (rows, 4), **ints),
+        "mlm_weights": (rng.random((rows, 4)) < 0.7).astype(np.float32),
+        "nsp_labels": rng.integers(0, 2, rows, **ints),
+    }
+
+
+def causal_batch(rows: int) -> dict[str, np.ndarray]:
+    ids = np.random.default_rng(0).integers(0, VOCAB, (rows, LENGTH + 1), dtype=np.int32)
+    return {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
+
+
+@pytest.fixture(scope="module")
+def bert():
+    config, setup = tiny()
+    return config, setup, jax.device_get(init_state(setup))
+
+
+def assert_close(got, wanted, scale: float):
+    """Within the rounding of float32 sums, relative to each leaf's largest entry."""
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted), strict=True
+    ):
+        bound = scale * EPS32 * max(np.abs(b).max(), EPS32)
+        assert np.abs(a - b).max() <= bound, jax.tree_util.keystr(path)
+
+
+def test_bert_loss_is_that_of_numpy_over_the_real_vocabulary(bert):
+    _, setup, state = bert
+    batch = bert_batch(6)
+    sums = eval_step(state, batch)
+    out = setup.model.apply(
+        {"params": state.params, "masks": state.masks},
+        *(batch[k] for k in ("input_ids", "token_type_ids", "lengths")),
+        mlm_positions=batch["mlm_positions"],
+    )
+    logs = log_softmax(np.asarray(out.mlm_logits, np.float64)[..., :VOCAB], axis=-1)
+    nll = -np.take_along_axis(logs, batch["mlm_labels"][..., None], -1)[..., 0]
+    np.testing.assert_allclose(sums.nll, (nll * batch["mlm_weights"]).sum(), rtol=64 * EPS32)
+    hits = (logs.argmax(-1) == batch["mlm_labels"]) * batch["mlm_weights"]
+    assert float(sums.correct) == hits.sum()
+    assert float(sums.tokens) == batch["mlm_weights"].sum()
+    nsp = log_softmax(np.asarray(out.nsp_logits, np.float64), axis=-1)
+    nll = -np.take_along_axis(nsp, batch["nsp_labels"][:, None], -1)
+    np.testing.assert_allclose(sums.nsp_nll, nll.sum(), rtol=64 * EPS32)
+    assert float(sums.sequences) == 6
+
+
+def test_uniform_predictions_cost_the_log_of_the_real_vocabulary():
+    _, setup = tiny("gpt2-nano")
+    state = init_state(setup)
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    metrics = evaluate(state.replace(params=zeros), [causal_batch(2)])
+    np.testing.assert_allclose(metrics["eval_loss"], np.log(VOCAB), rtol=8 * EPS32)
+    np.testing.assert_allclose(metrics["eval_perplexity"], VOCAB, rtol=64 * EPS32)
+
+
+def test_evaluation_weighs_every_prediction_alike(bert):
+    _, _, state = bert
+    first, second = bert_batch(2, seed=1), bert_batch(2, seed=2)
+    second["mlm_weights"][:] = 0
+    second["mlm_weights"][0, 0] = 1
+    both = {k: np.concatenate([first[k], second[k]]) for k in first}
+    apart, together = evaluate(state, [first, second]), evaluate(state, [both])
+    assert apart.keys() == together.keys()
+    for name, value in together.items():
+        np.testing.assert_allclose(apart[name], value, rtol=64 * EPS32, err_msg=name)
+
+
+def test_accumulation_changes_memory_and_nothing_else(bert):
+    config, setup, state = bert
+    batch, key = bert_batch(6), step_key(setup)
+    batch["mlm_weights"][:2] = 0  # micro-batches of unequal weight
+    whole, metrics = make_train_step(1, setup.schedule)(state, batch, key)
+    split, split_metrics = make_train_step(3, setup.schedule)(state, batch, key)
+    for name in metrics:
+        np.testing.assert_allclose(
+            split_metrics[name], metrics[name], rtol=256 * EPS32, err_msg=name
+        )
+    # First moments are the clipped gradients times 1 - beta1.
+    assert_close(first_moments(split), first_moments(whole), scale=512)
+
+
+def first_moments(state):
+    return state.opt_state[1].inner_states["base"].inner_state[0].mu
+
+
+def test_step_moves_parameters_and_leaves_masks_alone(bert):
+    _, setup, state = bert
+    step = make_train_step(1, setup.schedule)
+    after, _ = step(state, bert_batch(4), step_key(setup))
+    for a, b in zip(jax.tree.leaves(after.masks), jax.tree.leaves(state.masks), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.dtype == jnp.uint8
+    moved = [
+        bool((np.asarray(a) != b).any())
+        for a, b in zip(jax.tree.leaves(after.params), jax.tree.leaves(state.params), strict=True)
+    ]
+    assert all(moved)
+    assert int(after.step) == 1
+
+
+def test_dropout_draws_anew_for_every_step_and_micro_batch():
+    _, setup = tiny(dropout=0.5, lr=1e-30)
+    state = jax.device_get(init_state(setup))
+    row = bert_batch(1)
+    row["mlm_weights"][:] = 1
+    batch = {k: np.repeat(v, 2, axis=0) for k, v in row.items()}
+    step, key = make_train_step(2, setup.schedule), step_key(setup)
+    losses = [
+        float(step(state.replace(step=jnp.int32(t)), batch, key)[1]["loss"]) for t in (0, 1, 0)
+    ]
+    assert losses[0] != losses[1]
+    assert losses[0] == losses[2]
+    one = make_train_step(1, setup.schedule)(state, row, key)[1]["loss"]
+    assert losses[0] != float(one)  # the second micro-batch isn't the first one's copy
+
+
+def test_adapters_join_with_the_function_and_the_optimizer_unchanged(bert):
+    _, setup, state = bert
+    step, key = make_train_step(1, setup.schedule), step_key(setup)
+    state = jax.device_get(step(state, bert_batch(4), key)[0])
+    before = eval_step(state, bert_batch(4))
+    joined, count = join_adapters(setup, state)
+    assert count == 7  # 2 layers of 4 linears, less the first
+    after = eval_step(joined, bert_batch(4))
+    for name in before._fields:
+        np.testing.assert_array_equal(getattr(after, name), getattr(before, name), err_msg=name)
+    old = dict(jax.tree_util.tree_leaves_with_path(state.params))
+    kept = dict(jax.tree_util.tree_leaves_with_path(joined.params))
+    for path, leaf in old.items():
+        np.testing.assert_array_equal(kept[path], leaf)
+    np.testing.assert_array_equal(joined.step, state.step)
+
+
+def test_all_finite_finds_one_bad_number_anywhere(bert):
+    _, _, state = bert
+    assert bool(all_finite(state))
+    leaves, treedef = jax.tree.flatten(state.opt_state)
+    i = max(i for i, x in enumerate(leaves) if np.asarray(x).dtype == np.float32)
+    leaves[i] = np.full_like(leaves[i], np.inf)
+    assert not bool(all_finite(state.replace(opt_state=treedef.unflatten(leaves))))
