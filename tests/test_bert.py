@@ -7,6 +7,7 @@ import pytest
 
 from slope_jax import models
 
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
 RNG = np.random.default_rng(0)
 IDS = jnp.asarray(RNG.integers(0, 61, (3, 12)), jnp.int32)
 TYPES = jnp.asarray(RNG.integers(0, 2, (3, 12)), jnp.int32)

@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from slope_jax import models
 
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 12)), jnp.int32)
 
 

@@ -14,6 +14,8 @@ from slope_jax import models
 from slope_jax.models import attention, layers, registry
 from slope_jax.policy import SparsityPolicy
 
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
 SMALL = {
     "hidden_size": 32,
     "num_heads": 4,
