@@ -1,0 +1,72 @@
+"""Benchmark records: what they say of their circumstances and what they must not say."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import record
+from benchmarks.input_pipeline import tokens_per_second
+
+COMMITTED = sorted(record.RESULTS.glob("*.json"))
+
+
+def test_record_is_written_whole_and_without_paths(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x", "--cache-dir=/home/me/cache", "~/data", "--seconds=2"])
+    made = record.make_record(
+        "speed", [{"ms": 1}], device="A GPU (80GB)", module="benchmarks.speed"
+    )
+    path = record.write_record(made, tmp_path)
+    assert path.name == "speed-a-gpu-80gb.json"
+    assert json.loads(path.read_text()) == made
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert made["command"] == "python -m benchmarks.speed --cache-dir=... ... --seconds=2"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", made["date"])
+    assert {"python", "jax", "numpy"} <= made["versions"].keys()
+
+
+def test_commit_and_whether_files_differ_from_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    assert record._commit() == (None, True)
+    for arguments in (
+        ["init", "-q"],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x", "--allow-empty"],
+    ):
+        assert record._output("git", *arguments) == ""
+    commit, dirty = record._commit()
+    assert (len(commit), dirty) == (40, False)
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "results" / "new.json").write_text("{}")
+    assert record._commit() == (commit, False)
+    (tmp_path / "new.py").write_text("")
+    assert record._commit() == (commit, True)
+
+
+def test_device_names_have_no_marks_of_the_machine():
+    name = record.cpu()
+    assert re.search(r"\(\d+ cores\)$", name)
+    assert "/" not in record.slug(name)
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.name)
+def test_committed_records_are_clean(path: Path):
+    found = json.loads(path.read_text())
+    assert found["dirty"] is False, "made from a tree with uncommitted changes"
+    assert re.fullmatch("[0-9a-f]{40}", found["commit"])
+    assert path.name == f"{found['benchmark']}-{record.slug(found['device'])}.json"
+    assert not re.search(r'"[^"]*(?:[ =:]|^)/(?:home|root|work|tmp|Users)/', path.read_text())
+
+
+def test_rate_counts_text_and_not_padding():
+    import itertools
+
+    import numpy as np
+
+    def rate(batch):
+        return tokens_per_second(lambda: itertools.repeat(batch), seconds=0.02, repeats=3)
+
+    ids = np.zeros((1000, 1000), np.int32)
+    full = rate({"input_ids": ids})
+    half = rate({"input_ids": ids, "lengths": np.full(1000, 1)})
+    assert full > 50 * half > 0
