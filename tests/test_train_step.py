@@ -97,7 +97,7 @@ def test_evaluation_weighs_every_prediction_alike(bert):
 
 
 def test_accumulation_changes_memory_and_nothing_else(bert):
-    config, setup, state = bert
+    _, setup, state = bert
     batch, key = bert_batch(6), step_key(setup)
     batch["mlm_weights"][:2] = 0  # micro-batches of unequal weight
     whole, metrics = make_train_step(1, setup.schedule)(state, batch, key)

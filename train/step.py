@@ -79,7 +79,7 @@ def make_train_step(accumulation: int, schedule: optax.Schedule) -> Callable:
             grads, sums = grad_fn(state.params, batch, jax.random.fold_in(key, 0))
         else:
             grads, sums = _accumulate(grad_fn, state.params, batch, key, accumulation)
-        metrics = _means(sums) | {
+        metrics = _means(sums, pairs="nsp_labels" in batch) | {
             "grad_norm": optax.tree.norm(grads),
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
         }
@@ -142,10 +142,10 @@ def _totals(batch: Batch) -> tuple[jax.Array, jax.Array]:
     return jnp.float32(batch["labels"].size), sequences
 
 
-def _means(sums: Sums) -> dict[str, jax.Array]:
+def _means(sums: Sums, pairs: bool) -> dict[str, jax.Array]:
     tokens = jnp.maximum(sums.tokens, 1.0)
-    nsp = sums.nsp_nll / sums.sequences
-    return {"loss": sums.nll / tokens, "accuracy": sums.correct / tokens, "nsp_loss": nsp}
+    means = {"loss": sums.nll / tokens, "accuracy": sums.correct / tokens}
+    return means | ({"nsp_loss": sums.nsp_nll / sums.sequences} if pairs else {})
 
 
 def _weighted(logits: jax.Array, labels: jax.Array, weights: jax.Array):
