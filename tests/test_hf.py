@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from slope_jax import models
+from slope_jax.models import hf_names
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 safetensors_numpy = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
@@ -128,6 +129,18 @@ def test_gpt2_logits(torch, gpt2):
     same_form(model, variables)
     ours = jax.jit(model.apply)(variables, IDS)
     close(ours[..., :61], run_gpt2(torch, theirs))
+
+
+def test_defaults_are_those_of_transformers(transformers):
+    """Sizes, epsilons and dropout of bert-base and gpt2-small, against Transformers' defaults."""
+    for name, theirs in (
+        ("bert-base", transformers.BertConfig()),
+        ("gpt2-small", transformers.GPT2Config()),
+    ):
+        raw, family = theirs.to_dict(), theirs.model_type
+        expected = hf_names.read_config(raw, family) | {"dropout": hf_names.dropout(raw, family)}
+        config = models.build(name).config
+        assert {field: getattr(config, field) for field in expected} == expected
 
 
 def pruned_in_place(torch, model, patterns, axis):
