@@ -153,6 +153,19 @@ def test_split_does_not_depend_on_order(tmp_path, cache):
     assert held_out[0]
 
 
+def test_tokenizer_never_sees_the_held_out_documents(tmp_path):
+    """Other held-out documents, the same tokenizer."""
+    texts = english(60)
+    jsons = []
+    for name, extra in (("a", []), ("b", english(300, seed=8))):
+        held_out = [text for text in extra if build.held_out_score(text) < 0.1]
+        (tmp_path / f"{name}.txt").write_text("\n\n".join([*held_out, *texts]))
+        corpus = prepare(f"text:{tmp_path}/{name}.txt", **OPTIONS, cache_dir=tmp_path / "cache")
+        jsons.append(corpus.tokenizer.to_json())
+    assert len(held_out) > 10
+    assert jsons[0] == jsons[1]
+
+
 def test_workers_give_what_one_process_gives(tmp_path, text, monkeypatch):
     """Also across ranges, compressed files and several sources at once."""
     monkeypatch.setattr(build, "IN_PROCESS_BYTES", 0)
@@ -165,6 +178,9 @@ def test_workers_give_what_one_process_gives(tmp_path, text, monkeypatch):
     assert one.fingerprint == two.fingerprint
     np.testing.assert_array_equal(one.train.tokens, two.train.tokens)
     assert one.train.num_documents + one.valid.num_documents == 409
+    edges = two.train.documents[-3:].tolist()
+    last = [two.tokenizer.decode(two.train.tokens[a:b]) for a, b in itertools.pairwise(edges)]
+    assert last == [t for t in english(9, 1) if build.held_out_score(t) >= 0.1][-2:]
     assert not [p for p in (tmp_path / "two").iterdir() if p.name.startswith(".")]
 
 
