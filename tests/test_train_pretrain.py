@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -16,17 +17,13 @@ from train.pretrain import main
 from train.recipes import make_config
 from train.state import init_state, make_setup
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    rng = np.random.default_rng(0)
-    words = ["sparse", "kernel", "mask", "values", "dense", "layer", "adapter", "rank", "token"]
-    documents = [
-        " ".join(" ".join(rng.choice(words, 8)).capitalize() + "." for _ in range(12))
-        for _ in range(60)
-    ]
-    (folder / "a.txt").write_text("\n\n".join(documents))
+def text(tmp_path_factory, small_text):
+    folder = tmp_path_factory.mktemp("pretrain")
+    shutil.copy(small_text / "a.txt", folder)
     return folder
 
 
@@ -41,6 +38,7 @@ def options(text, run_dir, **fields):
         "seq-len": 8,
         "batch-size": 2,
         "steps": 6,
+        "lr": 0.01,
         "adapter-start": 0.5,
         "eval-every": 2,
         **fields,
@@ -50,7 +48,7 @@ def options(text, run_dir, **fields):
 
 def test_gpt2_trains_and_leaves_a_full_record(text, tmp_path, capsys):
     run_dir = tmp_path / "run"
-    assert main(options(text, run_dir, **{"lr": 0.01})) == 0
+    assert main(options(text, run_dir)) == 0
     out = capsys.readouterr().out
     assert "adapters of rank" in out
     assert "held-out loss" in out

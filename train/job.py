@@ -69,7 +69,11 @@ def pretrain(config: Config, *, console: Console | None = None, stop_at: int | N
         check_space(folder, plan.checkpoint_bytes)
         checkpoints = Checkpoints(folder, keep=config.keep_checkpoints)
         try:
-            return _Job(config, folder, checkpoints, console or Console(), started).run(stop_at)
+            job = _Job(config, folder, checkpoints, console or Console(), started)
+            try:
+                return job.run(stop_at)
+            except ValueError as error:  # not the caller's fault any more
+                raise RuntimeError(f"training failed after step {job.step}") from error
         finally:
             checkpoints.close()
 

@@ -68,6 +68,10 @@ def main(args: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except (ArithmeticError, OSError) as error:
         return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail(
+            RuntimeError("interrupted; the same command goes on from the last checkpoint"), 130
+        )
 
 
 def _quiet() -> None:

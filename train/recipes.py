@@ -12,17 +12,17 @@ QUICKSTART = {
     "vocab_size": 8192,
     "seq_len": (64,),
     "batch_size": (8,),
-    "steps": (150,),
+    "steps": (100,),
     "warmup": (0.1,),
     "adapter_start": 0.9,
-    "eval_every": 30,
+    "eval_every": 25,
     "eval_batches": 4,
-    "checkpoint_every": 75,
+    "checkpoint_every": 50,
 }
 
 RECIPES: dict[tuple[str, str], dict[str, Any]] = {
     ("quickstart", "bert"): QUICKSTART
-    | {"lr": (5e-4,), "max_predictions": (10,), "weight_decay": 0.01},
+    | {"lr": (3e-4,), "max_predictions": (10,), "weight_decay": 0.01},
     ("quickstart", "gpt2"): QUICKSTART
     | {"lr": (1e-3,), "weight_decay": 0.1, "eps": 1e-8, "beta2": 0.95},
     ("paper", "bert"): {
