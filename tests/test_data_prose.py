@@ -14,7 +14,7 @@ from train.data import docs_corpus, segment
 from train.data.docs_corpus import DocsSource
 from train.data.prose import prose, reads_well
 
-NUMPY_STYLE = '''
+NUMPY_STYLE = """
 Compute the mean of the values along the given axis of an array.
 
 .. versionadded:: 1.7
@@ -54,13 +54,15 @@ Examples
 2.5
 
 The last paragraph is prose and should be kept as it stands.
-'''
+"""
 
 GOOGLE_STYLE = """
 Restores the checkpoint that was written at the given step.
 
 Args:
   directory: The folder in which all of the checkpoints are to be found.
+  keep_all_of_the_older_ones (`Optional[bool]`, *optional*, defaults to `False`):
+    Whether the checkpoints of the steps before it should be kept.
   step (int): The step that should be restored, or the latest if it is None.
 
 Returns:
@@ -102,6 +104,7 @@ def test_google_docstring_becomes_prose():
     assert prose(GOOGLE_STYLE) == [
         "Restores the checkpoint that was written at the given step.",
         "The folder in which all of the checkpoints are to be found.",
+        "Whether the checkpoints of the steps before it should be kept.",
         "The step that should be restored, or the latest if it is None.",
         "The state as it was when the checkpoint was written to the disk.",
     ]

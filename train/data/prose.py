@@ -46,7 +46,7 @@ _SECTION = re.compile(
     re.IGNORECASE,
 )
 _ITEM = re.compile(r"^\*{0,2}`{0,2}[A-Za-z_][\w.*]*`{0,2}\s*(?:\([^)]*\))?\s*:\s+(?=\S)")
-_TYPED_ITEM = re.compile(r"^`{0,2}[A-Za-z_]\w*`{0,2} \([^()]*\)\s*:\s+(?=\S)")
+_TYPED_ITEM = re.compile(r"^`{0,2}[A-Za-z_]\w*`{0,2} \(.*?\)\s*:(?:\s+|$)")
 _HEADER = re.compile(r"^[*`'\"\w.,\[\]{}()|/ =-]{1,60}(?:\s*:.*)?$")
 _INLINE = [
     (re.compile(r"<!--.*?-->", re.DOTALL), ""),
