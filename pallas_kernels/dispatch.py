@@ -3,11 +3,11 @@
 import dataclasses
 from typing import NamedTuple
 
+from pallas_kernels.mosaic import support
 from pallas_kernels.pattern import Pattern
 
 OPS = ("nm_matmul", "nm_sddmm", "nm_transpose")
-IMPLEMENTATIONS = ("xla",)
-REASON = "no sparse kernel here: dense product on the decompressed weight"
+IMPLEMENTATIONS = ("xla", "mosaic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +41,29 @@ def choose(query: Query, implementation: str | None = None) -> Choice:
 
     Raises:
       ValueError: unknown name.
+      NotImplementedError: the implementation asked for cannot run this here; says why.
 
-    >>> choose(Query("nm_matmul", (768, 3072), Pattern(2, 4), "bfloat16", tokens=8192))
-    Choice(implementation='xla', reason='no sparse kernel here: dense product on the decompressed weight')
+    >>> choose(Query("nm_matmul", (768, 3072), Pattern(2, 4), "float32", tokens=8192)).implementation
+    'xla'
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation is {implementation!r}; it must be None (the best one) or one of"
             f" {', '.join(map(repr, IMPLEMENTATIONS))}"
         )
-    if implementation is not None:
-        return Choice(implementation, "asked for")
-    return Choice("xla", REASON)
+    if implementation == "xla":
+        return Choice("xla", "asked for")
+    obstacle = obstacle_to_mosaic(query)
+    if implementation == "mosaic":
+        if obstacle:
+            raise NotImplementedError(f"implementation 'mosaic': {obstacle}; use None or 'xla'")
+        return Choice("mosaic", "asked for")
+    why = obstacle or "the sparse kernels are not chosen by default yet; ask for 'mosaic'"
+    return Choice("xla", f"dense product on the decompressed weight: {why}")
+
+
+def obstacle_to_mosaic(query: Query) -> str | None:
+    """Why the sparse kernels cannot run `query` on this machine, or None."""
+    return support.device_obstacle() or support.problem_obstacle(
+        query.op, query.shape, query.pattern, query.dtype
+    )

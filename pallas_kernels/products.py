@@ -31,6 +31,7 @@ def nm_matmul(
 
     Raises:
       ValueError: shapes or dtypes do not fit, or w is compressed along the output axis.
+      NotImplementedError: the implementation asked for cannot run this here.
 
     >>> from pallas_kernels import compress
     >>> w = compress(jnp.ones((8, 3)), "2:4")
@@ -112,7 +113,11 @@ def nm_transpose(
 
 
 def _run(choice: dispatch.Choice):
-    return {"xla": xla}[choice.implementation]
+    if choice.implementation == "mosaic":
+        from pallas_kernels.mosaic import products  # needs a newer JAX than the package does
+
+        return products
+    return xla
 
 
 def _query(op: str, w: CompressedMatrix, x: jax.Array | None = None) -> dispatch.Query:

@@ -60,7 +60,7 @@ def _forward(x, w, precision, implementation):
 def _backward(precision, implementation, residuals, dy):
     x, w = residuals
     options = {"precision": precision, "implementation": implementation}
-    w_t = nm_transpose(w, dtype=x.dtype, implementation=implementation)
+    w_t = nm_transpose(w, dtype=x.dtype)
     dx = nm_matmul(dy, w_t, **options)
     dw = nm_sddmm(x, dy, w, **options)
     no_gradient = np.zeros(w.metadata.shape, jax.dtypes.float0)

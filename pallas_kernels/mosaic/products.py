@@ -1,0 +1,34 @@
+"""The dispatcher's way in: logical arrays of any rank to kernels and back."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.compressed import CompressedMatrix
+from pallas_kernels.mosaic import matmul, order, sddmm
+
+
+def nm_matmul(x: jax.Array, w: CompressedMatrix, out_dtype, precision) -> jax.Array:
+    del precision  # products of 16-bit numbers are exact in float32
+    if out_dtype != x.dtype:
+        raise NotImplementedError(
+            f"the kernel writes {x.dtype}, the dtype of x; out_dtype {out_dtype} needs 'xla'"
+        )
+    tokens, (k, f) = math.prod(x.shape[:-1]), w.shape
+    if tokens == 0:
+        return jnp.zeros((*x.shape[:-1], f), x.dtype)
+    tile = matmul.choose_tile(tokens, k, f)
+    y = matmul.nm_matmul(x.reshape(tokens, k), order.order(w, x.dtype), tile)
+    return y.reshape(*x.shape[:-1], f)
+
+
+def nm_sddmm(x: jax.Array, dy: jax.Array, w: CompressedMatrix, out_dtype, precision) -> jax.Array:
+    del precision
+    if w.axis != 0:
+        raise NotImplementedError("the kernel keeps along the input axis; axis 1 needs 'xla'")
+    tokens, (k, f) = math.prod(x.shape[:-1]), w.shape
+    if tokens == 0:
+        return jnp.zeros(w.values.shape, out_dtype)
+    dw = sddmm.nm_sddmm(x.reshape(tokens, k), dy.reshape(tokens, f), w.metadata)
+    return dw.astype(out_dtype)

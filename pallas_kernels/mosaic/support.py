@@ -1,0 +1,48 @@
+"""What the kernels can run, in words: the predicate of the dispatcher and of the tests."""
+
+import jax
+
+from pallas_kernels.pattern import Pattern
+
+OLDEST_JAX = (0, 11, 2)
+DTYPES = ("bfloat16", "float16")
+# Patterns of which every 4 consecutive entries keep at most 2.
+FITTING = tuple(Pattern(n, m) for n, m in ((1, 2), (2, 4), (1, 4), (2, 8), (1, 8), (1, 16)))
+
+
+def device_obstacle() -> str | None:
+    """Why this machine cannot run the kernels, or None."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return f"the sparse kernels need an NVIDIA Hopper GPU, and this is {device.platform}"
+    capability = str(getattr(device, "compute_capability", "unknown"))
+    if capability != "9.0":
+        return (
+            "the sparse kernels need compute capability 9.0 (Hopper), and"
+            f" {device.device_kind} has {capability}"
+        )
+    return version_obstacle()
+
+
+def version_obstacle() -> str | None:
+    """Why this JAX cannot compile the kernels, or None."""
+    if jax.__version_info__ < OLDEST_JAX:
+        return (
+            f"the sparse kernels need JAX {'.'.join(map(str, OLDEST_JAX))}, and this is"
+            f" {jax.__version__}"
+        )
+    return None
+
+
+def problem_obstacle(op: str, shape: tuple[int, int], pattern: Pattern, dtype: str) -> str | None:
+    """Why the kernels cannot take this product, or None."""
+    if op == "nm_transpose":
+        return "there is no kernel for nm_transpose yet"
+    if dtype not in DTYPES:
+        return f"the sparse kernels compute in {' or '.join(DTYPES)}, not {dtype}"
+    fitting = FITTING if op == "nm_matmul" else (Pattern(2, 4),)
+    if pattern not in fitting:
+        return f"{op} has a kernel for {', '.join(map(str, fitting))}, not {pattern}"
+    if shape[0] % 8 or shape[1] % 8:
+        return f"the sparse kernels need sizes that are multiples of 8, not {shape}"
+    return None

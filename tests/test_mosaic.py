@@ -1,0 +1,203 @@
+"""Hopper kernels: their private order on any machine, lowering where JAX can, results on a GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import (
+    Pattern,
+    Query,
+    choose,
+    compress,
+    decompress,
+    kept_mask,
+    nm_matmul,
+    nm_sddmm,
+    positions_of,
+)
+from pallas_kernels.mosaic import support
+
+needs_gpu = pytest.mark.skipif(
+    support.device_obstacle() is not None, reason=str(support.device_obstacle())
+)
+needs_jax = pytest.mark.skipif(
+    support.version_obstacle() is not None, reason=str(support.version_obstacle())
+)
+
+# tokens, in, out: whole tiles, partial tiles in every direction, one row, many tiles per CTA
+SHAPES = [
+    (1152, 768, 768),
+    (1000, 776, 1000),
+    (8, 64, 64),
+    (1, 8, 8),
+    (5, 136, 72),
+    (100, 1600, 4800),
+    (8200, 1024, 1032),
+]
+
+
+def integers(seed, shape, dtype=jnp.bfloat16):
+    return jax.random.randint(jax.random.key(seed), shape, -4, 5).astype(dtype)
+
+
+def test_metadata_order_is_that_of_the_instruction():
+    """Word by word from the rule of the PTX manual, not from the function's own reshapes."""
+    from pallas_kernels.mosaic.order import order_metadata
+
+    k, f = 128, 128
+    w = compress(jax.random.normal(jax.random.key(0), (k, f)), "2:4")
+    positions = np.asarray(positions_of(w))
+    words = np.asarray(order_metadata(w.metadata)).view(np.uint32)
+    assert words.shape == (f // 64, k // 64, 128)
+
+    def sixteen_columns(row, first):
+        picked = positions[first // 2 : first // 2 + 8, row]
+        return sum(int(p) << (2 * i) for i, p in enumerate(picked))
+
+    for block, step, t in np.ndindex(*words.shape):
+        row = 64 * block + 16 * (t // 32) + t // 4 % 8
+        first = 64 * step + 32 * (t // 2 % 2) + 16 * (t % 2)
+        expected = sixteen_columns(row, first) | sixteen_columns(row + 8, first) << 16
+        assert words[block, step, t] == expected
+
+
+@pytest.mark.parametrize("pattern", [str(p) for p in support.FITTING])
+def test_every_fitting_pattern_is_the_same_matrix_as_two_four(pattern):
+    from pallas_kernels.mosaic.order import as_two_four
+
+    w = compress(integers(0, (32, 16), jnp.float32), pattern)
+    two_four = as_two_four(w)
+    assert str(two_four.pattern) == "2:4"
+    np.testing.assert_array_equal(decompress(two_four), decompress(w))
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        (("nm_matmul", (64, 64), "2:4", "float32"), "bfloat16 or float16, not float32"),
+        (("nm_matmul", (64, 60), "2:4", "bfloat16"), "multiples of 8"),
+        (("nm_matmul", (64, 64), "4:8", "bfloat16"), "not 4:8"),
+        (("nm_sddmm", (64, 64), "1:4", "bfloat16"), "not 1:4"),
+        (("nm_transpose", (64, 64), "2:4", "bfloat16"), "nm_transpose"),
+    ],
+)
+def test_obstacles_are_named(query, message):
+    op, shape, pattern, dtype = query
+    assert message in support.problem_obstacle(op, shape, Pattern.parse(pattern), dtype)
+
+
+@pytest.mark.skipif(support.device_obstacle() is None, reason="the kernels run here")
+def test_asking_for_kernels_on_the_wrong_machine_says_why():
+    query = Query("nm_matmul", (64, 64), Pattern(2, 4), "bfloat16", tokens=8)
+    with pytest.raises(NotImplementedError, match="Hopper"):
+        choose(query, "mosaic")
+    assert "Hopper" in choose(query).reason
+
+
+@needs_jax
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("shape", [(1000, 776, 1000), (1, 8, 8)])
+def test_kernels_lower_for_cuda_without_a_gpu(shape, dtype):
+    from pallas_kernels.mosaic import products
+
+    tokens, k, f = shape
+    x, dy = jax.ShapeDtypeStruct((tokens, k), dtype), jax.ShapeDtypeStruct((tokens, f), dtype)
+    w = jax.eval_shape(lambda w: compress(w, "2:4"), jax.ShapeDtypeStruct((k, f), jnp.float32))
+
+    def both(x, dy, w):
+        return (
+            products.nm_matmul(x, w, x.dtype, None),
+            products.nm_sddmm(x, dy, w, jnp.float32, None),
+        )
+
+    text = jax.jit(both).trace(x, dy, w).lower(lowering_platforms=("cuda",)).as_text()
+    assert "nm_matmul" in text
+    assert "nm_sddmm" in text
+
+
+@needs_jax
+def test_every_tile_lowers_and_bad_ones_are_named():
+    from pallas_kernels.mosaic import matmul, order
+
+    x = jax.ShapeDtypeStruct((500, 256), jnp.bfloat16)
+    w = jax.eval_shape(
+        lambda w: order.order(compress(w, "2:4"), jnp.bfloat16),
+        jax.ShapeDtypeStruct((256, 192), jnp.float32),
+    )
+    for tile in matmul.TILES:
+        lowered = jax.jit(matmul.nm_matmul, static_argnums=2).trace(x, w, tile)
+        lowered.lower(lowering_platforms=("cuda",))
+    for options, message in [
+        ({"tokens": 100}, "multiple of 8"),
+        ({"slot_tokens": 80}, "divides tokens"),
+        ({"stages": 6}, "bytes"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            matmul.Tile(**options)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matmul_is_within_twice_the_error_of_the_dense_product(shape, dtype):
+    tokens, k, f = shape
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (tokens, k)).astype(dtype)
+    w = compress(jax.random.normal(keys[1], (k, f)).astype(dtype), "2:4")
+    exact = np.asarray(x, np.float64) @ np.asarray(decompress(w), np.float64)
+    dense = np.abs(np.asarray(x @ decompress(w), np.float64) - exact).max()
+    y = nm_matmul(x, w, implementation="mosaic")
+    assert np.abs(np.asarray(y, np.float64) - exact).max() <= 2 * dense
+    for _ in range(5):
+        np.testing.assert_array_equal(y, nm_matmul(x, w, implementation="mosaic"))
+
+
+@needs_gpu
+@pytest.mark.parametrize("pattern", [str(p) for p in support.FITTING])
+def test_matmul_is_exact_on_integers_of_any_fitting_pattern(pattern):
+    x, w = integers(0, (2, 3, 64)), compress(integers(1, (64, 48)), pattern)
+    y = nm_matmul(x, w, implementation="mosaic")
+    exact = np.asarray(x, np.float32) @ np.asarray(decompress(w), np.float32)
+    np.testing.assert_array_equal(np.asarray(y, np.float32), exact.astype(jnp.bfloat16))
+
+
+@needs_gpu
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sddmm_is_exact_on_integers(shape):
+    tokens, k, f = shape
+    x, dy = integers(0, (tokens, k)), integers(1, (tokens, f))
+    w = compress(integers(2, (k, f)), "2:4")  # small integers: ties and zeros abound
+    dw = nm_sddmm(x, dy, w, out_dtype=jnp.float32, implementation="mosaic")
+    exact = np.asarray(x, np.float64).T @ np.asarray(dy, np.float64) * np.asarray(kept_mask(w))
+    np.testing.assert_array_equal(decompress(w.with_values(dw)), exact)
+
+
+@needs_gpu
+def test_nan_and_inf_reach_the_outputs_that_they_belong_to():
+    x = integers(0, (300, 64)).at[7, 3].set(jnp.nan).at[200, 5].set(jnp.inf)
+    w = compress(integers(1, (64, 300 // 4 * 4 + 4)), "2:4")
+    y = np.asarray(nm_matmul(x, w, implementation="mosaic"), np.float32)
+    clean = np.delete(np.arange(300), [7, 200])
+    assert np.isfinite(y[clean]).all()
+    uses_three = np.asarray(kept_mask(w))[3]
+    np.testing.assert_array_equal(np.isnan(y[7])[uses_three], True)
+
+
+@needs_gpu
+def test_the_whole_gradient_is_that_of_xla():
+    from slope_jax import slope_matmul
+
+    w = compress(integers(0, (256, 384), jnp.float32), "2:4")
+    x, dy = integers(1, (4, 250, 256)), integers(2, (4, 250, 384))
+    results = []
+    for implementation in ("mosaic", "xla"):
+
+        def product(x, w, implementation=implementation):
+            return slope_matmul(x, w, implementation=implementation)
+
+        y, back = jax.vjp(product, x, w)
+        dx, dw = jax.jit(back)(dy)
+        results.append((y, dx, dw.values))
+    for mosaic, xla in zip(*results, strict=True):
+        np.testing.assert_array_equal(np.asarray(mosaic, np.float32), np.asarray(xla, np.float32))
