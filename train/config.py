@@ -116,7 +116,7 @@ class Config:
     """Dropout rate, in [0, 1)."""
     remat: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more work."""
-    implementation: Literal["auto", "xla", "mosaic", "triton"] = "auto"
+    implementation: Literal["auto", "xla", "mosaic"] = "auto"
     """Implementation of the sparse products. auto: the best one on this device."""
     seed: int = 0
     """Seed of the initialisation, the masks, the data order and dropout."""

@@ -30,5 +30,7 @@ def nm_sddmm(x: jax.Array, dy: jax.Array, w: CompressedMatrix, out_dtype, precis
     tokens, (k, f) = math.prod(x.shape[:-1]), w.shape
     if tokens == 0:
         return jnp.zeros(w.values.shape, out_dtype)
-    dw = sddmm.nm_sddmm(x.reshape(tokens, k), dy.reshape(tokens, f), w.metadata)
+    tile, splits = sddmm.choose(tokens, k, f)
+    flat_x, flat_dy = x.reshape(tokens, k), dy.reshape(tokens, f)
+    dw = sddmm.nm_sddmm(flat_x, flat_dy, w.metadata, tile, splits)
     return dw.astype(out_dtype)

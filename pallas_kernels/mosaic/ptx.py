@@ -68,62 +68,67 @@ def multiply(acc, w_ref, e_ref, x_ref, tokens: int, dtype: str):
     return call(*accs, w_ref, e_ref, x_ref)
 
 
-def multiply_transposed(acc, x_ref, dy_ref, dtype: str):
-    """Issues and commits one group, acc += x (tokens, 64).T @ dy (tokens, columns).
+def multiply_transposed(acc, a_ref, b_ref, dtype: str):
+    """Issues and commits one group, acc += a.T @ b, both token-major (MN-major for wgmma).
 
-    As `multiply`. x_ref: (tokens, 64); dy_ref: (columns / 64, tokens, 64): 64 columns a block.
+    As `multiply`. a_ref: (rows / 64, tokens, 64); b_ref: (columns / 64, tokens, 64): blocks of 64
+    columns of the arrays in memory.
     """
-    blocks, tokens, _ = dy_ref.shape
-    columns = 64 * blocks
+    tokens = a_ref.shape[1]
+    rows, columns = 64 * a_ref.shape[0], 64 * b_ref.shape[0]
 
     def body(ctx, *args):
-        *acc_arg, x, dy = args
-        acc_value = acc_arg[0] if acc_arg else _zeros(64, columns)
+        *acc_arg, a, b = args
+        acc_value = acc_arg[0] if acc_arg else _zeros(rows, columns)
         acc_value = acc_value.to_layout(fa.WGMMA_LAYOUT_ACC_32BIT)
-        registers = list(acc_value.registers.flat)
-        x_base = _descriptor(x, swizzle=128)
-        dy_base = _descriptor(dy, swizzle=128, block_bytes=128 * tokens)
+        registers = acc_value.registers.copy()
+        block_bytes = 128 * tokens
+        a_base = _descriptor(a, swizzle=128)
+        b_base = _descriptor(b, swizzle=128, block_bytes=block_bytes)
         nvvm.wgmma_fence_aligned()
         for k in range(tokens // 16):
-            x_desc, dy_desc = (_add(base, 2048 * k >> 4) for base in (x_base, dy_base))
-            accumulate = bool(acc_arg) or k > 0
-            registers = _wgmma_transposed(registers, x_desc, dy_desc, columns, dtype, accumulate)
+            b_desc = _add(b_base, 2048 * k >> 4)
+            for block in range(rows // 64):
+                a_desc = _add(a_base, block_bytes * block + 2048 * k >> 4)
+                accumulate = bool(acc_arg) or k > 0
+                new = _wgmma_transposed(
+                    list(registers[block].flat), a_desc, b_desc, columns, dtype, accumulate
+                )
+                registers[block] = np.array(new, dtype=object).reshape(registers[block].shape)
         nvvm.wgmma_commit_group_sync_aligned()
-        shaped = np.array(registers, dtype=object).reshape(acc_value.registers.shape)
         return fa.FragmentedArray(
-            _registers=shaped, _layout=acc_value.layout, _is_signed=None
+            _registers=registers, _layout=acc_value.layout, _is_signed=None
         ).to_layout(fa.WGMMA_LAYOUT)
 
     refs = (plgpu.RefType(X_TRANSFORMS),) * 2
     accs = () if acc is None else (acc,)
     call = plgpu.inline_mgpu(
-        arg_types=((ACC,) * len(accs)) + refs, return_type=acc_type(64, columns)
+        arg_types=((ACC,) * len(accs)) + refs, return_type=acc_type(rows, columns)
     )(body)
-    return call(*accs, x_ref, dy_ref)
+    return call(*accs, a_ref, b_ref)
 
 
 def store_kept(acc, metadata_ref, out_ref, row, column) -> None:
-    """Stores the entries of acc (64, columns) that 2:4 metadata keeps, at their compressed places.
+    """Stores the entries of acc that 2:4 metadata keeps, at their compressed places.
 
     Args:
+      acc: (rows, columns), transposed: rows lie along `out`, columns along `in`.
       metadata_ref: uint8 (in / 8, out), the logical metadata, in global memory.
       out_ref: float32 (in / 2, out), in global memory.
-      row, column: where acc lies in the (in, out) matrix; `in` and `out` are multiples of 8.
+      row, column: where acc lies; `in` and `out` are multiples of 8.
     """
     groups8, out = metadata_ref.shape
+    splat = plgpu.Layout.WG_SPLAT
 
-    @plgpu.inline_mgpu(
-        arg_types=(
-            ACC,
-            plgpu.RefType(),
-            plgpu.RefType(),
-            plgpu.Layout.WG_SPLAT,
-            plgpu.Layout.WG_SPLAT,
-        )
-    )
+    @plgpu.inline_mgpu(arg_types=(ACC, plgpu.RefType(), plgpu.RefType(), splat, splat))
     def body(ctx, acc, metadata, target, row, column):
-        registers = acc.to_layout(fa.WGMMA_LAYOUT_ACC_32BIT).registers.reshape(-1, 4)
-        _store_kept(registers, metadata, target, _scalar(row), _scalar(column), groups8, out)
+        registers = acc.to_layout(fa.WGMMA_LAYOUT_ACC_32BIT).registers
+        for block in range(acc.shape[0] // 64):
+            block_row = _add(row.registers.item(), 64 * block)
+            block_registers = registers[block].reshape(-1, 4)
+            _store_block(
+                block_registers, metadata, target, block_row, column.registers.item(), groups8, out
+            )
 
     body(acc, metadata_ref, out_ref, row, column)
 
@@ -211,66 +216,83 @@ def _descriptor(ref, swizzle: int, block_bytes: int = 16):
     return llvm.or_(llvm.and_(shifted, _const64(0x3FFF)), _const64(signed))
 
 
-def _store_kept(registers, metadata, target, row, column, groups8, out) -> None:
+def _store_block(registers, metadata, target, row, column, groups8, out) -> None:
+    """64 rows. A thread holds two columns of a group of 4 in two rows, 8 apart; its neighbour the
+    other two. They exchange, so that the even thread has the whole group of the first row and the
+    odd one that of the second. A warp then stores two runs of 16 floats.
+    """
     i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
     thread = llvm.and_(mutils.thread_idx(), _const(127))
     warp, lane = llvm.lshr(thread, _const(5)), llvm.and_(thread, _const(31))
-    row8, pair = llvm.lshr(lane, _const(2)), llvm.and_(lane, _const(3))
-    in_group = llvm.and_(row8, _const(3))
-    nibble_shift = llvm.and_(row8, _const(4))
-    base = {name: llvm.ptrtoint(i64, mutils.memref_ptr(ref)) for name, ref in
-            (("metadata", metadata), ("target", target))}  # fmt: skip
-    for half in (0, 1):  # rows 0-7 and 8-15 of the warp's 16: one row of metadata each
-        octet = _add(_add_reg(llvm.lshr(row, _const(3)), _mul(warp, 2)), half)
-        row_inside = _less(octet, groups8)
-        first = _add_reg(_mul(octet, 4), llvm.lshr(nibble_shift, _const(1)))  # row of the values
-        for n in range(len(registers)):
-            start = _add(_add_reg(column, _mul(pair, 2)), 8 * n)
-            inside = llvm.and_(row_inside, _less(start, out))
-            place = _add_reg(_wide_mul(octet, out), llvm.zext(i64, start))
-            pair_bytes = llvm.inline_asm(
-                i32,
-                [llvm.add(base["metadata"], place, overflow_flags=_NO_WRAP), inside],
-                "{ .reg .pred p; .reg .b16 v; setp.ne.b32 p, $2, 0; mov.b16 v, 0; "
-                "@p ld.global.nc.b16 v, [$1]; cvt.u32.u16 $0, v; }",
-                "=r,l,r",
-                asm_dialect=0,
-                has_side_effects=True,
-            )
-            for odd in (0, 1):
-                nibble = llvm.lshr(pair_bytes, _add(nibble_shift, 8 * odd))
-                low = _equal(llvm.and_(nibble, _const(3)), in_group)
-                high = _equal(llvm.and_(llvm.lshr(nibble, _const(2)), _const(3)), in_group)
-                keep = llvm.and_(llvm.or_(low, high), inside)
-                entry = _add_reg(
-                    _wide_mul(_add_reg(first, high), out), llvm.zext(i64, _add(start, odd))
-                )
-                address = llvm.add(
-                    base["target"],
-                    llvm.shl(entry, _const64(2), overflow_flags=_NO_WRAP),
-                    overflow_flags=_NO_WRAP,
-                )
-                value = llvm.extractelement(registers[n, 2 * half + odd], _const(0))
-                llvm.inline_asm(
-                    ir.Type.parse("!llvm.void"),
-                    [address, value, keep],
-                    "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }",
-                    "l,f,r",
-                    asm_dialect=0,
-                    has_side_effects=True,
-                )
+    odd, second = llvm.and_(lane, _const(1)), llvm.and_(llvm.lshr(lane, _const(1)), _const(1))
+    is_odd = llvm.icmp(llvm.ICmpPredicate.ne, odd, _const(0))
+    row = _add_reg(
+        _add_reg(row, _mul(warp, 16)), _add_reg(_mul(odd, 8), llvm.lshr(lane, _const(2)))
+    )
+    row_inside = _less(row, out)
+    first_octet = llvm.lshr(column, _const(3))
+    row_bytes = llvm.zext(i64, row)
+    metadata_row = _add_reg(llvm.ptrtoint(i64, mutils.memref_ptr(metadata)), row_bytes)
+    target_row = _add_reg(
+        llvm.ptrtoint(i64, mutils.memref_ptr(target)),
+        llvm.shl(row_bytes, _const64(2), overflow_flags=_NO_WRAP),
+    )
+    shift = _mul(second, 4)
+    for n in range(len(registers)):
+        octet = _add(first_octet, n)
+        inside = llvm.and_(row_inside, _less(octet, groups8))
+        source = _add_reg(metadata_row, _wide_mul(octet, out))
+        loaded = llvm.inline_asm(
+            i32,
+            [source, inside],
+            "{ .reg .pred p; .reg .b16 v; setp.ne.b32 p, $2, 0; mov.b16 v, 0; "
+            "@p ld.global.nc.u8 v, [$1]; cvt.u32.u16 $0, v; }",
+            "=r,l,r",
+            asm_dialect=0,
+        )
+        nibble = llvm.lshr(loaded, shift)
+        own = [llvm.extractelement(register, _const(0)) for register in registers[n]]
+        theirs = [_from_neighbour(llvm.select(is_odd, own[e], own[2 + e])) for e in (0, 1)]
+        group = [llvm.select(is_odd, theirs[e], own[e]) for e in (0, 1)]
+        group += [llvm.select(is_odd, own[2 + e], theirs[e]) for e in (0, 1)]
+        first_value = _add_reg(_mul(octet, 4), _mul(second, 2))
+        address = _add_reg(target_row, _wide_mul(first_value, 4 * out))
+        values = [_pick(group, nibble, low_bit) for low_bit in (0, 2)]
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [address, _add(address, 4 * out), *values, inside],
+            "{ .reg .pred p; setp.ne.b32 p, $4, 0; "
+            "@p st.global.f32 [$0], $2; @p st.global.f32 [$1], $3; }",
+            "l,l,f,f,r",
+            asm_dialect=0,
+            has_side_effects=True,
+        )
 
 
-def _scalar(array):
-    return array.registers.item()
+def _from_neighbour(x):
+    """The value of the thread whose number differs in the last bit."""
+    return llvm.inline_asm(
+        ir.F32Type.get(),
+        [x],
+        "shfl.sync.bfly.b32 $0, $1, 1, 0x1f, 0xffffffff;",
+        "=f,f",
+        asm_dialect=0,
+        has_side_effects=True,
+    )
+
+
+def _pick(group, nibble, low_bit: int):
+    """The entry of the four that the two bits from `low_bit` on name."""
+    bits = [
+        llvm.icmp(llvm.ICmpPredicate.ne, llvm.and_(nibble, _const(1 << b)), _const(0))
+        for b in (low_bit, low_bit + 1)
+    ]
+    low, high = (llvm.select(bits[0], group[i + 1], group[i]) for i in (0, 2))
+    return llvm.select(bits[1], high, low)
 
 
 def _less(x, bound: int):
     return _flag(llvm.ICmpPredicate.slt, x, _const(bound))
-
-
-def _equal(x, y):
-    return _flag(llvm.ICmpPredicate.eq, x, y)
 
 
 def _flag(predicate, x, y):

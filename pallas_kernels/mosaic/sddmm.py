@@ -1,12 +1,15 @@
 """The values of (x.T @ dy) * mask: `nm_sddmm` in Pallas Mosaic GPU.
 
 Dense wgmma, since both operands are dense; the epilogue stores only what the metadata keeps, so the
-dense gradient never reaches memory. x and dy are token-major, so both are MN-major for wgmma. Two
-consumer warpgroups of 64 input x `COLUMNS` output features, one producer warp. The tokens are split
-so that all processors have work; the partial sums are float32.
+dense gradient never reaches memory. The accumulator is (out, in), so that a group of 4 inputs lies
+in two neighbouring threads. x and dy are token-major, so both are MN-major for wgmma. Two consumer
+warpgroups and one producer warp, as in `matmul`. Where the tiles alone leave processors idle, the
+tokens are split, and the partial sums added by XLA.
 """
 
+import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.experimental.pallas as pl
@@ -15,38 +18,92 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic import ptx
+from pallas_kernels.mosaic.matmul import CONSUMERS, SHARED_MEMORY
 
 STEP = 64  # tokens per stage
-CONSUMERS = 2
-ROWS, COLUMNS = 64 * CONSUMERS, 256
-STAGES = 4
 MAX_SPLITS = 16
 
 
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A CTA takes 128 * blocks outputs x `columns` inputs at a time, `stages` deep."""
+
+    blocks: int = 2
+    columns: int = 192
+    stages: int = 4
+    snake: int = 8
+
+    def __post_init__(self):
+        if self.columns % 64 or not 64 <= self.columns <= 256:
+            raise ValueError(f"{self}: columns must be a multiple of 64 up to 256")
+        if self.shared_memory > SHARED_MEMORY:
+            raise ValueError(f"{self}: needs {self.shared_memory} bytes of {SHARED_MEMORY}")
+
+    @property
+    def rows(self) -> int:
+        return 64 * self.blocks * CONSUMERS
+
+    @property
+    def shared_memory(self) -> int:
+        return self.stages * (self.rows + self.columns) * STEP * 2
+
+
+# Microseconds of a stage and of an epilogue per tile, on an H100 under sustained load, from
+# 8192 x 4096 x 14336 (tokens x in x out). They only rank tiles.
+TILES = {
+    Tile(): (1.09, 4.0),
+    Tile(columns=128): (0.76, 3.0),
+    Tile(blocks=1, columns=256): (0.76, 3.0),
+    Tile(blocks=1, columns=128, stages=6): (0.44, 2.0),
+}
+PARTIAL_BYTES_PER_MICROSECOND = 2.5e6
+
+
+def choose(tokens: int, k: int, f: int, *, processors: int = 132) -> tuple[Tile, int]:
+    """The tile and the number of splits with the shortest time, partial sums counted."""
+
+    def time(choice: tuple[Tile, int]) -> float:
+        tile, splits = choice
+        stage, epilogue = TILES[tile]
+        units = pl.cdiv(f, tile.rows) * pl.cdiv(k, tile.columns) * splits
+        product = pl.cdiv(units, processors) * (
+            stage * pl.cdiv(pl.cdiv(tokens, STEP), splits) + epilogue
+        )
+        partial_bytes = 0 if splits == 1 else 2 * splits * k * f * 2
+        return product + partial_bytes / PARTIAL_BYTES_PER_MICROSECOND
+
+    most = min(MAX_SPLITS, pl.cdiv(tokens, STEP))
+    return min(itertools.product(TILES, range(1, most + 1)), key=time)
+
+
 def nm_sddmm(
-    x: jax.Array, dy: jax.Array, metadata: jax.Array, *, processors: int = 132
+    x: jax.Array,
+    dy: jax.Array,
+    metadata: jax.Array,
+    tile: Tile,
+    splits: int,
+    *,
+    processors: int = 132,
 ) -> jax.Array:
     """float32 (in / 2, out): the entries of x.T @ dy that 2:4 `metadata` (in / 8, out) keeps.
 
     x: (tokens, in), dy: (tokens, out), bfloat16 or float16; in and out multiples of 8.
     """
-    (tokens, k), f = x.shape, dy.shape[1]
-    splits = choose_splits(
-        pl.cdiv(k, ROWS) * pl.cdiv(f, COLUMNS), pl.cdiv(tokens, STEP), processors
-    )
+    k, f = x.shape[1], dy.shape[1]
     blocks = functools.partial(plgpu.SMEM, dtype=x.dtype, transforms=ptx.X_TRANSFORMS)
+    loads = (tile.rows + tile.columns) // 64
     kernel = plgpu.kernel(
-        functools.partial(_kernel, splits=splits, dtype=str(x.dtype)),
+        functools.partial(_kernel, tile=tile, splits=splits, dtype=str(x.dtype)),
         out_type=jax.ShapeDtypeStruct((splits, k // 2, f), jnp.float32),
         grid=(processors,),
         grid_names=("grid",),
         num_threads=CONSUMERS + 1,
         thread_name="wg",
         scratch_types={
-            "x_smem": blocks((STAGES, CONSUMERS, STEP, 64)),
-            "dy_smem": blocks((STAGES, COLUMNS // 64, STEP, 64)),
-            "full": plgpu.Barrier(num_arrivals=CONSUMERS + COLUMNS // 64, num_barriers=STAGES),
-            "empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
+            "dy_smem": blocks((tile.stages, tile.rows // 64, STEP, 64)),
+            "x_smem": blocks((tile.stages, tile.columns // 64, STEP, 64)),
+            "full": plgpu.Barrier(num_arrivals=loads, num_barriers=tile.stages),
+            "empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tile.stages),
         },
         # Safe here: every hand-over of shared memory goes through one of these barriers.
         compiler_params=plgpu.CompilerParams(
@@ -54,38 +111,28 @@ def nm_sddmm(
         ),
         kernel_name="nm_sddmm",
     )
-    return kernel(x, dy, metadata).sum(0)
+    return kernel(dy, x, metadata).sum(0)
 
 
-def choose_splits(tiles: int, steps: int, processors: int) -> int:
-    """Into how many parts to cut the tokens: full waves, less what the partial sums cost."""
-    best, best_score = 1, 0.0
-    for splits in range(1, MAX_SPLITS + 1):
-        if splits > 1 and steps // splits < 16:
-            break
-        units = tiles * splits
-        score = units / (processors * -(-units // processors)) - 0.004 * splits
-        if score > best_score:
-            best, best_score = splits, score
-    return best
-
-
-def _kernel(x_gmem, dy_gmem, e_gmem, out_gmem, x_smem, dy_smem, full, empty, *, splits, dtype):
-    (tokens, k), f = x_gmem.shape, dy_gmem.shape[1]
-    rows, columns, steps = pl.cdiv(k, ROWS), pl.cdiv(f, COLUMNS), pl.cdiv(tokens, STEP)
+def _kernel(
+    dy_gmem, x_gmem, e_gmem, out_gmem, dy_smem, x_smem, full, empty, *, tile, splits, dtype
+):
+    tokens, f = dy_gmem.shape
+    grid = (pl.cdiv(f, tile.rows), pl.cdiv(x_gmem.shape[1], tile.columns))
+    tiles, steps = grid[0] * grid[1], pl.cdiv(tokens, STEP)
     wg = lax.axis_index("wg")
 
     def unit(index):
-        split = lax.div(index, jnp.int32(rows * columns))
-        rest = lax.rem(index, jnp.int32(rows * columns))
+        split = lax.div(index, jnp.int32(tiles))
+        row, column = plgpu.planar_snake(lax.rem(index, jnp.int32(tiles)), grid, 0, tile.snake)
         start = lax.div(split * steps, jnp.int32(splits))
         stop = lax.div((split + 1) * steps, jnp.int32(splits))
-        return split, lax.rem(rest, jnp.int32(rows)), lax.div(rest, jnp.int32(rows)), start, stop
+        return split, row * tile.rows, column * tile.columns, start, stop
 
     def next_stage(stage):
-        return lax.select(stage == STAGES - 1, jnp.int32(0), stage + 1)
+        return lax.select(stage == tile.stages - 1, jnp.int32(0), stage + 1)
 
-    each_unit = functools.partial(plgpu.nd_loop, (splits * rows * columns,), collective_axes="grid")
+    each_unit = functools.partial(plgpu.nd_loop, (splits * tiles,), collective_axes="grid")
 
     def produce():
         @each_unit(init_carry=(jnp.int32(0), jnp.int32(0)))
@@ -95,14 +142,14 @@ def _kernel(x_gmem, dy_gmem, e_gmem, out_gmem, x_smem, dy_smem, full, empty, *, 
             def step(i, carry):
                 stage, count = carry
 
-                @pl.when(count >= STAGES)
+                @pl.when(count >= tile.stages)
                 def _():
                     plgpu.barrier_wait(empty.at[stage])
 
                 here = pl.ds((start + i) * STEP, STEP)
                 for source, target, first in (
-                    (x_gmem, x_smem, row * ROWS),
-                    (dy_gmem, dy_smem, column * COLUMNS),
+                    (dy_gmem, dy_smem, row),
+                    (x_gmem, x_smem, column),
                 ):
                     for block in range(target.shape[1]):
                         plgpu.copy_gmem_to_smem(
@@ -125,10 +172,11 @@ def _kernel(x_gmem, dy_gmem, e_gmem, out_gmem, x_smem, dy_smem, full, empty, *, 
     @pl.when(wg < CONSUMERS)
     def _consumer():
         plgpu.set_max_registers(240, action="increase")
+        mine = pl.ds(wg * tile.blocks, tile.blocks)
 
         def step(acc, stage, previous):
             plgpu.barrier_wait(full.at[stage])
-            acc = ptx.multiply_transposed(acc, x_smem.at[stage, wg], dy_smem.at[stage], dtype)
+            acc = ptx.multiply_transposed(acc, dy_smem.at[stage, mine], x_smem.at[stage], dtype)
             ptx.wait(1)
             if previous is not None:
                 plgpu.barrier_arrive(empty.at[previous])
@@ -147,5 +195,6 @@ def _kernel(x_gmem, dy_gmem, e_gmem, out_gmem, x_smem, dy_smem, full, empty, *, 
             acc, last = lax.fori_loop(1, stop - start, again, (acc, carry))
             acc = ptx.drain(acc)
             plgpu.barrier_arrive(empty.at[last])
-            ptx.store_kept(acc, e_gmem, out_gmem.at[split], row * ROWS + wg * 64, column * COLUMNS)
+            first_row = row + wg * (64 * tile.blocks)
+            ptx.store_kept(acc, e_gmem, out_gmem.at[split], first_row, column)
             return next_stage(last)
