@@ -163,7 +163,18 @@ def _run_text(plan: Plan) -> str:
         )
     else:
         lines.append("no adapters")
+    lines += _path_lines(plan.explanation)
     return "\n".join(lines)
+
+
+def _path_lines(explanation: Explanation) -> list[str]:
+    """One line per way in which sparse products run, with its reason: nothing falls back unsaid."""
+    ways: dict[tuple[str, str], int] = {}
+    for row in explanation.rows:
+        if row.pattern != "dense":
+            way = (row.implementation, row.reason)
+            ways[way] = ways.get(way, 0) + row.layers
+    return [f"sparse products of {n} linears: {path}, {why}" for (path, why), n in ways.items()]
 
 
 def _state_text(plan: Plan) -> str:
