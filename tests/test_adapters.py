@@ -48,13 +48,14 @@ def optimizer(moments=None, adapter_tx=None):
 
 def new_state(tx=None, steps=3):
     model = Model()
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     state = TrainState.create(apply_fn=model.apply, tx=tx or optimizer(), **variables)
     for _ in range(steps):
         state = step(state)
     return state
 
 
+@jax.jit
 def step(state):
     def loss(params):
         return (state.apply_fn({**state.variables, "params": params}, X) ** 2).mean()

@@ -140,8 +140,8 @@ class Bert(nn.Module):
     """BERT with its two pretraining heads.
 
     >>> model = Bert(BertConfig(**VARIANTS["bert-tiny"], vocab_size=64))
-    >>> variables = model.init(jax.random.key(0), **model.example_inputs())
-    >>> model.apply(variables, jnp.ones((2, 16), jnp.int32)).mlm_logits.shape
+    >>> variables = jax.jit(model.init)(jax.random.key(0), **model.example_inputs())
+    >>> jax.jit(model.apply)(variables, jnp.ones((2, 16), jnp.int32)).mlm_logits.shape
     (2, 16, 64)
 
     Attributes:

@@ -86,8 +86,8 @@ class GPT2(nn.Module):
     """GPT-2 with its language-model head.
 
     >>> model = GPT2(GPT2Config(**VARIANTS["gpt2-nano"], vocab_size=64))
-    >>> variables = model.init(jax.random.key(0), **model.example_inputs())
-    >>> model.apply(variables, jnp.ones((2, 16), jnp.int32)).shape
+    >>> variables = jax.jit(model.init)(jax.random.key(0), **model.example_inputs())
+    >>> jax.jit(model.apply)(variables, jnp.ones((2, 16), jnp.int32)).shape
     (2, 16, 64)
 
     Attributes:
