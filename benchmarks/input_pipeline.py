@@ -12,8 +12,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 
-from benchmarks.record import cpu, make_record, write_record
+from benchmarks.record import make_record, write_record
 from train.data import Corpus, batches_from, make_dataset, prepare
+from train.environment import cpu
 
 SHAPES = {"mlm": ((128, 256), (512, 64)), "clm": ((128, 256), (1024, 32))}
 MODES = ("indexing", "threads", "processes")

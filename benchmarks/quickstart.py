@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import RESULTS, accelerator, make_record, write_record
+from benchmarks.record import RESULTS, make_record, write_record
+from train.environment import JOB_PACKAGES, accelerator
 
 METHODS = ("slope", "dense")
 EVALUATION = ("--eval-batches=32", "--eval-every=75")
@@ -34,7 +35,7 @@ def main() -> None:
         [result_of(summary) for summary in summaries],
         device=accelerator(),
         module="benchmarks.quickstart",
-        packages=("orbax-checkpoint", "grain", "tokenizers"),
+        packages=JOB_PACKAGES,
     )
     print(write_record(record, arguments.results).name)
 

@@ -467,6 +467,7 @@ def test_attention_asks_jax_for_what_the_path_says(monkeypatch):
         trace(dtype="float32", attention="cudnn")
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", FAMILIES)
 def test_fused_attention_is_as_close_as_xla(name):
     """Padding and causality included: at most twice XLA's error in the same dtype, gradients 3x."""

@@ -18,9 +18,13 @@ from pallas_kernels import (
 )
 from pallas_kernels.mosaic import support
 
-needs_gpu = pytest.mark.skipif(
-    support.device_obstacle() is not None, reason=str(support.device_obstacle())
-)
+obstacle = support.device_obstacle()
+
+
+def needs_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(obstacle is not None, reason=str(obstacle))(test))
+
+
 needs_jax = pytest.mark.skipif(
     support.version_obstacle() is not None, reason=str(support.version_obstacle())
 )
@@ -87,7 +91,7 @@ def test_obstacles_are_named(query, message):
     assert message in support.problem_obstacle(op, shape, Pattern.parse(pattern), dtype)
 
 
-@pytest.mark.skipif(support.device_obstacle() is None, reason="the kernels run here")
+@pytest.mark.skipif(obstacle is None, reason="the kernels run here")
 def test_asking_for_kernels_on_the_wrong_machine_says_why():
     query = Query("nm_matmul", (64, 64), Pattern(2, 4), "bfloat16", tokens=8)
     with pytest.raises(NotImplementedError, match="Hopper"):

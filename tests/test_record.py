@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import record
 from benchmarks.input_pipeline import tokens_per_second
+from train import environment
 
 COMMITTED = sorted(record.RESULTS.glob("*.json"))
 
@@ -27,24 +28,27 @@ def test_record_is_written_whole_and_without_paths(tmp_path, monkeypatch):
 
 
 def test_commit_and_whether_files_differ_from_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "ROOT", tmp_path)
-    assert record._commit() == (None, True)
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.delenv(environment.COMMIT_VARIABLE, raising=False)
+    assert environment.commit() == (None, True)
+    monkeypatch.setenv(environment.COMMIT_VARIABLE, "a" * 40)
+    assert environment.commit() == ("a" * 40, False)
     for arguments in (
         ["init", "-q"],
         ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x", "--allow-empty"],
     ):
-        assert record._output("git", *arguments) == ""
-    commit, dirty = record._commit()
+        assert environment._output("git", *arguments) == ""
+    commit, dirty = environment.commit()
     assert (len(commit), dirty) == (40, False)
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     (tmp_path / "benchmarks" / "results" / "new.json").write_text("{}")
-    assert record._commit() == (commit, False)
+    assert environment.commit() == (commit, False)
     (tmp_path / "new.py").write_text("")
-    assert record._commit() == (commit, True)
+    assert environment.commit() == (commit, True)
 
 
 def test_device_names_have_no_marks_of_the_machine():
-    name = record.cpu()
+    name = environment.cpu()
     assert re.search(r"\(\d+ cores\)$", name)
     assert "/" not in record.slug(name)
 

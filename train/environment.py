@@ -1,75 +1,98 @@
-"""What a result was obtained on: device, versions, date, commit."""
+"""What a result was obtained on: device, versions, date, commit. No paths, no host names."""
 
 import datetime
 import importlib.metadata
 import os
 import pathlib
 import platform
+import re
 import subprocess
+from collections.abc import Iterable
 from typing import Any
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "tokenizers")
+import jax
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+JOB_PACKAGES = ("orbax-checkpoint", "grain", "tokenizers")  # besides, for a pretraining run
+COMMIT_VARIABLE = "SLOPE_COMMIT"
 
 
-def describe() -> dict[str, Any]:
-    """Device, versions, date (UTC, ISO 8601) and commit, in JSON types. No paths, no host name.
+def describe(packages: Iterable[str] = ()) -> dict[str, Any]:
+    """Device, driver, versions, date (UTC, ISO 8601) and commit, in JSON types.
+
+    Args:
+      packages: distributions whose versions matter, besides JAX's and numpy.
 
     Example:
       >>> sorted(describe())
-      ['commit', 'date', 'device', 'python', 'system', 'versions']
+      ['commit', 'cpu', 'date', 'device', 'dirty', 'driver', 'system', 'versions']
     """
-    import jax
-
-    devices = jax.devices()
+    revision, dirty = commit()
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "device": {
-            "platform": devices[0].platform,
-            "kind": devices[0].device_kind,
-            "count": len(devices),
-            "cpu": _cpu_name(),
-            "cpu_cores": len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count(),
-        },
+        "device": accelerator(),
+        "cpu": cpu(),
+        "driver": _driver(),
         "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "versions": {"python": platform.python_version(), **versions((*PACKAGES, *packages))},
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": revision,
+        "dirty": dirty,
     }
 
 
-def commit() -> str | None:
-    """Commit of the checkout that this code runs from, "+" appended if it has local changes.
+def cpu() -> str:
+    """The processor and the cores this process may use, such as "Intel Xeon (2 cores)"."""
+    model = platform.processor() or platform.machine()
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists() and (match := re.search(r"model name\s*:\s*(.+)", info.read_text())):
+        model = match[1]
+    model = re.sub(r"\(R\)|\(TM\)|\bCPU\b|@.*", "", model)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{' '.join(model.split())} ({cores} cores)"
 
-    None outside a git checkout.
+
+def accelerator() -> str:
+    """The kind of JAX's devices and how many, such as "NVIDIA H100 80GB HBM3"; the CPU if none."""
+    devices = jax.devices()
+    if devices[0].platform == "cpu":
+        return cpu()
+    count = f"{len(devices)}x " if len(devices) > 1 else ""
+    return count + devices[0].device_kind
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of the distributions that are installed."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> tuple[str | None, bool]:
+    """The commit checked out, and whether files differ from it; earlier results may.
+
+    Where the code lies without its history, SLOPE_COMMIT names the commit it was taken from.
     """
-    folder = pathlib.Path(__file__).resolve().parent
+    status = _output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")
+    if status is None and COMMIT_VARIABLE in os.environ:
+        return os.environ[COMMIT_VARIABLE], False
+    return _output("git", "rev-parse", "HEAD"), status is None or bool(status)
+
+
+def _driver() -> str | None:
+    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return found.splitlines()[0] if found else None
+
+
+def _output(*arguments: str) -> str | None:
     try:
-        head = _git(folder, "rev-parse", "HEAD")
-        changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+        done = subprocess.run(
+            arguments, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20
+        )
     except (OSError, subprocess.SubprocessError):
         return None
-    return head + ("+" if changed else "")
-
-
-def _git(folder: pathlib.Path, *args: str) -> str:
-    return subprocess.run(
-        ["git", "-C", str(folder), *args], capture_output=True, text=True, check=True, timeout=20
-    ).stdout.strip()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
+    return done.stdout.strip()

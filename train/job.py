@@ -260,7 +260,7 @@ class _Job:
             "batch": self.step - phase.start,  # the position in this phase's stream
             "data": self.corpus.fingerprint,
             "history": self.history,
-            "environment": environment.describe(),
+            "environment": environment.describe(environment.JOB_PACKAGES),
         }
 
     def _due(self, every: int) -> bool:

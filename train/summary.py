@@ -61,7 +61,7 @@ def write_summary(
         "adapters": history["adapters"],
         "checkpoints": checkpoints,
         "command": command(),
-        "environment": environment.describe(),
+        "environment": environment.describe(environment.JOB_PACKAGES),
         "config": to_json(config),
     }
     plot.loss_curve(

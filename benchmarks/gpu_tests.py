@@ -1,0 +1,43 @@
+"""Runs the tests that need a GPU and records the outcome: ``python -m benchmarks.gpu_tests``.
+
+They skip elsewhere, by the predicate of the dispatcher, so this record is what shows that they ran.
+"""
+
+import os
+import sys
+
+import pytest
+
+os.environ["JAX_PLATFORMS"] = "cuda,cpu"  # read by JAX when it is imported
+
+from benchmarks.record import ROOT, make_record, write_record
+from train.environment import accelerator
+
+
+class Outcomes:
+    """A pytest plugin that keeps each test's outcome."""
+
+    def __init__(self):
+        self.tests: dict[str, str] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self.tests[report.nodeid] = report.outcome
+
+
+def main() -> None:
+    outcomes = Outcomes()
+    # Libraries of the GPU warn of much that is not ours to mend.
+    options = ["-m", "gpu", "-W", "default", "-p", "no:cacheprovider", *sys.argv[1:]]
+    code = pytest.main([str(ROOT / "tests"), *options], plugins=[outcomes])
+    counts = {kind: 0 for kind in ("passed", "failed", "skipped")}
+    for outcome in outcomes.tests.values():
+        counts[outcome] += 1
+    results = {**counts, "tests": outcomes.tests}
+    record = make_record("gpu-tests", results, device=accelerator(), module="benchmarks.gpu_tests")
+    print(write_record(record).name)
+    sys.exit(int(code))
+
+
+if __name__ == "__main__":
+    main()
