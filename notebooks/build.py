@@ -7,10 +7,10 @@ quickstart.py is the source: edit it, and build again.
 
 import pathlib
 import sys
+import tempfile
 
 import jupytext
 import nbformat
-from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 
 FOLDER = pathlib.Path(__file__).resolve().parent
@@ -26,9 +26,11 @@ def build(output: pathlib.Path) -> None:
     notebook = jupytext.read(SOURCE)
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number:02}"  # random ids would differ in every build
-    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")  # no open ports
-    client = NotebookClient(notebook, km=kernel, timeout=600, record_timing=False)
-    client.execute(cwd=str(FOLDER.parent))
+    client = NotebookClient(notebook, timeout=600, record_timing=False)
+    kernel = client.create_kernel_manager()
+    with tempfile.TemporaryDirectory() as sockets:  # rather than open ports
+        kernel.transport, kernel.ip = "ipc", f"{sockets}/kernel"
+        client.execute(cwd=str(FOLDER.parent))
     notebook.metadata.pop("language_info", None)
     temporary = output.with_name(output.name + ".tmp")
     nbformat.write(notebook, temporary)
