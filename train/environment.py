@@ -77,10 +77,12 @@ def commit() -> tuple[str | None, bool]:
 
     Where the code lies without its history, SLOPE_COMMIT names the commit it was taken from.
     """
+    head = _output("git", "rev-parse", "--verify", "--quiet", "HEAD")
+    if head is None:
+        named = os.environ.get(COMMIT_VARIABLE)
+        return named, named is None
     status = _output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")
-    if status is None and COMMIT_VARIABLE in os.environ:
-        return os.environ[COMMIT_VARIABLE], False
-    return _output("git", "rev-parse", "HEAD"), status is None or bool(status)
+    return head, status != ""
 
 
 def _driver() -> str | None:
