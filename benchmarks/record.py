@@ -6,16 +6,15 @@ not belong into the repository.
 """
 
 import json
-import os
 import re
 import shlex
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from train import environment
+from train.files import write_atomically
 
 ROOT = environment.ROOT
 RESULTS = ROOT / "benchmarks" / "results"
@@ -50,19 +49,7 @@ def make_record(
 def write_record(record: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Writes ``<benchmark>-<device>.json`` atomically and returns its path."""
     path = folder / f"{record['benchmark']}-{slug(record['device'])}.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=folder)
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(record, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(path, json.dumps(record, indent=2) + "\n")
     if record["dirty"]:
         print("uncommitted changes: this record is not one to commit", file=sys.stderr)
     return path

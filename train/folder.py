@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from train.config import Config, free_fields, to_json
-from train.metrics import METRICS_FILE, write_text
+from train.files import write_atomically
+from train.metrics import METRICS_FILE
 
 CONFIG_FILE, LOCK_FILE, TOKENIZER_FILE = "config.json", "lock", "tokenizer.json"
 LEFTOVERS = (METRICS_FILE, TOKENIZER_FILE, "corpus.json", "plan.txt", "tensorboard")
@@ -51,7 +52,7 @@ def start_anew(path: pathlib.Path, config: Config) -> None:
             shutil.rmtree(target)
         else:
             target.unlink(missing_ok=True)
-    write_text(path / CONFIG_FILE, json.dumps(to_json(config), indent=1) + "\n")
+    write_atomically(path / CONFIG_FILE, json.dumps(to_json(config), indent=1) + "\n")
 
 
 def check_config(saved: dict[str, Any], config: Config, folder: pathlib.Path) -> None:

@@ -16,9 +16,10 @@ from train.checkpoint import Checkpoints, check_space
 from train.config import Config, Phase, to_json
 from train.data import batches_from
 from train.display import Display, Speed
+from train.files import write_atomically
 from train.folder import TOKENIZER_FILE, check_config, open_folder, start_anew
 from train.inputs import make_datasets, open_corpus
-from train.metrics import MetricsWriter, write_text
+from train.metrics import MetricsWriter
 from train.plan import make_plan
 from train.signals import StopRequest
 from train.state import abstract_state, init_state, join_adapters, make_setup, step_key
@@ -109,7 +110,7 @@ class _Job:
         self.pending: list[tuple[int, dict[str, jax.Array]]] = []
 
     def run(self, stop_at: int | None) -> int:
-        write_text(self.folder / "plan.txt", f"{self.plan}\n")
+        write_atomically(self.folder / "plan.txt", f"{self.plan}\n")
         if self.step == self.config.total_steps:
             self._say(f"{self.folder} is complete. To start anew, name another --run-dir.")
             return self._finish()
@@ -134,7 +135,7 @@ class _Job:
         check_config(record["config"], self.config, self.folder)
         self.history = record["history"]
         if not (self.folder / TOKENIZER_FILE).exists():
-            write_text(self.folder / TOKENIZER_FILE, json.dumps(tokenizer))
+            write_atomically(self.folder / TOKENIZER_FILE, json.dumps(tokenizer))
         return record["data"]
 
     def _initial_state(self) -> TrainState:

@@ -7,6 +7,8 @@ import pathlib
 import time
 from typing import Any
 
+from train.files import write_atomically
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -51,7 +53,7 @@ def truncate(path: pathlib.Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in read(path) if line["step"] <= step]
-    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -63,16 +65,6 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return lines
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _number(value: float) -> float | int | None:

@@ -12,6 +12,7 @@ import jax
 from train import environment, metrics, plot
 from train.config import Config, to_json
 from train.display import duration, size
+from train.files import write_atomically
 from train.plan import Plan
 
 SUMMARY_FILE, PLOT_FILE = "summary.json", "loss.png"
@@ -71,7 +72,7 @@ def write_summary(
         adapter_step=config.adapter_step,
         phase_starts=tuple(p.start for p in config.phases[1:]),
     )
-    metrics.write_text(folder / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
+    write_atomically(folder / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
     return summary
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from train.data import segment, store
 from train.data.sources import Unit
 from train.data.tokenizer import Vocabulary, vocabulary_from_json
+from train.files import write_atomically
 
 SPLITS = ("train", "valid")
 # Below this a pool of fresh interpreters costs more than it saves.
@@ -91,7 +92,7 @@ def build_store(
             for split in SPLITS
         },
     }
-    store.write_atomically(directory / "meta.json", json.dumps(meta, indent=1).encode())
+    write_atomically(directory / "meta.json", json.dumps(meta, indent=1))
     return meta
 
 

@@ -21,6 +21,7 @@ from train.data.tokenizer import (
     load_tokenizer,
     train_tokenizer,
 )
+from train.files import write_atomically
 
 VALID_FRACTION = 0.02
 # Enough to settle the merges of a vocabulary of this kind; more only takes longer.
@@ -199,7 +200,7 @@ class _Preparation:
                     meta, how = self._build(directory, vocabulary, key), "built"
         if record:
             entry = {"arguments": arguments, "store": directory.name}
-            store.write_atomically(record, json.dumps(entry, indent=1).encode())
+            write_atomically(record, json.dumps(entry, indent=1))
         stats = {split: entry["stats"] for split, entry in meta["splits"].items()}
         _log_stats(stats, f"{how} in {build.seconds_since(started)}, {directory}")
         return Corpus(

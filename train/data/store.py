@@ -25,6 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
+from train.files import sync_directory
+
 FILES = ("tokens", "documents", "sentences")
 _CHUNK = 1 << 24
 
@@ -189,23 +191,6 @@ def digest(*parts: object) -> str:
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file that is either the old one or the whole new one, whatever happens."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
-
-
 @contextlib.contextmanager
 def new_directory(final: Path) -> Iterator[Path]:
     """Yields a temporary directory that becomes ``final`` if the block succeeds, else vanishes.
@@ -219,11 +204,11 @@ def new_directory(final: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.chmod(temporary, 0o755)
-        _sync_directory(temporary)
+        sync_directory(temporary)
         if final.exists():
             shutil.rmtree(final)
         os.rename(temporary, final)
-        _sync_directory(final.parent)
+        sync_directory(final.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -267,11 +252,3 @@ def _concerns(directory: Path, filename: object) -> bool:
     return isinstance(filename, str) and (
         Path(filename).is_relative_to(directory) or directory.is_relative_to(filename)
     )
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -8,7 +8,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from train.data.store import Specials, digest, write_atomically
+from train.data.store import Specials, digest
+from train.files import write_atomically
 
 DEFAULT_VOCAB_SIZE = 8192
 BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -54,7 +55,7 @@ class Vocabulary:
 
     def save(self, path: Path | str) -> None:
         """Writes ``tokenizer.json``: the old file or the new one, never a part."""
-        write_atomically(Path(path), self.to_json().encode())
+        write_atomically(Path(path), self.to_json())
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text without special tokens around it."""
