@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from train.config import Config, free_fields
+from train.plan import make_plan
 from train.pretrain import main, parse
 from train.recipes import make_config
 
@@ -160,3 +161,15 @@ def test_help_documents_every_field(capsys):
     # One default is printed for each, and a sentence ahead of it.
     assert text.count("(default:") == len(dataclasses.fields(Config))
     assert "│  (default" not in text
+
+
+@pytest.mark.parametrize("method", ["slope", "dense"])
+def test_plan_says_in_its_first_lines_how_sparse_products_run(method):
+    plan = make_plan(make_config("bert-tiny", method=method))
+    first = str(plan).split("\n\n")[0]
+    sparse = [row for row in plan.explanation.rows if row.pattern != "dense"]
+    assert ("sparse products" in first) == (method == "slope")
+    if method == "slope":
+        count = sum(row.layers for row in sparse)
+        way = f"sparse products of {count} linears: {sparse[0].implementation}, {sparse[0].reason}"
+        assert way in first
