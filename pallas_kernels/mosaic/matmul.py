@@ -19,7 +19,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import ptx
+from pallas_kernels.mosaic import store, wgmma
 from pallas_kernels.mosaic.order import OrderedWeight
 
 STEP = 64  # input features per stage
@@ -101,16 +101,16 @@ def nm_matmul(x: jax.Array, w: OrderedWeight, tile: Tile, *, processors: int = 1
         thread_name="wg",
         scratch_types={
             "x_smem": plgpu.SMEM(
-                (tile.stages, tile.tokens, STEP), x.dtype, transforms=ptx.X_TRANSFORMS
+                (tile.stages, tile.tokens, STEP), x.dtype, transforms=wgmma.X_TRANSFORMS
             ),
             "w_smem": plgpu.SMEM(
-                (tile.stages, tile.rows, STEP // 2), x.dtype, transforms=ptx.W_TRANSFORMS
+                (tile.stages, tile.rows, STEP // 2), x.dtype, transforms=wgmma.W_TRANSFORMS
             ),
             "e_smem": plgpu.SMEM((tile.stages, tile.rows // 64, 1, 128), jnp.int32),
             "out_smem": plgpu.SMEM(
                 (CONSUMERS, tile.slots, tile.slot_tokens, 64),
                 x.dtype,
-                transforms=ptx.X_TRANSFORMS,
+                transforms=wgmma.X_TRANSFORMS,
             ),
             "full": plgpu.Barrier(num_arrivals=3, num_barriers=tile.stages),
             "empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tile.stages),
@@ -171,13 +171,13 @@ def _kernel(
 
             return lax.fori_loop(0, steps, step, carry)
 
-    def store(acc, row, column):
+    def store_tile(acc, row, column):
         count = 0
         for block in range(tile.blocks):
             for first in range(0, tile.tokens, tile.slot_tokens):
                 slot = out_smem.at[wg, count % tile.slots]
                 plgpu.wait_smem_to_gmem(tile.slots - 1, wait_read_only=True)
-                ptx.store_transposed(acc, slot, block, first, dtype)
+                store.store_transposed(acc, slot, block, first, dtype)
                 plgpu.commit_smem()
                 target = (
                     pl.ds(column + first, tile.slot_tokens),
@@ -202,7 +202,7 @@ def _kernel(
 
         def step(acc, stage, previous):
             plgpu.barrier_wait(full.at[stage])
-            acc = ptx.multiply(
+            acc = wgmma.multiply(
                 acc,
                 w_smem.at[stage, w_rows],
                 e_smem.at[stage, e_rows],
@@ -210,7 +210,7 @@ def _kernel(
                 tile.tokens,
                 dtype,
             )
-            ptx.wait(1)
+            wgmma.wait(1)
             if previous is not None:
                 plgpu.barrier_arrive(empty.at[previous])
             return acc
@@ -229,9 +229,9 @@ def _kernel(
                 return step(step(acc, first, previous), last, first), last
 
             acc, last = lax.fori_loop(1, steps // 2, pair, (acc, second))
-            acc = ptx.drain(acc)
+            acc = wgmma.drain(acc)
             plgpu.barrier_arrive(empty.at[last])
-            store(acc, row * tile.rows + wg * (64 * tile.blocks), column * tile.tokens)
+            store_tile(acc, row * tile.rows + wg * (64 * tile.blocks), column * tile.tokens)
             return next_stage(last)
 
         plgpu.wait_smem_to_gmem(0)

@@ -17,7 +17,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import ptx
+from pallas_kernels.mosaic import keep, wgmma
 from pallas_kernels.mosaic.matmul import CONSUMERS, SHARED_MEMORY
 
 STEP = 64  # tokens per stage
@@ -90,7 +90,7 @@ def nm_sddmm(
     x: (tokens, in), dy: (tokens, out), bfloat16 or float16; in and out multiples of 8.
     """
     k, f = x.shape[1], dy.shape[1]
-    blocks = functools.partial(plgpu.SMEM, dtype=x.dtype, transforms=ptx.X_TRANSFORMS)
+    blocks = functools.partial(plgpu.SMEM, dtype=x.dtype, transforms=wgmma.X_TRANSFORMS)
     loads = (tile.rows + tile.columns) // 64
     kernel = plgpu.kernel(
         functools.partial(_kernel, tile=tile, splits=splits, dtype=str(x.dtype)),
@@ -176,8 +176,8 @@ def _kernel(
 
         def step(acc, stage, previous):
             plgpu.barrier_wait(full.at[stage])
-            acc = ptx.multiply_transposed(acc, dy_smem.at[stage, mine], x_smem.at[stage], dtype)
-            ptx.wait(1)
+            acc = wgmma.multiply_transposed(acc, dy_smem.at[stage, mine], x_smem.at[stage], dtype)
+            wgmma.wait(1)
             if previous is not None:
                 plgpu.barrier_arrive(empty.at[previous])
             return acc
@@ -193,8 +193,8 @@ def _kernel(
                 return step(acc, here, previous), here
 
             acc, last = lax.fori_loop(1, stop - start, again, (acc, carry))
-            acc = ptx.drain(acc)
+            acc = wgmma.drain(acc)
             plgpu.barrier_arrive(empty.at[last])
             first_row = row + wg * (64 * tile.blocks)
-            ptx.store_kept(acc, e_gmem, out_gmem.at[split], first_row, column)
+            keep.store_kept(acc, e_gmem, out_gmem.at[split], first_row, column)
             return next_stage(last)

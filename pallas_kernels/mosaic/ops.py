@@ -1,0 +1,67 @@
+"""Scalar operations of one GPU thread, in MLIR, for bodies of `plgpu.inline_mgpu`.
+
+`ops`, `wgmma`, `store` and `keep` are the files that need unstable corners of JAX
+(`jax.experimental.mosaic.gpu`, MLIR bindings). Tested with JAX 0.11.2.
+"""
+
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+
+PTX_TYPE = {"bfloat16": "bf16", "float16": "f16"}
+NO_WRAP = llvm.IntegerOverflowFlags.none
+
+
+def const(value: int):
+    i32 = ir.IntegerType.get_signless(32)
+    return llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, value)).result
+
+
+def const64(value: int):
+    i64 = ir.IntegerType.get_signless(64)
+    return llvm.ConstantOp(i64, ir.IntegerAttr.get(i64, value)).result
+
+
+def add(x, value: int):
+    constant = llvm.ConstantOp(x.type, ir.IntegerAttr.get(x.type, value)).result
+    return add_reg(x, constant)
+
+
+def add_reg(x, y):
+    return llvm.add(x, y, overflow_flags=NO_WRAP)
+
+
+def mul(x, value: int):
+    return llvm.mul(x, const(value), overflow_flags=NO_WRAP)
+
+
+def wide_mul(x, value: int):
+    i64 = ir.IntegerType.get_signless(64)
+    return llvm.mul(llvm.zext(i64, x), const64(value), overflow_flags=NO_WRAP)
+
+
+def less(x, bound: int):
+    return flag(llvm.ICmpPredicate.slt, x, const(bound))
+
+
+def flag(predicate, x, y):
+    """0 or 1 in 32 bits."""
+    return llvm.zext(ir.IntegerType.get_signless(32), llvm.icmp(predicate, x, y))
+
+
+def from_neighbour(x):
+    """The value of the thread whose number differs in the last bit."""
+    return llvm.inline_asm(
+        ir.F32Type.get(),
+        [x],
+        "shfl.sync.bfly.b32 $0, $1, 1, 0x1f, 0xffffffff;",
+        "=f,f",
+        asm_dialect=0,
+        has_side_effects=True,
+    )
+
+
+def pack(low, high, dtype: str):
+    low, high = (llvm.extractelement(v, const(0)) for v in (low, high))
+    i32 = ir.IntegerType.get_signless(32)
+    ptx = f"cvt.rn.{PTX_TYPE[dtype]}x2.f32 $0, $2, $1;"
+    return llvm.inline_asm(i32, [low, high], ptx, "=r,f,f", asm_dialect=0)
