@@ -14,7 +14,6 @@ from pallas_kernels import (
     kept_mask,
     nm_matmul,
     nm_sddmm,
-    positions_of,
 )
 from pallas_kernels.mosaic import support
 
@@ -45,30 +44,9 @@ def integers(seed, shape, dtype=jnp.bfloat16):
     return jax.random.randint(jax.random.key(seed), shape, -4, 5).astype(dtype)
 
 
-def test_metadata_order_is_that_of_the_instruction():
-    """Word by word from the rule of the PTX manual, not from the function's own reshapes."""
-    from pallas_kernels.mosaic.order import order_metadata
-
-    k, f = 128, 128
-    w = compress(jax.random.normal(jax.random.key(0), (k, f)), "2:4")
-    positions = np.asarray(positions_of(w))
-    words = np.asarray(order_metadata(w.metadata)).view(np.uint32)
-    assert words.shape == (f // 64, k // 64, 128)
-
-    def sixteen_columns(row, first):
-        picked = positions[first // 2 : first // 2 + 8, row]
-        return sum(int(p) << (2 * i) for i, p in enumerate(picked))
-
-    for block, step, t in np.ndindex(*words.shape):
-        row = 64 * block + 16 * (t // 32) + t // 4 % 8
-        first = 64 * step + 32 * (t // 2 % 2) + 16 * (t % 2)
-        expected = sixteen_columns(row, first) | sixteen_columns(row + 8, first) << 16
-        assert words[block, step, t] == expected
-
-
 @pytest.mark.parametrize("pattern", [str(p) for p in support.FITTING])
 def test_every_fitting_pattern_is_the_same_matrix_as_two_four(pattern):
-    from pallas_kernels.mosaic.order import as_two_four
+    from pallas_kernels.mosaic.products import as_two_four
 
     w = compress(integers(0, (32, 16), jnp.float32), pattern)
     two_four = as_two_four(w)
@@ -107,7 +85,7 @@ def test_kernels_lower_for_cuda_without_a_gpu(shape, dtype):
 
     tokens, k, f = shape
     x, dy = jax.ShapeDtypeStruct((tokens, k), dtype), jax.ShapeDtypeStruct((tokens, f), dtype)
-    w = jax.eval_shape(lambda w: compress(w, "2:4"), jax.ShapeDtypeStruct((k, f), jnp.float32))
+    w = jax.eval_shape(lambda w: compress(w, "2:4"), jax.ShapeDtypeStruct((k, f), dtype))
 
     def both(x, dy, w):
         return (
@@ -122,15 +100,13 @@ def test_kernels_lower_for_cuda_without_a_gpu(shape, dtype):
 
 @needs_jax
 def test_every_tile_lowers_and_bad_ones_are_named():
-    from pallas_kernels.mosaic import matmul, order
+    from pallas_kernels.mosaic import matmul
 
     x = jax.ShapeDtypeStruct((500, 256), jnp.bfloat16)
-    w = jax.eval_shape(
-        lambda w: order.order(compress(w, "2:4"), jnp.bfloat16),
-        jax.ShapeDtypeStruct((256, 192), jnp.float32),
-    )
+    values = jax.ShapeDtypeStruct((128, 192), jnp.bfloat16)
+    metadata = jax.ShapeDtypeStruct((32, 192), jnp.uint8)
     for tile in matmul.TILES:
-        lowered = jax.jit(matmul.nm_matmul, static_argnums=2).trace(x, w, tile)
+        lowered = jax.jit(matmul.nm_matmul, static_argnums=3).trace(x, values, metadata, tile)
         lowered.lower(lowering_platforms=("cuda",))
     for options, message in [
         ({"tokens": 100}, "multiple of 8"),

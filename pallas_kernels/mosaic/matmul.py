@@ -1,17 +1,21 @@
 """y = x @ w on Hopper's sparse tensor cores: `nm_matmul` in Pallas Mosaic GPU.
 
 The sparse operand must be wgmma's A, so a tile is computed transposed, acc[out, token], and is
-transposed again on its way out. Persistent CTAs, each with two consumer warpgroups and one
-producer warp that runs ahead across tiles; they meet only at two mbarriers per stage (`full`,
-`empty`). A stage is 64 input features: x (tokens x 64), values (rows x 32), metadata. One wgmma
-group stays in flight, so a stage is released one step late, and the loop is unrolled by two:
-wgmma.sp reads its metadata registers asynchronously, and a loop of one step would reload them
-under the group in flight. Ragged sizes are left to TMA, which fills loads with zeros and clips
-stores.
+transposed again on its way out. A may lie MN-major, so the logical compressed form is read as it
+is. Persistent CTAs, each with two consumer warpgroups and one producer warp that runs ahead across
+tiles; they meet only at two mbarriers per stage (`full`, `empty`). A stage is 64 input features:
+x (tokens x 64), values (32 x rows), metadata (8 x rows bytes). One wgmma group stays in flight, so
+a stage is released one step late, and the loop is unrolled by two: wgmma.sp reads its metadata
+registers asynchronously, and a loop of one step would reload them under the group in flight.
+Ragged sizes are left to TMA, which fills loads with zeros and clips stores.
+
+A low-rank product t @ r joins the accumulator in further stages of 32 ranks: r (32 x rows) lies as
+values do, and t as x does, only that the instruction is the dense one.
 """
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.experimental.pallas as pl
@@ -20,9 +24,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic import store, wgmma
-from pallas_kernels.mosaic.order import OrderedWeight
 
 STEP = 64  # input features per stage
+RANKS = 32  # of the low-rank product per stage
 CONSUMERS = 2
 SHARED_MEMORY = 232448 - 1024  # bytes per CTA, less the barriers
 
@@ -54,6 +58,11 @@ class Tile:
     @property
     def rows(self) -> int:
         return 64 * self.blocks * CONSUMERS
+
+    @property
+    def loads(self) -> int:
+        """Copies that fill a stage."""
+        return 1 + self.rows // 64 + self.rows // 128
 
     @property
     def shared_memory(self) -> int:
@@ -88,150 +97,236 @@ def choose_tile(tokens: int, k: int, f: int, *, processors: int = 132) -> Tile:
     return min(TILES, key=time)
 
 
-def nm_matmul(x: jax.Array, w: OrderedWeight, tile: Tile, *, processors: int = 132) -> jax.Array:
-    """(tokens, in) @ (in, out) in x's dtype, bfloat16 or float16; in and out multiples of 8."""
-    tokens, out = x.shape[0], w.shape[1]
-    dtype = str(x.dtype)
+def nm_matmul(
+    x: jax.Array,
+    values: jax.Array,
+    metadata: jax.Array,
+    tile: Tile,
+    *,
+    bias: jax.Array | None = None,
+    activation: str | None = None,
+    low_rank: tuple[jax.Array, jax.Array] | None = None,
+    save_preactivation: bool = False,
+    out_dtype=None,
+    processors: int = 132,
+):
+    """activation(x @ w + t @ r + bias), and what enters the activation if that is to be saved.
+
+    Args:
+      x: (tokens, in), bfloat16 or float16; in is a multiple of 8, tokens are any number > 0.
+      values: (in / 2, out) in x's dtype, metadata: uint8 (in / 8, out); out a multiple of 8.
+      bias: (out,). low_rank: t (tokens, rank), r (rank, out) in x's dtype, rank a multiple of 8.
+      out_dtype: x's dtype (None) or float32.
+    """
+    tokens, out = x.shape[0], values.shape[1]
+    if out % 16:  # the rows of an array for TMA are multiples of 16 bytes
+        metadata = jnp.pad(metadata, ((0, 0), (0, 8)))
+    out_type = jax.ShapeDtypeStruct((tokens, out), out_dtype or x.dtype)
+    operands = {"x": x, "w": values, "e": metadata}
+    if low_rank is not None:
+        operands |= {"t": low_rank[0], "r": low_rank[1]}
+    if bias is not None:
+        operands["bias"] = jnp.pad(bias.astype(jnp.float32), (0, -out % tile.rows))
+    results = ("z", "y") if save_preactivation else ("y",)
+    blocked = functools.partial(plgpu.SMEM, dtype=x.dtype, transforms=wgmma.SWIZZLED)
+    scratch = {
+        "x_smem": blocked((tile.stages, tile.tokens, STEP)),
+        "w_smem": blocked((tile.stages, tile.rows // 64, STEP // 2, 64)),
+        "e_smem": plgpu.SMEM(
+            (tile.stages, tile.rows // 128, STEP // 8, 128),
+            jnp.uint8,
+            transforms=wgmma.SWIZZLED,
+        ),
+        "out_smem": blocked((CONSUMERS, tile.slots, tile.slot_tokens, 64)),
+        "full": plgpu.Barrier(num_arrivals=tile.loads, num_barriers=tile.stages),
+        "empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tile.stages),
+    }
+
+    def body(*refs):
+        names = (*operands, *results, *scratch)
+        _Kernel(tile, activation, dict(zip(names, refs, strict=True))).run()
+
     kernel = plgpu.kernel(
-        functools.partial(_kernel, tile=tile, dtype=dtype),
-        out_type=jax.ShapeDtypeStruct((tokens, out), x.dtype),
+        body,
+        out_type=[out_type] * len(results),
         grid=(processors,),
         grid_names=("grid",),
         num_threads=CONSUMERS + 1,
         thread_name="wg",
-        scratch_types={
-            "x_smem": plgpu.SMEM(
-                (tile.stages, tile.tokens, STEP), x.dtype, transforms=wgmma.X_TRANSFORMS
-            ),
-            "w_smem": plgpu.SMEM(
-                (tile.stages, tile.rows, STEP // 2), x.dtype, transforms=wgmma.W_TRANSFORMS
-            ),
-            "e_smem": plgpu.SMEM((tile.stages, tile.rows // 64, 1, 128), jnp.int32),
-            "out_smem": plgpu.SMEM(
-                (CONSUMERS, tile.slots, tile.slot_tokens, 64),
-                x.dtype,
-                transforms=wgmma.X_TRANSFORMS,
-            ),
-            "full": plgpu.Barrier(num_arrivals=3, num_barriers=tile.stages),
-            "empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tile.stages),
-        },
+        scratch_types=list(scratch.values()),
         # Safe here: every hand-over of shared memory goes through one of these barriers.
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
         kernel_name="nm_matmul",
     )
-    return kernel(w.values, w.metadata, x)
+    *preactivation, y = kernel(*operands.values())
+    return (y, *preactivation) if save_preactivation else y
 
 
-def _kernel(
-    w_gmem, e_gmem, x_gmem, out_gmem, x_smem, w_smem, e_smem, out_smem, full, empty, *, tile, dtype
-):
-    steps = e_gmem.shape[1]
-    grid = (
-        pl.cdiv(w_gmem.shape[0], tile.rows),
-        pl.cdiv(x_gmem.shape[0], tile.tokens),
-    )
-    wg = lax.axis_index("wg")
+class _Kernel:
+    """The body: `refs` are the operands, results and scratch by name."""
 
-    def next_stage(stage):
-        return lax.select(stage == tile.stages - 1, jnp.int32(0), stage + 1)
+    def __init__(self, tile: Tile, activation: str | None, refs: dict):
+        self.tile, self.activation, self.refs = tile, activation, refs
+        self.x, self.w, self.e, self.out = (refs[name] for name in ("x", "w", "e", "y"))
+        self.dtype = str(self.x.dtype)
+        tokens, k = self.x.shape
+        f = self.w.shape[1]
+        self.grid = (pl.cdiv(f, tile.rows), pl.cdiv(tokens, tile.tokens))
+        self.steps = pl.cdiv(k, STEP)
+        self.rank_steps = pl.cdiv(refs["r"].shape[0], RANKS) if "r" in refs else 0
+        self.ragged = bool(k % STEP or f % tile.rows)
 
-    each_tile = functools.partial(
-        plgpu.nd_loop,
-        (grid[0] * grid[1],),
-        collective_axes="grid",
-        init_carry=jnp.int32(0),
-    )
+    def run(self):
+        wg = lax.axis_index("wg")
 
-    def place(info):
-        return plgpu.planar_snake(info.index[0], grid, tile.minor, tile.snake)
+        @pl.when(wg == CONSUMERS)
+        def _producer():
+            plgpu.set_max_registers(24, action="decrease")
 
-    def produce():
-        @each_tile()
+            @plgpu.warp_map
+            def _(warp):
+                pl.when(warp == 0)(self.produce)
+
+        @pl.when(wg < CONSUMERS)
+        def _consumer():
+            plgpu.set_max_registers(240, action="increase")
+            self.consume(wg)
+
+    def each_tile(self, body):
+        """Calls body(first output, first token, tiles done before, stage) -> stage."""
+
+        count = self.grid[0] * self.grid[1]
+
+        @plgpu.nd_loop((count,), collective_axes="grid", init_carry=jnp.int32(0))
         def _tile(info, carry):
-            row, column = place(info)
-            w_rows = pl.ds(row * tile.rows, tile.rows)
-            e_rows = pl.ds(row * (tile.rows // 64), tile.rows // 64)
-            x_rows = pl.ds(column * tile.tokens, tile.tokens)
+            tile = self.tile
+            row, column = plgpu.planar_snake(info.index[0], self.grid, tile.minor, tile.snake)
+            return body(row * tile.rows, column * tile.tokens, info.local_index, carry)
 
-            def step(k, stage):
-                @pl.when(info.local_index * steps + k >= tile.stages)
+    def next(self, stage):
+        return lax.select(stage == self.tile.stages - 1, jnp.int32(0), stage + 1)
+
+    def produce(self):
+        tile, refs = self.tile, self.refs
+        empty, full = refs["empty"], refs["full"]
+
+        def load(stage, row, k, tokens_source, rows_source, halves):
+            for source, target in (
+                [(tokens_source, refs["x_smem"].at[stage])]
+                + [
+                    (rows_source.at[halves, pl.ds(row + 64 * b, 64)], refs["w_smem"].at[stage, b])
+                    for b in range(tile.rows // 64)
+                ]
+                + [
+                    (
+                        self.e.at[pl.ds(k * (STEP // 8), STEP // 8), pl.ds(row + 128 * b, 128)],
+                        refs["e_smem"].at[stage, b],
+                    )
+                    for b in range(tile.rows // 128)
+                ]
+            ):
+                plgpu.copy_gmem_to_smem(source, target, full.at[stage])
+
+        @self.each_tile
+        def _tile(row, column, done, stage):
+            tokens = pl.ds(column, tile.tokens)
+            first = done * (self.steps + self.rank_steps)
+
+            def wait(step, stage):
+                @pl.when(first + step >= tile.stages)
                 def _():
                     plgpu.barrier_wait(empty.at[stage])
 
-                halves = pl.ds(k * (STEP // 2), STEP // 2)
-                for source, target in (
-                    (x_gmem.at[x_rows, pl.ds(k * STEP, STEP)], x_smem),
-                    (w_gmem.at[w_rows, halves], w_smem),
-                    (e_gmem.at[e_rows, pl.ds(k, 1)], e_smem),
-                ):
-                    plgpu.copy_gmem_to_smem(source, target.at[stage], full.at[stage])
-                return next_stage(stage)
+            def step(k, stage):
+                wait(k, stage)
+                x = self.x.at[tokens, pl.ds(k * STEP, STEP)]
+                load(stage, row, k, x, self.w, pl.ds(k * (STEP // 2), STEP // 2))
+                return self.next(stage)
 
-            return lax.fori_loop(0, steps, step, carry)
+            def rank_step(j, stage):
+                wait(self.steps + j, stage)
+                t = refs["t"].at[tokens, pl.ds(j * RANKS, STEP)]
+                # The metadata come along unused, so that every stage has as many arrivals.
+                load(stage, row, 0, t, refs["r"], pl.ds(j * RANKS, RANKS))
+                return self.next(stage)
 
-    def store_tile(acc, row, column):
-        count = 0
-        for block in range(tile.blocks):
-            for first in range(0, tile.tokens, tile.slot_tokens):
-                slot = out_smem.at[wg, count % tile.slots]
-                plgpu.wait_smem_to_gmem(tile.slots - 1, wait_read_only=True)
-                store.store_transposed(acc, slot, block, first, dtype)
-                plgpu.commit_smem()
-                target = (
-                    pl.ds(column + first, tile.slot_tokens),
-                    pl.ds(row + 64 * block, 64),
-                )
-                plgpu.copy_smem_to_gmem(slot, out_gmem.at[target])
-                count += 1
+            stage = lax.fori_loop(0, self.steps, step, stage)
+            if not self.rank_steps:
+                return stage
+            return lax.fori_loop(0, self.rank_steps, rank_step, stage)
 
-    @pl.when(wg == CONSUMERS)
-    def _producer():
-        plgpu.set_max_registers(24, action="decrease")
+    def consume(self, wg):
+        tile, refs = self.tile, self.refs
+        full, empty = refs["full"], refs["empty"]
+        mine = pl.ds(wg * tile.blocks, tile.blocks)
 
-        @plgpu.warp_map
-        def _(warp):
-            pl.when(warp == 0)(produce)
-
-    @pl.when(wg < CONSUMERS)
-    def _consumer():
-        plgpu.set_max_registers(240, action="increase")
-        w_rows = pl.ds(wg * (64 * tile.blocks), 64 * tile.blocks)
-        e_rows = pl.ds(wg * tile.blocks, tile.blocks)
-
-        def step(acc, stage, previous):
+        def issue(acc, stage, previous, *, dense=False):
             plgpu.barrier_wait(full.at[stage])
-            acc = wgmma.multiply(
-                acc,
-                w_smem.at[stage, w_rows],
-                e_smem.at[stage, e_rows],
-                x_smem.at[stage],
-                tile.tokens,
-                dtype,
-            )
+            w, x = refs["w_smem"].at[stage, mine], refs["x_smem"].at[stage]
+            if dense:
+                acc = wgmma.multiply_dense(acc, w, x, self.dtype)
+            else:
+                e = refs["e_smem"].at[stage]
+                acc = wgmma.multiply_sparse(acc, w, e, x, self.dtype, ragged=self.ragged)
             wgmma.wait(1)
             if previous is not None:
                 plgpu.barrier_arrive(empty.at[previous])
             return acc
 
-        @each_tile()
-        def _tile(info, carry):
-            row, column = place(info)
-            second = next_stage(carry)
-            acc = step(None, carry, None)
-            acc = step(acc, second, carry)
+        def product(stage):
+            acc, last = issue(None, stage, None), stage
+            if self.steps % 2 == 0:
+                last = self.next(stage)
+                acc = issue(acc, last, stage)
 
             def pair(_, state):
                 acc, previous = state
-                first = next_stage(previous)
-                last = next_stage(first)
-                return step(step(acc, first, previous), last, first), last
+                first = self.next(previous)
+                last = self.next(first)
+                return issue(issue(acc, first, previous), last, first), last
 
-            acc, last = lax.fori_loop(1, steps // 2, pair, (acc, second))
+            def rank_step(_, state):
+                acc, previous = state
+                here = self.next(previous)
+                return issue(acc, here, previous, dense=True), here
+
+            acc, last = lax.fori_loop(0, (self.steps - 1) // 2, pair, (acc, last))
+            if self.rank_steps:
+                acc, last = lax.fori_loop(0, self.rank_steps, rank_step, (acc, last))
             acc = wgmma.drain(acc)
             plgpu.barrier_arrive(empty.at[last])
-            store_tile(acc, row * tile.rows + wg * (64 * tile.blocks), column * tile.tokens)
-            return next_stage(last)
+            return acc, last
+
+        @self.each_tile
+        def _tile(row, column, done, stage):
+            row += wg * (64 * tile.blocks)
+            bias = None
+            if "bias" in refs:
+                bias = store.load_bias(refs["bias"], row, 64 * tile.blocks)
+            acc, last = product(stage)
+            self.store(acc, bias, row, column, wg)
+            return self.next(last)
 
         plgpu.wait_smem_to_gmem(0)
+
+    def store(self, acc, bias, row, column, wg):
+        tile = self.tile
+        results = [(self.out, self.activation)]
+        if "z" in self.refs:
+            results.insert(0, (self.refs["z"], None))
+        if self.out.dtype != self.x.dtype:
+            for block, (out, activation) in itertools.product(range(tile.blocks), results):
+                store.store_float32(acc, bias, out, block, row + 64 * block, column, activation)
+            return
+        chunks = itertools.product(
+            range(tile.blocks), range(0, tile.tokens, tile.slot_tokens), results
+        )
+        for count, (block, first, (out, activation)) in enumerate(chunks):
+            slot = self.refs["out_smem"].at[wg, count % tile.slots]
+            plgpu.wait_smem_to_gmem(tile.slots - 1, wait_read_only=True)
+            store.store_transposed(acc, bias, slot, block, first, self.dtype, activation)
+            plgpu.commit_smem()
+            target = (pl.ds(column + first, tile.slot_tokens), pl.ds(row + 64 * block, 64))
+            plgpu.copy_smem_to_gmem(slot, out.at[target])

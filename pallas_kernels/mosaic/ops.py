@@ -60,8 +60,19 @@ def from_neighbour(x):
     )
 
 
+def scalar(register):
+    """The one element of a vector<1>, or the scalar itself."""
+    if isinstance(register.type, ir.VectorType):
+        return llvm.extractelement(register, const(0))
+    return register
+
+
+def add_float(x, y):
+    return llvm.fadd(x, y)
+
+
 def pack(low, high, dtype: str):
-    low, high = (llvm.extractelement(v, const(0)) for v in (low, high))
+    """Two float32 rounded to 16 bits, side by side."""
     i32 = ir.IntegerType.get_signless(32)
     ptx = f"cvt.rn.{PTX_TYPE[dtype]}x2.f32 $0, $2, $1;"
     return llvm.inline_asm(i32, [low, high], ptx, "=r,f,f", asm_dialect=0)

@@ -5,8 +5,12 @@ import math
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import compressed
 from pallas_kernels.compressed import CompressedMatrix
-from pallas_kernels.mosaic import matmul, order, sddmm
+from pallas_kernels.mosaic import matmul, sddmm
+from pallas_kernels.pattern import Pattern
+
+TWO_FOUR = Pattern(2, 4)
 
 
 def nm_matmul(x: jax.Array, w: CompressedMatrix, out_dtype, precision) -> jax.Array:
@@ -19,7 +23,8 @@ def nm_matmul(x: jax.Array, w: CompressedMatrix, out_dtype, precision) -> jax.Ar
     if tokens == 0:
         return jnp.zeros((*x.shape[:-1], f), x.dtype)
     tile = matmul.choose_tile(tokens, k, f)
-    y = matmul.nm_matmul(x.reshape(tokens, k), order.order(w, x.dtype), tile)
+    w = as_two_four(w)
+    y = matmul.nm_matmul(x.reshape(tokens, k), w.values, w.metadata, tile)
     return y.reshape(*x.shape[:-1], f)
 
 
@@ -34,3 +39,11 @@ def nm_sddmm(x: jax.Array, dy: jax.Array, w: CompressedMatrix, out_dtype, precis
     flat_x, flat_dy = x.reshape(tokens, k), dy.reshape(tokens, f)
     dw = sddmm.nm_sddmm(flat_x, flat_dy, w.metadata, tile, splits)
     return dw.astype(out_dtype)
+
+
+def as_two_four(w: CompressedMatrix) -> CompressedMatrix:
+    """The same matrix as 2:4, with stored zeros where the pattern keeps fewer."""
+    if w.pattern == TWO_FOUR:
+        return w
+    mask = compressed.kept_mask(w)
+    return compressed.compress(compressed.decompress(w), TWO_FOUR, mask=mask)

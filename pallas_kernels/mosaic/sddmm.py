@@ -90,7 +90,7 @@ def nm_sddmm(
     x: (tokens, in), dy: (tokens, out), bfloat16 or float16; in and out multiples of 8.
     """
     k, f = x.shape[1], dy.shape[1]
-    blocks = functools.partial(plgpu.SMEM, dtype=x.dtype, transforms=wgmma.X_TRANSFORMS)
+    blocks = functools.partial(plgpu.SMEM, dtype=x.dtype, transforms=wgmma.SWIZZLED)
     loads = (tile.rows + tile.columns) // 64
     kernel = plgpu.kernel(
         functools.partial(_kernel, tile=tile, splits=splits, dtype=str(x.dtype)),
