@@ -1,0 +1,1 @@
+"""A product for GPUs without sparse `wgmma`: Ampere and later, through jax-triton."""

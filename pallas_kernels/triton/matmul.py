@@ -1,0 +1,103 @@
+"""Tiles for the Triton kernel, and its call."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+PROCESSORS = 108  # of an A100, where the device does not say
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """What a program computes: tokens x outputs, over `lines` of 8 input features per step."""
+
+    tokens: int = 16
+    outputs: int = 128
+    lines: int = 16
+    warps: int = 4
+    stages: int = 4
+
+    def __post_init__(self):
+        for name in ("tokens", "outputs", "lines", "warps"):
+            value = getattr(self, name)
+            least = 1 if name == "warps" else 16
+            if value < least or value & (value - 1):
+                raise ValueError(f"{name} is {value}; it must be a power of two, at least {least}")
+        if self.stages < 2:
+            raise ValueError(f"stages is {self.stages}; it must be at least 2")
+
+
+def choose_tile(tokens: int) -> Tile:
+    if tokens <= 16:
+        return Tile()
+    if tokens <= 32:
+        return Tile(tokens=32)
+    return Tile(tokens=64, stages=3)
+
+
+def choose_splits(tile: Tile, tokens: int, k: int, f: int, processors: int) -> int:
+    """Parts of the input axis: enough for two programs per processor, of two steps or more."""
+    programs = -(-tokens // tile.tokens) * -(-f // tile.outputs)
+    steps = -(-k // (8 * tile.lines))
+    return max(1, min(2 * processors // programs, steps // 2))
+
+
+@functools.partial(jax.jit, static_argnames=("tile", "splits", "out_dtype", "capability"))
+def nm_matmul(
+    x: jax.Array,
+    values: jax.Array,
+    metadata: jax.Array,
+    *,
+    tile: Tile,
+    splits: int,
+    out_dtype,
+    capability: int | None = None,
+) -> jax.Array:
+    """(splits, tokens, out), whose sum over the splits is x @ w.
+
+    Args:
+      x: (tokens, in), bfloat16 or float16; in is a multiple of 8, tokens are any number > 0.
+      values: (in / 2, out) in x's dtype, metadata: uint8 (in / 8, out); out a multiple of 8.
+      splits: parts of the input axis, at most; parts without steps are left out.
+      capability: of the device to compile for, 80 or more; None for this one.
+    """
+    import jax_triton
+
+    from pallas_kernels.triton import kernel
+
+    tokens, k = x.shape
+    f = values.shape[1]
+    steps = -(-k // (8 * tile.lines))
+    steps_each = -(-steps // splits)
+    splits = -(-steps // steps_each)
+
+    # jax-triton has no rule for vmap; a stack of products is a loop over them.
+    @jax.custom_batching.sequential_vmap
+    def call(x, values, metadata):
+        return jax_triton.triton_call(
+            x,
+            values,
+            metadata,
+            kernel=kernel.nm_matmul,
+            out_shape=jax.ShapeDtypeStruct((splits, tokens, f), out_dtype),
+            grid=(-(-f // tile.outputs), -(-tokens // tile.tokens), splits),
+            name="nm_matmul",
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            compute_capability=capability,
+            TOKENS=tokens,
+            IN=k,
+            OUT=f,
+            BLOCK_TOKENS=tile.tokens,
+            BLOCK_OUT=tile.outputs,
+            BLOCK_LINES=tile.lines,
+            STEPS=steps_each,
+        )
+
+    return call(x, values, metadata)
+
+
+def processors() -> int:
+    return getattr(jax.devices()[0], "core_count", None) or PROCESSORS
