@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 
 PROCESSORS = 108  # of an A100, where the device does not say
 
