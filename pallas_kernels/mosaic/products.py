@@ -7,10 +7,12 @@ import jax.numpy as jnp
 
 from pallas_kernels import compressed
 from pallas_kernels.compressed import CompressedMatrix
-from pallas_kernels.mosaic import matmul, sddmm
+from pallas_kernels.mosaic import matmul, sddmm, transpose
 from pallas_kernels.pattern import Pattern
 
 TWO_FOUR = Pattern(2, 4)
+
+nm_transpose = transpose.nm_transpose
 
 
 def nm_matmul(x: jax.Array, w: CompressedMatrix, out_dtype, precision) -> jax.Array:

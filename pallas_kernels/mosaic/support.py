@@ -36,10 +36,9 @@ def version_obstacle() -> str | None:
 
 def problem_obstacle(op: str, shape: tuple[int, int], pattern: Pattern, dtype: str) -> str | None:
     """Why the kernels cannot take this product, or None."""
-    if op == "nm_transpose":
-        return "there is no kernel for nm_transpose yet"
-    if dtype not in DTYPES:
-        return f"the sparse kernels compute in {' or '.join(DTYPES)}, not {dtype}"
+    dtypes = ("float32", *DTYPES) if op == "nm_transpose" else DTYPES
+    if dtype not in dtypes:
+        return f"{op} has a kernel for {' or '.join(dtypes)}, not {dtype}"
     fitting = FITTING if op == "nm_matmul" else (Pattern(2, 4),)
     if pattern not in fitting:
         return f"{op} has a kernel for {', '.join(map(str, fitting))}, not {pattern}"
