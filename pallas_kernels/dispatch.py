@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 from pallas_kernels.mosaic import support
 from pallas_kernels.pattern import Pattern
+from pallas_kernels.triton import support as triton_support
 
 OPS = ("nm_matmul", "nm_sddmm", "nm_transpose")
-IMPLEMENTATIONS = ("xla", "mosaic")
+IMPLEMENTATIONS = ("xla", "mosaic", "triton")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,16 @@ def choose(query: Query, implementation: str | None = None) -> Choice:
         if obstacle:
             raise NotImplementedError(f"implementation 'mosaic': {obstacle}; use None or 'xla'")
         return Choice("mosaic", "asked for")
+    obstacle_to_second = obstacle_to_triton(query)
+    if implementation == "triton":
+        if obstacle_to_second:
+            raise NotImplementedError(
+                f"implementation 'triton': {obstacle_to_second}; use None or 'xla'"
+            )
+        return Choice("triton", "asked for")
+    reason = triton_support.reason_to_choose(query.op, query.tokens)
+    if reason and not obstacle_to_second:
+        return Choice("triton", reason)
     why = obstacle or "the sparse kernels are not chosen by default yet; ask for 'mosaic'"
     return Choice("xla", f"dense product on the decompressed weight: {why}")
 
@@ -65,5 +76,12 @@ def choose(query: Query, implementation: str | None = None) -> Choice:
 def obstacle_to_mosaic(query: Query) -> str | None:
     """Why the sparse kernels cannot run `query` on this machine, or None."""
     return support.device_obstacle() or support.problem_obstacle(
+        query.op, query.shape, query.pattern, query.dtype
+    )
+
+
+def obstacle_to_triton(query: Query) -> str | None:
+    """Why the Triton kernel cannot run `query` on this machine, or None."""
+    return triton_support.device_obstacle() or triton_support.problem_obstacle(
         query.op, query.shape, query.pattern, query.dtype
     )

@@ -86,16 +86,23 @@ def nm_matmul(
             num_warps=tile.warps,
             num_stages=tile.stages,
             compute_capability=capability,
-            TOKENS=tokens,
-            IN=k,
-            OUT=f,
-            BLOCK_TOKENS=tile.tokens,
-            BLOCK_OUT=tile.outputs,
-            BLOCK_LINES=tile.lines,
-            STEPS=steps_each,
+            **constants(tile, tokens, k, f, steps_each),
         )
 
     return call(x, values, metadata)
+
+
+def constants(tile: Tile, tokens: int, k: int, f: int, steps: int) -> dict[str, int]:
+    """What the program is compiled for."""
+    return {
+        "TOKENS": tokens,
+        "IN": k,
+        "OUT": f,
+        "BLOCK_TOKENS": tile.tokens,
+        "BLOCK_OUT": tile.outputs,
+        "BLOCK_LINES": tile.lines,
+        "STEPS": steps,
+    }
 
 
 def processors() -> int:
