@@ -88,13 +88,18 @@ def choose_tile(tokens: int, k: int, f: int, *, processors: int = 132) -> Tile:
     >>> choose_tile(65536, 4096, 14336).tokens, choose_tile(2048, 768, 768).tokens
     (192, 128)
     """
+    return candidates(tokens, k, f, processors=processors)[0]
+
+
+def candidates(tokens: int, k: int, f: int, *, processors: int = 132) -> list[Tile]:
+    """All tiles worth timing, the shortest estimate first."""
 
     def time(tile: Tile) -> float:
         stage, epilogue = TILES[tile]
         waves = pl.cdiv(pl.cdiv(f, tile.rows) * pl.cdiv(tokens, tile.tokens), processors)
         return waves * (stage * pl.cdiv(k, STEP) + epilogue)
 
-    return min(TILES, key=time)
+    return sorted(TILES, key=time)
 
 
 def nm_matmul(
