@@ -7,27 +7,37 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch, xla
 from pallas_kernels.compressed import CompressedMatrix, check_dtype
+from pallas_kernels.epilogue import Epilogue
 
 
 def nm_matmul(
     x: jax.Array,
     w: CompressedMatrix,
     *,
+    bias: jax.Array | None = None,
+    activation: str | None = None,
+    low_rank: tuple[jax.Array, jax.Array] | None = None,
+    save_preactivation: bool = False,
     out_dtype=None,
     precision: jax.lax.PrecisionLike = None,
     implementation: str | None = None,
-) -> jax.Array:
-    """y = x @ w, accumulated in float32.
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """y = activation(x @ w + t @ r + bias), accumulated in float32.
 
     Args:
       x: (..., in), float32, bfloat16 or float16.
       w: (in, out), compressed along the input axis (axis 0), in x's dtype.
-      out_dtype: dtype of y; None for x's.
-      precision: of the product, as in `jax.lax.dot_general`.
+      bias: (out,), added in float32.
+      activation: "relu", "gelu" (exact), "gelu_tanh" or "silu"; None for none. In 16-bit results
+        the kernels may err by 5e-4 of its argument, less than the result's rounding there.
+      low_rank: t (..., rank) and r (rank, out) in x's dtype, as of adapters: t = x @ adapter_l.
+      save_preactivation: return what enters the activation as well.
+      out_dtype: dtype of the results; None for x's.
+      precision: of the products, as in `jax.lax.dot_general`.
       implementation: None for the best, or a name; `choose` tells which and why.
 
     Returns:
-      (..., out).
+      y (..., out), or (y, preactivation).
 
     Raises:
       ValueError: shapes or dtypes do not fit, or w is compressed along the output axis.
@@ -35,8 +45,8 @@ def nm_matmul(
 
     >>> from pallas_kernels import compress
     >>> w = compress(jnp.ones((8, 3)), "2:4")
-    >>> nm_matmul(jnp.ones((2, 8)), w).tolist()
-    [[4.0, 4.0, 4.0], [4.0, 4.0, 4.0]]
+    >>> nm_matmul(jnp.ones((2, 8)), w, bias=jnp.arange(3.0)).tolist()
+    [[4.0, 5.0, 6.0], [4.0, 5.0, 6.0]]
     """
     _check_matrix(w)
     if w.axis != 0:
@@ -46,8 +56,10 @@ def nm_matmul(
         )
     _check_rows(x, w.shape[0], "x", "in")
     _check_same_dtype(x, w.values, "x", "w.values")
+    epilogue = Epilogue(bias, low_rank, activation, save_preactivation)
+    epilogue.check(x, w.shape[1])
     choice = dispatch.choose(_query("nm_matmul", w, x), implementation)
-    return _run(choice).nm_matmul(x, w, jnp.dtype(out_dtype or x.dtype), precision)
+    return _run(choice).nm_matmul(x, w, jnp.dtype(out_dtype or x.dtype), precision, epilogue)
 
 
 def nm_sddmm(
@@ -115,6 +127,10 @@ def nm_transpose(
 def _run(choice: dispatch.Choice):
     if choice.implementation == "mosaic":
         from pallas_kernels.mosaic import products  # needs a newer JAX than the package does
+
+        return products
+    if choice.implementation == "triton":
+        from pallas_kernels.triton import products  # needs the extra 'triton'
 
         return products
     return xla

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 
 from pallas_kernels import compressed
 from pallas_kernels.compressed import CompressedMatrix
+from pallas_kernels.epilogue import Epilogue, finish
 
 
-def nm_matmul(x: jax.Array, w: CompressedMatrix, out_dtype, precision) -> jax.Array:
-    y = jnp.matmul(
+def nm_matmul(x: jax.Array, w: CompressedMatrix, out_dtype, precision, epilogue: Epilogue):
+    z = jnp.matmul(
         x, compressed.decompress(w), precision=precision, preferred_element_type=jnp.float32
     )
-    return y.astype(out_dtype)
+    return finish(z, epilogue, out_dtype, precision)
 
 
 def nm_sddmm(x: jax.Array, dy: jax.Array, w: CompressedMatrix, out_dtype, precision) -> jax.Array:

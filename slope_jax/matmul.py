@@ -3,68 +3,151 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import CompressedMatrix, nm_matmul, nm_sddmm, nm_transpose
+from pallas_kernels.epilogue import ACTIVATIONS
 
 
 def slope_matmul(
     x: jax.Array,
     w: CompressedMatrix,
     *,
+    bias: jax.Array | None = None,
+    activation: str | None = None,
+    adapter: tuple[jax.Array, jax.Array] | None = None,
     precision: jax.lax.PrecisionLike = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """y = x @ w, with SLoPe's double-pruned backward pass (SLoPe, section 2.1, algorithm 1).
+    """activation(x @ w + (x @ l) @ r + bias), with SLoPe's double-pruned backward pass.
 
-        y  = x @ w_r
-        dx = dy @ w_rc.T             w_rc: w_r pruned again, n:m along the output axis
-        dw = (x.T @ dy) * mask_r     only the survivors' values
+        z  = x @ w_r + (x @ l) @ r + bias,  y = activation(z)
+        dz = dy * activation'(z)
+        dx = dz @ w_rc.T + (dz @ r.T) @ l.T     w_rc: w_r pruned again, n:m along the output axis
+        dw = (x.T @ dz) * mask_r                only the survivors' values
 
-    dx is therefore not the derivative of y.
+    (SLoPe, section 2.1, algorithm 1; adapters, section 2.2.) dx is therefore not the derivative
+    of y. Bias, activation and adapter join the sparse product's own kernel where one runs.
 
     Args:
       x: (..., in), float32, bfloat16 or float16; the products run in its dtype and accumulate in
         float32.
       w: (in, out), compressed along the input axis, in any of these dtypes; in and out are
         multiples of m. The double pruning selects before w is cast to x's dtype.
+      bias: (out,). adapter: l (in, rank), r (rank, out). In any of these dtypes as well.
+      activation: None, "relu", "gelu" (exact), "gelu_tanh" or "silu".
       precision: of the products, as in `jax.lax.dot_general`.
       implementation: of the products; None for the best. See `pallas_kernels.choose`.
 
     Returns:
-      (..., out) in x's dtype. The gradient of w is in w's dtype, from float32 accumulators.
+      (..., out) in x's dtype. Gradients are in the dtypes of their operands; that of w comes
+      straight from float32 accumulators.
 
     Raises:
-      ValueError: shapes or dtypes do not fit.
+      ValueError: shapes or dtypes do not fit, or the activation is unknown.
 
     >>> import jax.numpy as jnp
     >>> from pallas_kernels import compress
     >>> w = compress(jnp.arange(16.0).reshape(4, 4), "2:4")
-    >>> slope_matmul(jnp.ones((1, 4)), w).tolist()
-    [[20.0, 22.0, 24.0, 26.0]]
+    >>> slope_matmul(jnp.ones((1, 4)), w, bias=jnp.ones(4)).tolist()
+    [[21.0, 23.0, 25.0, 27.0]]
     """
     w.pattern.check_divides(w.shape[1], f"output axis of shape {w.shape}")
-    return _slope_matmul(x, w, precision, implementation)
+    _check_adapter(adapter, w.shape)
+    return _slope_matmul(x, w, bias, adapter, activation, (precision, implementation))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _slope_matmul(x, w, precision, implementation):
-    w = w.with_values(w.values.astype(x.dtype))
-    return nm_matmul(x, w, precision=precision, implementation=implementation)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _slope_matmul(x, w, bias, adapter, activation, options):
+    return _product(x, w, bias, adapter, activation, options)[0]
 
 
-def _forward(x, w, precision, implementation):
-    return _slope_matmul(x, w, precision, implementation), (x, w)
+def _product(x, w, bias, adapter, activation, options, save_preactivation=False):
+    """y, z if it is to be saved, and x @ l."""
+    precision, implementation = options
+    low_rank = None
+    if adapter is not None:
+        left, right = (a.astype(x.dtype) for a in adapter)
+        low_rank = (jnp.matmul(x, left, precision=precision), right)
+    y = nm_matmul(
+        x,
+        w.with_values(w.values.astype(x.dtype)),
+        bias=bias,
+        activation=activation,
+        low_rank=low_rank,
+        save_preactivation=save_preactivation,
+        precision=precision,
+        implementation=implementation,
+    )
+    y, z = y if save_preactivation else (y, None)
+    return y, z, None if low_rank is None else low_rank[0]
 
 
-def _backward(precision, implementation, residuals, dy):
-    x, w = residuals
-    options = {"precision": precision, "implementation": implementation}
-    w_t = nm_transpose(w, dtype=x.dtype)
-    dx = nm_matmul(dy, w_t, **options)
-    dw = nm_sddmm(x, dy, w, **options)
+def _forward(x, w, bias, adapter, activation, options):
+    save = activation not in (None, "relu")  # where relu is flat, its y says
+    y, z, t = _product(x, w, bias, adapter, activation, options, save_preactivation=save)
+    return y, (x, w, bias, adapter, y if activation == "relu" else z, t)
+
+
+def _backward(activation, options, residuals, dy):
+    precision, implementation = options
+    x, w, bias, adapter, z, t = residuals
+    dz = dy.astype(jnp.float32)
+    if activation is not None:
+        dz = jax.vjp(ACTIVATIONS[activation], z.astype(jnp.float32))[1](dz)[0]
+    tokens = tuple(range(dz.ndim - 1))
+    dbias = None if bias is None else dz.sum(tokens).astype(bias.dtype)
+    dz = dz.astype(x.dtype)
+    dadapter, low_rank = None, None
+    if adapter is not None:
+        dadapter, low_rank = _adapter_backward(x, t, dz, adapter, precision)
+    dx = nm_matmul(
+        dz,
+        nm_transpose(w, dtype=x.dtype, implementation=_transposing(implementation)),
+        low_rank=low_rank,
+        precision=precision,
+        implementation=implementation,
+    )
+    dw = nm_sddmm(x, dz, w, precision=precision, implementation=implementation)
     no_gradient = np.zeros(w.metadata.shape, jax.dtypes.float0)
-    return dx, CompressedMatrix(dw, no_gradient, w.pattern, w.axis, w.shape)
+    dw = CompressedMatrix(dw, no_gradient, w.pattern, w.axis, w.shape)
+    return dx, dw, dbias, dadapter
+
+
+def _adapter_backward(x, t, dz, adapter, precision):
+    """Gradients of l and r, and the low-rank term of dx."""
+    left, right = (a.astype(x.dtype) for a in adapter)
+    dt = jnp.matmul(dz, right.T, precision=precision)
+
+    def over_tokens(a, b, like):
+        tokens = tuple(range(a.ndim - 1))
+        product = jax.lax.dot_general(
+            a,
+            b,
+            ((tokens, tokens), ((), ())),
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+        return product.astype(like.dtype)
+
+    return (over_tokens(x, dt, adapter[0]), over_tokens(t, dz, adapter[1])), (dt, left.T)
 
 
 _slope_matmul.defvjp(_forward, _backward)
+
+
+def _transposing(implementation: str | None) -> str | None:
+    """An implementation of the products may have no transposition of its own."""
+    return None if implementation == "triton" else implementation
+
+
+def _check_adapter(adapter, shape: tuple[int, int]) -> None:
+    if adapter is None:
+        return
+    left, right = adapter
+    if left.ndim != 2 or right.shape != (left.shape[1], shape[1]) or left.shape[0] != shape[0]:
+        raise ValueError(
+            f"adapter has shapes {left.shape} and {right.shape}; for a weight {shape} they must be"
+            f" ({shape[0]}, rank) and (rank, {shape[1]})"
+        )

@@ -1,46 +1,87 @@
 """The dispatcher's way in: logical arrays of any rank to kernels and back."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compressed
+from pallas_kernels import batching, compressed
 from pallas_kernels.compressed import CompressedMatrix
+from pallas_kernels.epilogue import Epilogue, finish
 from pallas_kernels.mosaic import matmul, sddmm, transpose
 from pallas_kernels.pattern import Pattern
 
 TWO_FOUR = Pattern(2, 4)
+RANK_MULTIPLE = 8
 
-nm_transpose = transpose.nm_transpose
 
-
-def nm_matmul(x: jax.Array, w: CompressedMatrix, out_dtype, precision) -> jax.Array:
+def nm_matmul(x: jax.Array, w: CompressedMatrix, out_dtype, precision, epilogue: Epilogue):
     del precision  # products of 16-bit numbers are exact in float32
-    if out_dtype != x.dtype:
+    if out_dtype not in (x.dtype, jnp.float32):
         raise NotImplementedError(
-            f"the kernel writes {x.dtype}, the dtype of x; out_dtype {out_dtype} needs 'xla'"
+            f"the kernel writes {x.dtype}, the dtype of x, or float32; out_dtype {out_dtype} needs"
+            " 'xla'"
         )
-    tokens, (k, f) = math.prod(x.shape[:-1]), w.shape
-    if tokens == 0:
-        return jnp.zeros((*x.shape[:-1], f), x.dtype)
-    tile = matmul.choose_tile(tokens, k, f)
-    w = as_two_four(w)
-    y = matmul.nm_matmul(x.reshape(tokens, k), w.values, w.metadata, tile)
-    return y.reshape(*x.shape[:-1], f)
+    run = batching.by_rows(functools.partial(_nm_matmul, out_dtype=out_dtype), _rows_of_matmul)
+    return run(x, w, epilogue)
 
 
 def nm_sddmm(x: jax.Array, dy: jax.Array, w: CompressedMatrix, out_dtype, precision) -> jax.Array:
     del precision
     if w.axis != 0:
         raise NotImplementedError("the kernel keeps along the input axis; axis 1 needs 'xla'")
+    run = functools.partial(_nm_sddmm, out_dtype=out_dtype)
+    return batching.one_by_one(run)(x, dy, w.metadata)
+
+
+def nm_transpose(w: CompressedMatrix, dtype) -> CompressedMatrix:
+    return batching.one_by_one(functools.partial(transpose.nm_transpose, dtype=dtype))(w)
+
+
+def _nm_matmul(x, w, epilogue, *, out_dtype):
     tokens, (k, f) = math.prod(x.shape[:-1]), w.shape
     if tokens == 0:
-        return jnp.zeros(w.values.shape, out_dtype)
+        return finish(jnp.zeros((*x.shape[:-1], f), jnp.float32), epilogue, out_dtype)
+    w = as_two_four(w)
+    result = matmul.nm_matmul(
+        x.reshape(tokens, k),
+        w.values,
+        w.metadata,
+        matmul.choose_tile(tokens, k, f),
+        bias=epilogue.bias,
+        activation=epilogue.activation,
+        low_rank=_padded_low_rank(epilogue, tokens),
+        save_preactivation=epilogue.save_preactivation,
+        out_dtype=out_dtype,
+    )
+    return jax.tree.map(lambda y: y.reshape(*x.shape[:-1], f), result)
+
+
+def _nm_sddmm(x, dy, metadata, *, out_dtype):
+    tokens, k, f = math.prod(x.shape[:-1]), x.shape[-1], dy.shape[-1]
+    if tokens == 0:
+        return jnp.zeros((k // 2, f), out_dtype)
     tile, splits = sddmm.choose(tokens, k, f)
-    flat_x, flat_dy = x.reshape(tokens, k), dy.reshape(tokens, f)
-    dw = sddmm.nm_sddmm(flat_x, flat_dy, w.metadata, tile, splits)
+    dw = sddmm.nm_sddmm(x.reshape(tokens, k), dy.reshape(tokens, f), metadata, tile, splits)
     return dw.astype(out_dtype)
+
+
+def _rows_of_matmul(x, w: CompressedMatrix, epilogue: Epilogue):
+    low_rank = None if epilogue.low_rank is None else (True, False)
+    bias = None if epilogue.bias is None else False
+    return True, (False, False), (bias, low_rank)
+
+
+def _padded_low_rank(epilogue: Epilogue, tokens: int):
+    if epilogue.low_rank is None:
+        return None
+    t, r = epilogue.low_rank
+    missing = -r.shape[0] % RANK_MULTIPLE
+    return (
+        jnp.pad(t.reshape(tokens, -1), ((0, 0), (0, missing))),
+        jnp.pad(r, ((0, missing), (0, 0))),
+    )
 
 
 def as_two_four(w: CompressedMatrix) -> CompressedMatrix:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.compressed import CompressedMatrix
+from pallas_kernels.epilogue import Epilogue, finish
 from pallas_kernels.triton import matmul
 
 
@@ -15,6 +16,7 @@ def nm_matmul(
     w: CompressedMatrix,
     out_dtype,
     precision,
+    epilogue: Epilogue,
     *,
     capability: int | None = None,
 ):
@@ -22,7 +24,7 @@ def nm_matmul(
     rows = x.reshape(-1, x.shape[-1])
     tokens, (k, f) = rows.shape[0], w.shape
     if tokens == 0:
-        return jnp.zeros((*x.shape[:-1], f), out_dtype)
+        return finish(jnp.zeros((*x.shape[:-1], f), jnp.float32), epilogue, out_dtype)
     tile = matmul.choose_tile(tokens)
     splits = matmul.choose_splits(tile, tokens, k, f, matmul.processors())
     parts = matmul.nm_matmul(
@@ -31,8 +33,8 @@ def nm_matmul(
         w.metadata,
         tile=tile,
         splits=splits,
-        out_dtype=out_dtype if splits == 1 else jnp.float32,
+        out_dtype=out_dtype if splits == 1 and epilogue.is_empty else jnp.float32,
         capability=capability,
     )
-    y = parts[0] if splits == 1 else parts.sum(0)
-    return y.astype(out_dtype).reshape(*x.shape[:-1], f)
+    z = parts[0] if splits == 1 else parts.sum(0)
+    return finish(z.reshape(*x.shape[:-1], f), epilogue, out_dtype)

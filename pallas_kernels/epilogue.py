@@ -1,0 +1,79 @@
+"""What may join a product before it is written: low-rank term, bias, activation."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.compressed import check_dtype
+
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Epilogue:
+    """y = activation(z), z = x @ w + t @ r + bias; all of it in float32, cast at the end.
+
+    * `bias`: (out,), or None.
+    * `low_rank`: t (..., rank) with x's leading axes and r (rank, out), both in x's dtype, or None.
+    * `activation`: a key of `ACTIVATIONS`, or None.
+    * `save_preactivation`: z is returned too, for the backward pass.
+    """
+
+    bias: jax.Array | None = None
+    low_rank: tuple[jax.Array, jax.Array] | None = None
+    activation: str | None = dataclasses.field(default=None, metadata={"static": True})
+    save_preactivation: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def is_empty(self) -> bool:
+        return self.bias is None and self.low_rank is None and self.activation is None
+
+    def check(self, x: jax.Array, out: int) -> None:
+        """Raises a ValueError unless this fits x (..., in) times (in, out)."""
+        check_activation(self.activation)
+        if self.save_preactivation and self.activation is None:
+            raise ValueError("save_preactivation=True needs an activation; y is what enters it")
+        if self.bias is not None:
+            check_dtype(self.bias.dtype, "bias")
+            if self.bias.shape != (out,):
+                raise ValueError(f"bias has shape {self.bias.shape}; it must be (out,), ({out},)")
+        if self.low_rank is not None:
+            self._check_low_rank(x, out)
+
+    def _check_low_rank(self, x: jax.Array, out: int) -> None:
+        t, r = self.low_rank
+        if r.ndim != 2 or t.shape != (*x.shape[:-1], r.shape[0]) or r.shape[1] != out:
+            raise ValueError(
+                f"low_rank has shapes {t.shape} and {r.shape}; they must be"
+                f" {(*x.shape[:-1], 'rank')} and ('rank', {out})"
+            )
+        if t.dtype != x.dtype or r.dtype != x.dtype:
+            raise ValueError(f"low_rank is {t.dtype} and {r.dtype}; both must be x's {x.dtype}")
+
+
+def check_activation(name: str | None) -> None:
+    if name is not None and name not in ACTIVATIONS:
+        raise ValueError(
+            f"activation is {name!r}; it must be None or one of {', '.join(map(repr, ACTIVATIONS))}"
+        )
+
+
+def finish(z: jax.Array, epilogue: Epilogue, out_dtype, precision=None):
+    """The result of a product whose float32 sum is z = x @ w, in plain JAX: y, or (y, z)."""
+    if epilogue.low_rank is not None:
+        t, r = epilogue.low_rank
+        z = z + jnp.matmul(t, r, precision=precision, preferred_element_type=jnp.float32)
+    if epilogue.bias is not None:
+        bias = epilogue.bias.astype(jnp.float32)
+        z = z + bias.reshape((1,) * (z.ndim - 1) + (-1,))
+    y = z if epilogue.activation is None else ACTIVATIONS[epilogue.activation](z)
+    y = y.astype(out_dtype)
+    return (y, z.astype(out_dtype)) if epilogue.save_preactivation else y

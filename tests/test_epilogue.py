@@ -1,0 +1,155 @@
+"""Bias, activation and low-rank term of `nm_matmul` and `slope_matmul`, against plain formulas."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import compress, decompress, kept_mask, nm_matmul
+from slope_jax import masks, slope_matmul
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+ACTIVATIONS = ["relu", "gelu", "gelu_tanh", "silu"]
+
+
+def integers(seed, shape, dtype=jnp.float32):
+    return jax.random.randint(jax.random.key(seed), shape, -4, 5).astype(dtype)
+
+
+def formula(name, z):
+    """Values and derivatives by the definitions, in float64."""
+    z = np.asarray(z, np.float64)
+    if name is None:
+        return z, np.ones_like(z)
+    if name == "relu":
+        return np.maximum(z, 0), (z > 0).astype(z.dtype)
+    if name == "silu":
+        s = 1 / (1 + np.exp(-z))
+        return z * s, s * (1 + z * (1 - s))
+    if name == "gelu":
+        phi = 0.5 * (1 + np.vectorize(math.erf)(z / math.sqrt(2)))
+        return z * phi, phi + z * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+    c = math.sqrt(2 / math.pi)
+    t = np.tanh(c * (z + 0.044715 * z**3))
+    return 0.5 * z * (1 + t), 0.5 * (1 + t) + 0.5 * z * (1 - t**2) * c * (1 + 3 * 0.044715 * z**2)
+
+
+def close(value, exact):
+    """Within the rounding of float32 sums of up to 64 terms of the largest size."""
+    atol = 64 * np.finfo(np.float32).eps * np.abs(exact).max()
+    np.testing.assert_allclose(value, exact, rtol=0, atol=atol)
+
+
+def problem(dtype=jnp.float32):
+    x, w = integers(0, (2, 3, 32), dtype), compress(integers(1, (32, 48), dtype) / 8, "2:4")
+    bias, left, right = integers(2, (48,)), integers(3, (32, 4)) / 8, integers(4, (4, 48)) / 8
+    return x, w, bias, left, right
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+def test_matmul_is_the_formula(activation):
+    x, w, bias, left, right = problem()
+    exact = np.asarray(x @ decompress(w) + x @ left @ right) + np.asarray(
+        bias
+    )  # exact: eighths, integers
+    y = nm_matmul(x, w, bias=bias, activation=activation, low_rank=(x @ left, right))
+    close(y, formula(activation, exact)[0])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_preactivation_is_what_enters_the_activation(activation):
+    x, w, bias, *_ = problem()
+    y, z = nm_matmul(x, w, bias=bias, activation=activation, save_preactivation=True)
+    np.testing.assert_array_equal(z, np.asarray(x @ decompress(w)) + np.asarray(bias))
+    close(y, formula(activation, z)[0])
+
+
+def test_the_epilogue_is_in_float32_and_cast_once():
+    """In bfloat16 1 + 2^-8 is a tie that rounds to 1, so two roundings would lose the bias."""
+    x = jnp.ones((1, 8), jnp.bfloat16)
+    w = compress(jnp.zeros((8, 8), jnp.bfloat16).at[0].set(1).at[4].set(2.0**-8), "2:4")
+    y = nm_matmul(x, w, bias=jnp.full(8, 2.0**-8))
+    np.testing.assert_array_equal(y.astype(jnp.float32), jnp.full((1, 8), 1 + 2.0**-7))
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+def test_gradients_are_those_of_the_method(activation):
+    x, w, bias, left, right = problem()
+    dy = integers(5, (2, 3, 48))
+
+    def call(x, w, bias, adapter):
+        return slope_matmul(x, w, bias=bias, activation=activation, adapter=adapter)
+
+    y, back = jax.vjp(call, x, w, bias, (left, right))
+    dx, dw, dbias, (dleft, dright) = back(dy)
+    flat = np.asarray(x, np.float64).reshape(6, 32)
+    w_r, left, right = (np.asarray(a, np.float64) for a in (decompress(w), left, right))
+    z = flat @ w_r + flat @ left @ right + np.asarray(bias)
+    value, slope = formula(activation, z)
+    dz = np.asarray(dy, np.float64).reshape(6, 48) * slope
+    w_rc = w_r * np.asarray(masks.double_prune(decompress(w), "2:4"))
+    close(np.asarray(y).reshape(6, 48), value)
+    close(dx.reshape(6, 32), dz @ w_rc.T + dz @ right.T @ left.T)
+    sparse = decompress(w.with_values(dw.values))
+    close(sparse, flat.T @ dz * np.asarray(kept_mask(w)))
+    close(dbias, dz.sum(0))
+    close(dleft, flat.T @ (dz @ right.T))
+    close(dright, (flat @ left).T @ dz)
+
+
+def test_gradients_have_the_dtypes_of_their_operands():
+    x, w, bias, left, right = problem()
+    adapter = (left, right.astype(jnp.bfloat16))
+    x = x.astype(jnp.bfloat16)
+
+    def call(x, w, bias, adapter):
+        return slope_matmul(x, w, bias=bias, activation="gelu", adapter=adapter)
+
+    y, back = jax.vjp(call, x, w, bias, adapter)
+    dx, dw, dbias, (dleft, dright) = back(y)
+    got = [a.dtype for a in (y, dx, dw.values, dbias, dleft, dright)]
+    assert got == [jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.float32, jnp.float32, jnp.bfloat16]
+
+
+def test_vmap_and_scan_over_layers_of_everything():
+    stack = [integers(i, shape) for i, shape in enumerate([(3, 6, 16), (3, 16), (3, 16, 4)])]
+    x, bias, left = stack
+    right, w = integers(3, (3, 4, 16)), compress(integers(4, (3, 16, 16)), "2:4")
+
+    def call(x, w, bias, left, right):
+        return slope_matmul(x, w, bias=bias, activation="relu", adapter=(left, right))
+
+    expected = jnp.stack(
+        [call(*jax.tree.map(lambda a, i=i: a[i], (x, w, bias, left, right))) for i in range(3)]
+    )
+    np.testing.assert_array_equal(jax.vmap(call)(x, w, bias, left, right), expected)
+    _, scanned = jax.lax.scan(lambda _, a: (None, call(*a)), None, (x, w, bias, left, right))
+    np.testing.assert_array_equal(scanned, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bias": jnp.ones(4)}, r"bias has shape \(4,\).*\(48,\)"),
+        ({"activation": "tanh"}, "'tanh'.*'gelu_tanh'"),
+        ({"low_rank": (jnp.ones((2, 3, 4)), jnp.ones((5, 48)))}, "low_rank has shapes"),
+        (
+            {"low_rank": (jnp.ones((2, 3, 4), jnp.bfloat16), jnp.ones((4, 48)))},
+            "low_rank is bfloat16 and float32; both must be x's float32",
+        ),
+        ({"save_preactivation": True}, "needs an activation"),
+    ],
+)
+def test_bad_epilogues_are_named(options, message):
+    x, w, *_ = problem()
+    with pytest.raises(ValueError, match=message):
+        nm_matmul(x, w, **options)
+
+
+def test_a_bad_adapter_is_named():
+    x, w, *_ = problem()
+    with pytest.raises(ValueError, match=r"adapter has shapes.*\(32, rank\) and \(rank, 48\)"):
+        slope_matmul(x, w, adapter=(jnp.ones((32, 4)), jnp.ones((5, 48))))
