@@ -185,7 +185,7 @@ run = jax.jit(nm_transpose, static_argnames=("dtype", "implementation"))
 def test_the_kernel_gives_the_bits_of_xla(shape, source):
     w = adversarial(source, shape)
     pruned = run(w, implementation="xla")
-    for target in DTYPES:
+    for target in DTYPES if shape == SHAPES[1] else dict.fromkeys([source, "bfloat16"]):
         w_t = run(w, dtype=target, implementation="mosaic")
         expected = pruned.with_values(pruned.values.astype(target))
         check_same(to_bits(w_t.values), w_t.metadata, expected, source == target)
@@ -199,10 +199,12 @@ def test_the_kernel_gives_the_bits_of_xla(shape, source):
 def test_a_stack_of_matrices_is_transposed_one_by_one():
     layers = [adversarial("float32", (136, 264), seed) for seed in range(3)]
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-    w_t = run(stack, implementation="mosaic")
+    at_once = run(stack, implementation="mosaic")
+    mapped = jax.vmap(lambda w: nm_transpose(w, implementation="mosaic"))(stack)
     for i, layer in enumerate(layers):
         expected = run(layer, implementation="xla")
-        check_same(to_bits(w_t.values[i]), w_t.metadata[i], expected, True)
+        for w_t in (at_once, mapped):
+            check_same(to_bits(w_t.values[i]), w_t.metadata[i], expected, True)
 
 
 @needs_gpu

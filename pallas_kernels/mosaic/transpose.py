@@ -23,7 +23,6 @@ from pallas_kernels.mosaic import ops, select
 from pallas_kernels.mosaic.words import Machine, load, store
 
 TILE = (64, 128)  # inputs, outputs
-SNAKE = 8  # tiles of outputs that are visited before the next tile of inputs
 
 
 def nm_transpose(w: CompressedMatrix, dtype) -> CompressedMatrix:
@@ -34,7 +33,7 @@ def nm_transpose(w: CompressedMatrix, dtype) -> CompressedMatrix:
     if depth * k * f == 0:
         values, metadata = jnp.zeros(shapes[0], dtype), jnp.zeros(shapes[1], jnp.uint8)
     else:
-        grid = (pl.cdiv(f, TILE[1]), pl.cdiv(k, TILE[0]))
+        grid = (pl.cdiv(k, TILE[0]), pl.cdiv(f, TILE[1]))
         kernel = plgpu.kernel(
             functools.partial(_kernel, grid=grid, shape=(k, f), target=str(dtype)),
             out_type=(
@@ -55,10 +54,9 @@ def nm_transpose(w: CompressedMatrix, dtype) -> CompressedMatrix:
 
 def _kernel(values_gmem, metadata_gmem, out_gmem, out_metadata_gmem, *, grid, shape, target):
     source = str(values_gmem.dtype)
-    index = lax.axis_index("tile")
-    matrix = lax.div(index, jnp.int32(grid[0] * grid[1]))
-    in_matrix = lax.rem(index, jnp.int32(grid[0] * grid[1]))
-    column, row = plgpu.planar_snake(in_matrix, grid, 0, SNAKE)
+    index, columns = lax.axis_index("tile"), jnp.int32(grid[1])
+    column, index = lax.rem(index, columns), lax.div(index, columns)
+    row, matrix = lax.rem(index, jnp.int32(grid[0])), lax.div(index, jnp.int32(grid[0]))
     splat = plgpu.Layout.WG_SPLAT
 
     @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 4, splat, splat, splat))
