@@ -10,7 +10,7 @@ EXPAND_CONSTRAINTS = tl.constexpr(expand.constraints())
 
 
 @triton.jit
-def _phase(x4, i: tl.constexpr, dtype: tl.constexpr):
+def _entry(x4, i: tl.constexpr, dtype: tl.constexpr):
     """Entry i of four that lie in one int64."""
     return (x4 >> (16 * i)).to(tl.int16).to(dtype, bitcast=True)
 
@@ -28,6 +28,8 @@ def nm_matmul(
     BLOCK_OUT: tl.constexpr,
     BLOCK_LINES: tl.constexpr,
     STEPS: tl.constexpr,
+    PHASED: tl.constexpr,
+    X_LINES: tl.constexpr,
 ):
     """y[split, token, out], the sum over one split of the input features.
 
@@ -35,7 +37,8 @@ def nm_matmul(
     j = 0 .. 7 of every line is a matrix of its own, and so is x[:, j::8], so nothing has to be
     interleaved, and all that happens to x and w on their way to the tensor core is elementwise:
     the compiler then does it in the registers that `mma` reads. Transposed, acc[out, token], since
-    warps are laid out along the rows: each expands its own part of the weight, once.
+    warps are laid out along the rows: each expands its own part of the weight, once. But each picks
+    x apart for itself; where that costs much, x comes apart already (PHASED: 8, tokens, X_LINES).
     """
     dtype = values_ptr.dtype.element_ty
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -43,25 +46,27 @@ def nm_matmul(
     line = tl.arange(0, BLOCK_LINES)
     first = tl.program_id(2) * (STEPS * BLOCK_LINES)
 
-    x_ptr = x_ptr.to(tl.pointer_type(tl.int64)) + 2 * first
-    x_ptrs = x_ptr + token[None, :].to(tl.int64) * (IN // 4) + 2 * line[:, None]
+    token_rows = token[None, :].to(tl.int64)
+    if PHASED:
+        x_ptrs = x_ptr + first + token_rows * X_LINES + line[:, None]
+    else:
+        x_ptr = x_ptr.to(tl.pointer_type(tl.int64)) + 2 * first
+        x_ptrs = x_ptr + token_rows * (IN // 4) + 2 * line[:, None]
     metadata_ptrs = metadata_ptr + first.to(tl.int64) * OUT + line[None, :] * OUT + out[:, None]
     values_ptr += first.to(tl.int64) * (4 * OUT)
     values_ptrs = values_ptr + line[None, :] * (4 * OUT) + out[:, None]
 
     acc = tl.zeros((BLOCK_OUT, BLOCK_TOKENS), tl.float32)
     for step in range(STEPS):
-        inside = first + step * BLOCK_LINES + line < IN // 8
-        w_inside = inside[None, :] & (out < OUT)[:, None]
-        x_inside = inside[:, None] & (token < TOKENS)[None, :]
+        here = first + step * BLOCK_LINES + line
+        w_inside = (here < IN // 8)[None, :] & (out < OUT)[:, None]
+        x_inside = (here < X_LINES)[:, None] & (token < TOKENS)[None, :]
         metadata = tl.load(metadata_ptrs, mask=w_inside, other=0)
         v0 = tl.load(values_ptrs, mask=w_inside, other=0)
         v1 = tl.load(values_ptrs + OUT, mask=w_inside, other=0)
         v2 = tl.load(values_ptrs + 2 * OUT, mask=w_inside, other=0)
         v3 = tl.load(values_ptrs + 3 * OUT, mask=w_inside, other=0)
-        xa = tl.load(x_ptrs, mask=x_inside, other=0)
-        xb = tl.load(x_ptrs + 1, mask=x_inside, other=0)
-        w0, w1, w2, w3, w4, w5, w6, w7 = tl.inline_asm_elementwise(
+        w = tl.inline_asm_elementwise(
             EXPAND_PTX,
             EXPAND_CONSTRAINTS,
             [v0, v1, v2, v3, metadata.to(tl.uint16)],
@@ -69,19 +74,22 @@ def nm_matmul(
             is_pure=True,
             pack=2,
         )
-        acc = tl.dot(w0, _phase(xa, 0, dtype), acc)
-        acc = tl.dot(w1, _phase(xa, 1, dtype), acc)
-        acc = tl.dot(w2, _phase(xa, 2, dtype), acc)
-        acc = tl.dot(w3, _phase(xa, 3, dtype), acc)
-        acc = tl.dot(w4, _phase(xb, 0, dtype), acc)
-        acc = tl.dot(w5, _phase(xb, 1, dtype), acc)
-        acc = tl.dot(w6, _phase(xb, 2, dtype), acc)
-        acc = tl.dot(w7, _phase(xb, 3, dtype), acc)
+        if PHASED:
+            for j in tl.static_range(8):
+                x = tl.load(x_ptrs + j * (TOKENS * X_LINES), mask=x_inside, other=0)
+                acc = tl.dot(w[j], x, acc)
+        else:
+            low = tl.load(x_ptrs, mask=x_inside, other=0)
+            high = tl.load(x_ptrs + 1, mask=x_inside, other=0)
+            for j in tl.static_range(4):
+                acc = tl.dot(w[j], _entry(low, j, dtype), acc)
+            for j in tl.static_range(4):
+                acc = tl.dot(w[4 + j], _entry(high, j, dtype), acc)
         metadata_ptrs += BLOCK_LINES * OUT
         values_ptrs += 4 * BLOCK_LINES * OUT
-        x_ptrs += 2 * BLOCK_LINES
+        x_ptrs += BLOCK_LINES if PHASED else 2 * BLOCK_LINES
 
     y_ptr += tl.program_id(2).to(tl.int64) * TOKENS * OUT
-    y_ptrs = y_ptr + token[None, :].to(tl.int64) * OUT + out[:, None]
+    y_ptrs = y_ptr + token_rows * OUT + out[:, None]
     y_inside = (token < TOKENS)[None, :] & (out < OUT)[:, None]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=y_inside)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 
 PROCESSORS = 108  # of an A100, where the device does not say
 
@@ -17,6 +18,7 @@ class Tile:
     lines: int = 16
     warps: int = 4
     stages: int = 4
+    phased: bool = False  # XLA takes x apart into x[:, j::8] first
 
     def __post_init__(self):
         for name in ("tokens", "outputs", "lines", "warps"):
@@ -32,8 +34,8 @@ def choose_tile(tokens: int) -> Tile:
     if tokens <= 16:
         return Tile()
     if tokens <= 32:
-        return Tile(tokens=32)
-    return Tile(tokens=64, stages=3)
+        return Tile(tokens=32, phased=True)
+    return Tile(tokens=64, stages=3, phased=True)
 
 
 def choose_splits(tile: Tile, tokens: int, k: int, f: int, processors: int) -> int:
@@ -72,24 +74,30 @@ def nm_matmul(
     steps_each = -(-steps // splits)
     splits = -(-steps // steps_each)
 
-    # jax-triton has no rule for vmap; a stack of products is a loop over them.
-    @jax.custom_batching.sequential_vmap
-    def call(x, values, metadata):
-        return jax_triton.triton_call(
-            x,
-            values,
-            metadata,
-            kernel=kernel.nm_matmul,
-            out_shape=jax.ShapeDtypeStruct((splits, tokens, f), out_dtype),
-            grid=(-(-f // tile.outputs), -(-tokens // tile.tokens), splits),
-            name="nm_matmul",
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            compute_capability=capability,
-            **constants(tile, tokens, k, f, steps_each),
-        )
+    return jax_triton.triton_call(
+        by_phase(x) if tile.phased else x,
+        values,
+        metadata,
+        kernel=kernel.nm_matmul,
+        out_shape=jax.ShapeDtypeStruct((splits, tokens, f), out_dtype),
+        grid=(-(-f // tile.outputs), -(-tokens // tile.tokens), splits),
+        name="nm_matmul",
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        compute_capability=capability,
+        **constants(tile, tokens, k, f, steps_each),
+    )
 
-    return call(x, values, metadata)
+
+def by_phase(x: jax.Array) -> jax.Array:
+    """(tokens, in) to (8, tokens, lines): x[:, j::8], padded so that rows are whole 16 bytes."""
+    tokens, k = x.shape
+    phases = x.reshape(tokens, k // 8, 8).transpose(2, 0, 1)
+    return jnp.pad(phases, ((0, 0), (0, 0), (0, padded_lines(k) - k // 8)))
+
+
+def padded_lines(k: int) -> int:
+    return -(-k // 64) * 8
 
 
 def constants(tile: Tile, tokens: int, k: int, f: int, steps: int) -> dict[str, int]:
@@ -102,6 +110,8 @@ def constants(tile: Tile, tokens: int, k: int, f: int, steps: int) -> dict[str, 
         "BLOCK_OUT": tile.outputs,
         "BLOCK_LINES": tile.lines,
         "STEPS": steps,
+        "PHASED": tile.phased,
+        "X_LINES": padded_lines(k) if tile.phased else k // 8,
     }
 
 

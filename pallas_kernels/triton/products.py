@@ -3,9 +3,13 @@
 XLA fuses the sum over the splits, the bias, the activation and the cast into one kernel.
 """
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import batching
 from pallas_kernels.compressed import CompressedMatrix
 from pallas_kernels.epilogue import Epilogue, finish
 from pallas_kernels.triton import matmul
@@ -21,20 +25,26 @@ def nm_matmul(
     capability: int | None = None,
 ):
     """(..., in) @ (in, out). `precision` does not matter to 16-bit operands."""
-    rows = x.reshape(-1, x.shape[-1])
-    tokens, (k, f) = rows.shape[0], w.shape
+    dtype = out_dtype if epilogue.is_empty else jnp.float32
+    run = functools.partial(_product, out_dtype=dtype, capability=capability)
+    z = batching.by_rows(run, lambda x, w: (True, jax.tree.map(lambda _: False, w)))(x, w)
+    return finish(z, epilogue, out_dtype)
+
+
+def _product(x: jax.Array, w: CompressedMatrix, out_dtype, capability: int | None) -> jax.Array:
+    tokens, (k, f) = math.prod(x.shape[:-1]), w.shape
     if tokens == 0:
-        return finish(jnp.zeros((*x.shape[:-1], f), jnp.float32), epilogue, out_dtype)
+        return jnp.zeros((*x.shape[:-1], f), out_dtype)
     tile = matmul.choose_tile(tokens)
     splits = matmul.choose_splits(tile, tokens, k, f, matmul.processors())
     parts = matmul.nm_matmul(
-        rows,
+        x.reshape(tokens, k),
         w.values,
         w.metadata,
         tile=tile,
         splits=splits,
-        out_dtype=out_dtype if splits == 1 and epilogue.is_empty else jnp.float32,
+        out_dtype=out_dtype if splits == 1 else jnp.float32,
         capability=capability,
     )
-    z = parts[0] if splits == 1 else parts.sum(0)
-    return finish(z.reshape(*x.shape[:-1], f), epilogue, out_dtype)
+    y = parts[0] if splits == 1 else parts.sum(0).astype(out_dtype)
+    return y.reshape(*x.shape[:-1], f)
