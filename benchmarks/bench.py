@@ -1,0 +1,240 @@
+"""Times the problems of the kernel benchmark, and says what the record says of each."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+from benchmarks import peers, problems
+from benchmarks.problems import Case, Problem, Variant
+from pallas_kernels import candidates, choose, device_time, samples, tuning
+
+PEER_TOKENS = (8192,)
+COOL_TOKENS = 8192  # and these kinds and sizes: also in bursts after a pause
+COOL_KINDS = ("matmul", "epilogue")
+COOL = {(768, 3072), (3072, 768), (1024, 1024), (1600, 6400), (4096, 4096), (4096, 16384)}
+COOL_ROUNDS = 3
+THREADS = 16
+FIRST_SECONDS, SWITCH_SECONDS = 0.06, 0.03  # of preheating: before a problem, between its variants
+AUTOTUNE_OFF = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+
+
+@dataclasses.dataclass
+class Ready:
+    """A problem made ready: calls by variant, and the results that differ from it in float32."""
+
+    problem: Problem
+    calls: dict[str, list]
+    error_ratio: float | None
+
+
+class Bench:
+    """Times problems in batches; keeps results, failures and what was left out.
+
+    Args:
+      implementation: of the products that are timed.
+      rounds, repeats: as for `device_time.measure`.
+      peer: to time cuSPARSELt beside them, or None.
+      peer_tokens: numbers of tokens at which it is timed.
+    """
+
+    def __init__(
+        self,
+        implementation: str = "mosaic",
+        *,
+        rounds: int = 2,
+        repeats: int = 20,
+        peer: peers.Peer | None = None,
+        peer_tokens: Sequence[int] = PEER_TOKENS,
+    ):
+        self.implementation, self.rounds, self.repeats = implementation, rounds, repeats
+        self.peer, self.peer_tokens = peer, peer_tokens
+        self.results: list[dict[str, Any]] = []
+        self.failed: list[dict[str, Any]] = []
+        self._pool = ThreadPoolExecutor(THREADS)
+
+    def run(self, batch: Sequence[Problem]) -> None:
+        """Makes a batch ready, times it, and adds to the results or failures."""
+        first = 3 * FIRST_SECONDS
+        for ready in self._made_ready(batch):
+            problem = ready.problem
+            try:
+                times = device_time.measure(
+                    ready.calls,
+                    rounds=self.rounds,
+                    repeats=self.repeats,
+                    first=first,
+                    preheating=SWITCH_SECONDS,
+                )
+                first = FIRST_SECONDS
+                check_kernels(problem, self.implementation, times)
+                found = result(problem, self.implementation, times, ready.error_ratio)
+                if is_cool(problem):
+                    cool = device_time.cool(ready.calls, rounds=COOL_ROUNDS)
+                    found |= {f"cool_{k}_us": rounded(t.microseconds) for k, t in cool.items()}
+            except Exception as error:  # one product must not end the run; it is named at its end
+                self._fail(problem, error)
+                continue
+            finally:
+                ready.calls.clear()
+            self.results.append(found | self._beside(problem))
+
+    def _made_ready(self, batch: Sequence[Problem]) -> list[Ready]:
+        """Kernels are compiled in threads; what XLA chooses by timing, alone on the device."""
+        cases, sparse = {}, {}
+        for problem in batch:
+            try:
+                cases[problem] = problems.make(problem, self.implementation)
+            except Exception as error:
+                self._fail(problem, error)
+        for problem, case in cases.items():
+            for name, variant in case.variants.items():
+                if not variant.tries_kernels:
+                    sparse[problem, name] = self._pool.submit(_compiled, variant)
+        checks = {}
+        for problem, case in cases.items():
+            try:
+                compiled = {
+                    name: _compiled(variant) if variant.tries_kernels else sparse[problem, name]
+                    for name, variant in case.variants.items()
+                }
+                checks[problem] = compiled, self._pool.submit(_check, case, compiled)
+            except Exception as error:
+                self._fail(problem, error)
+        ready = []
+        for problem, (compiled, check) in checks.items():
+            try:
+                ready.append(_ready(problem, cases[problem], compiled, check))
+            except Exception as error:
+                self._fail(problem, error)
+        return ready
+
+    def _beside(self, problem: Problem) -> dict[str, Any]:
+        """The peer's numbers, where it is asked for."""
+        if self.peer is None or problem.kind != "matmul" or problem.tokens not in self.peer_tokens:
+            return {}
+        if all(name.endswith(" dx") for name in problem.names):
+            return {}
+        try:
+            found = self.peer.measure(problem.tokens, problem.size)
+        except RuntimeError as error:
+            self._fail(problem, error)
+            return {}
+        return {name: rounded(value) for name, value in found.items()}
+
+    def _fail(self, problem: Problem, error: Exception) -> None:
+        text = f"{type(error).__name__}: {error}"
+        self.failed.append({**named(problem), "error": text[:500]})
+        print(f"failed: {problem}: {text[:300]}", file=sys.stderr)
+
+
+def _ready(problem: Problem, case: Case, compiled: dict, check) -> Ready:
+    calls = {}
+    for name, variant in case.variants.items():
+        function = _done(compiled[name])
+        calls[name] = [_Call(function, each) for each in variant.operands]
+    ratio = None
+    if case.error is not None:
+        results = {name: calls[name][0]() for name in ("sparse", "dense")}
+        errors = check.result()(results, *case.exact)
+        ratio = float(errors["sparse"]) / max(float(errors["dense"]), 1e-30)
+    return Ready(problem, calls, ratio)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    function: Any
+    operands: tuple
+
+    def __call__(self):
+        return self.function(*self.operands)
+
+
+def _compiled(variant: Variant):
+    return samples.compile_for(variant.function, *variant.operands[0], options=variant.options)
+
+
+def _check(case: Case, compiled: dict[str, Any]):
+    if case.error is None:
+        return None
+    results = {name: _done(compiled[name]).out_info for name in ("sparse", "dense")}
+    options = AUTOTUNE_OFF if jax.default_backend() == "gpu" else None
+    return samples.compile_for(case.error, results, *case.exact, options=options)
+
+
+def _done(compiled):
+    return compiled.result() if isinstance(compiled, Future) else compiled
+
+
+def is_cool(problem: Problem) -> bool:
+    """Whether a problem is timed in bursts after pauses, too."""
+    return problem.kind in COOL_KINDS and problem.tokens == COOL_TOKENS and problem.size in COOL
+
+
+def check_kernels(problem: Problem, implementation: str, times) -> None:
+    """Raises RuntimeError unless the sparse variants ran the kernel, and the others did not."""
+    if implementation == "xla":
+        return
+    for name, found in times.items():
+        ran = any(problem.op in kernel for kernel in found.kernels)
+        if ran != (name in ("sparse", "bare", "whole")):
+            raise RuntimeError(f"{name} of {problem.op} ran {', '.join(found.kernels)}")
+
+
+def result(
+    problem: Problem, implementation: str, times, error_ratio: float | None
+) -> dict[str, Any]:
+    """What the record says of a problem: microseconds by variant, and what follows from them."""
+    microseconds = {name: found.microseconds for name, found in times.items()}
+    sparse, dense = microseconds["sparse"], microseconds.get("dense")
+    choice = choose(problem.query)
+    found = {
+        **named(problem),
+        "dense_us": rounded(dense),
+        "sparse_us": rounded(sparse),
+        "peer_us": None,
+        "speedup": dense and round(dense / sparse, 3),
+        "path": f"{choice.implementation}: {choice.reason}",
+        "implementation": implementation,
+        "config": configuration(problem) if implementation == "mosaic" else {},
+        "tflops": rounded(problem.flops / sparse / 1e6) if problem.flops else None,
+        "max_error_ratio": error_ratio and round(error_ratio, 3),
+        "kernels": list(times["sparse"].kernels),
+        "dense_kernels": list(times["dense"].kernels) if dense else None,
+    }
+    others = {f"{name}_us": rounded(t) for name, t in microseconds.items()}
+    return found | {name: t for name, t in others.items() if name not in found}
+
+
+def named(problem: Problem) -> dict[str, Any]:
+    """What tells a problem from others, in JSON types."""
+    return {
+        "kind": problem.kind,
+        "op": problem.op,
+        "names": list(problem.names),
+        "tokens": problem.tokens,
+        "in": problem.size[0],
+        "out": problem.size[1],
+        "dtype": problem.source,
+        "epilogue": problem.epilogue,
+        "rank": problem.rank,
+    }
+
+
+def configuration(problem: Problem) -> dict[str, int]:
+    """The kernel's configuration for a problem: the measured one, else that of its rule."""
+    op = "few_tokens" if problem.kind == "few" else problem.op
+    if op not in tuning.OPS:
+        return {}
+    tokens, (k, f) = problem.tokens, problem.size
+    entry = tuning.best(op, tokens, k, f, problem.source, jax.devices()[0].device_kind)
+    if entry is not None:
+        return entry.config
+    return candidates.kernel(op).configs(tokens, k, f)[0]
+
+
+def rounded(value: Any) -> Any:
+    return round(value, 2) if isinstance(value, float) else value

@@ -1,0 +1,172 @@
+"""The kernels beside dense products, on one GPU: ``python -m benchmarks.kernels``.
+
+Kernel device time under sustained load (`pallas_kernels.device_time`), random normal data, dense =
+`jnp.matmul` through cuBLAS in the same run. Kinds of product (``--ops``):
+
+* matmul: x @ w, for every linear layer of ``--models``, forward and dx;
+* epilogue: with bias and activation, what enters it saved where training needs it; dense is what
+  XLA fuses of `activation(jnp.matmul(x, w) + b)`;
+* adapters: with a low-rank product of rank 1.56 % of the inputs, beside the bare product;
+* sddmm: the kept x.T @ dy; dense is the bfloat16 x.T @ dy;
+* transpose: the double-pruned transpose, beside a copy of as many bytes;
+* few: 1 to 64 tokens, with weights rotated through more memory than the cache holds.
+
+The record goes to benchmarks/results (``--results``) and is written anew after every few products,
+so that nothing is lost if the run is cut off; ``--minutes`` ends it in time and names in the record
+what was left out. ``--part=NAME`` makes a record of its own of a part of the list.
+"""
+
+import argparse
+import itertools
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs memory, too
+
+from rich import console, progress
+
+from benchmarks import peers, problems, shapes
+from benchmarks.bench import PEER_TOKENS, Bench, named
+from benchmarks.problems import Problem
+from benchmarks.record import RESULTS, make_record, write_record
+from pallas_kernels.mosaic import support
+from train.environment import accelerator
+
+DEFAULT_TOKENS = {
+    "matmul": (8192, 65536, 2048, 16384),
+    "epilogue": (8192, 65536, 16384, 2048),
+    "adapters": (8192,),
+    "sddmm": (8192, 65536, 2048, 16384),
+    "transpose": (0,),
+    "few": (16, 1, 64, 4),
+}
+BATCH = 12  # problems, and bytes, that are made ready together
+BATCH_BYTES = 16e9
+MOST_ERROR = 2.0  # times that of the dense product
+
+
+def batches(listed: Sequence[Problem]) -> Iterator[list[Problem]]:
+    """Consecutive problems that fit on the device together."""
+    batch, total = [], 0.0
+    for problem in listed:
+        if batch and (len(batch) == BATCH or total + problem.nbytes > BATCH_BYTES):
+            yield batch
+            batch, total = [], 0.0
+        batch.append(problem)
+        total += problem.nbytes
+    if batch:
+        yield batch
+
+
+def ordered(
+    kinds: Sequence[str], models: Sequence[str], tokens: Sequence[int] | None
+) -> list[Problem]:
+    """The problems of all kinds: first each kind's first number of tokens, then its second, ..."""
+    turns = []
+    for kind in kinds:
+        counts = tokens if tokens and kind != "transpose" else DEFAULT_TOKENS[kind]
+        turns.append([problems.listed(kind, models, (count,)) for count in counts])
+    rounds = itertools.zip_longest(*turns, fillvalue=[])
+    return [problem for turn in rounds for listed in turn for problem in listed]
+
+
+def main() -> None:
+    arguments = _arguments()
+    if arguments.implementation == "mosaic" and (why := support.device_obstacle()):
+        sys.exit(f"nothing to measure here: {why}")
+    stop = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
+    peer = peers.Peer() if arguments.peer else None
+    bench = Bench(
+        arguments.implementation,
+        rounds=arguments.rounds,
+        repeats=arguments.repeats,
+        peer=peer,
+        peer_tokens=arguments.peer_tokens,
+    )
+    listed = ordered(arguments.ops, arguments.models, arguments.tokens)
+    done = 0
+    with _bar() as bar:
+        task = bar.add_task("timing", total=len(listed))
+        for batch in batches(listed):
+            if time.monotonic() > stop:
+                break
+            if peer is not None:
+                peer.ready()
+            bench.run(batch)
+            done += len(batch)
+            bar.update(task, completed=done)
+            path = _write(bench, listed[done:], arguments, peer)
+    if peer is not None:
+        peer.close()
+    summary = f"{len(bench.results)} results, {len(bench.failed)} failed, {len(listed) - done} left"
+    print(f"{path.name}: {summary}")
+    wrong = [r for r in bench.results if (r["max_error_ratio"] or 0) > MOST_ERROR]
+    for found in wrong:
+        print(f"error ratio {found['max_error_ratio']}: {found}", file=sys.stderr)
+    if bench.failed or wrong:
+        sys.exit(1)
+
+
+def _write(bench: Bench, left: Sequence[Problem], arguments, peer) -> Path:
+    name = f"kernels-{arguments.part}" if arguments.part else "kernels"
+    record = make_record(name, bench.results, device=accelerator(), module="benchmarks.kernels")
+    record["regime"] = "sustained"
+    if peer is not None:
+        record["versions"] |= peer.versions
+    record["failed"], record["left_out"] = bench.failed, [named(problem) for problem in left]
+    return write_record(record, arguments.results)
+
+
+def _bar() -> progress.Progress:
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+        console=console.Console(stderr=True),
+    )
+
+
+def _names(known: Sequence[str], what: str):
+    def parse(text: str) -> list[str]:
+        found = text.split(",")
+        if wrong := [name for name in found if name not in known]:
+            raise argparse.ArgumentTypeError(f"{what} {wrong} are not of {', '.join(known)}")
+        return found
+
+    return parse
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = [0]
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give numbers, as in 2048,8192")
+    return found
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    kinds, models = _names(problems.KINDS, "kinds"), _names(list(shapes.MODELS), "models")
+    parser.add_argument("--ops", type=kinds, default=list(problems.KINDS), help="kinds of product")
+    parser.add_argument("--models", type=models, default=list(shapes.MODELS), help="a,b,...")
+    parser.add_argument("--tokens", type=_numbers, help="a,b,...; of each kind if not given")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each variant")
+    parser.add_argument("--repeats", type=int, default=20, help="most calls in a turn")
+    parser.add_argument("--peer", choices=("cusparselt",), help="beside matmul, through PyTorch")
+    parser.add_argument("--peer-tokens", type=_numbers, default=list(PEER_TOKENS))
+    parser.add_argument("--minutes", type=float, help="stop before; what is done is kept")
+    parser.add_argument("--part", help="name of the record, for a part of the list")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the record")
+    parser.add_argument("--implementation", choices=("mosaic", "triton"), default="mosaic")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

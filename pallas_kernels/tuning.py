@@ -1,0 +1,254 @@
+"""Measured configurations: tables in `tuned/`, one per kind of device, made by `python -m
+pallas_kernels.tune`.
+
+An entry says which configuration of a kernel is the fastest for a shape, what it takes, and what
+the dense product takes in the same run. An entry of T tokens stands for half to twice as many,
+[T / 2, 2 T]; the largest T of a shape for any more. Where two would do, the nearer one by ratio
+counts, and of equally near ones the larger. Other sizes have no entry: kernels then choose a
+configuration by rule, and `verdict` goes by the nearest shape.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FOLDER = Path(__file__).parent / "tuned"
+OPS = ("nm_matmul", "few_tokens", "nm_sddmm")
+DTYPE_CLASSES = {"bfloat16": "16-bit", "float16": "16-bit", "float32": "32-bit"}
+FIELDS = {
+    "op": str,
+    "dtype": str,
+    "tokens": int,
+    "in": int,
+    "out": int,
+    "config": dict,
+    "sparse_us": (int, float),
+    "dense_us": (int, float),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """The fastest configuration for x (tokens, in) and an (in, out) matrix; microseconds."""
+
+    op: str
+    dtype: str
+    tokens: int
+    size: tuple[int, int]
+    config: dict[str, int]
+    sparse_us: float
+    dense_us: float
+
+    @property
+    def key(self) -> tuple:
+        return self.op, self.dtype, self.size, self.tokens
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "op": self.op,
+            "dtype": self.dtype,
+            "tokens": self.tokens,
+            "in": self.size[0],
+            "out": self.size[1],
+            "config": self.config,
+            "sparse_us": self.sparse_us,
+            "dense_us": self.dense_us,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The entries of one kind of device."""
+
+    device: str
+    capability: str
+    entries: tuple[Entry, ...]
+
+    def entry(self, op: str, tokens: int, size: tuple[int, int], dtype: str) -> Entry | None:
+        """The entry that stands for this shape, by the rule of the module."""
+        known = self._shapes.get((op, dtype, size))
+        if not known:
+            return None
+        found = min(known, key=lambda entry: (_ratio(entry.tokens, tokens), -entry.tokens))
+        largest = max(known, key=lambda entry: entry.tokens)
+        if _ratio(found.tokens, tokens) <= 1 or (found == largest and tokens > found.tokens):
+            return found
+        return None
+
+    def nearest(self, op: str, tokens: int, size: tuple[int, int], dtype: str) -> Entry | None:
+        """The entry of this op whose tokens, in and out are least octaves away, summed."""
+        wanted = (tokens, *size)
+        known = [entry for entry in self.entries if (entry.op, entry.dtype) == (op, dtype)]
+
+        def distance(entry: Entry) -> float:
+            return sum(map(_ratio, (entry.tokens, *entry.size), wanted))
+
+        return min(known, key=lambda entry: (distance(entry), entry.key), default=None)
+
+    @functools.cached_property
+    def _shapes(self) -> dict[tuple, list[Entry]]:
+        shapes: dict[tuple, list[Entry]] = {}
+        for entry in self.entries:
+            shapes.setdefault((entry.op, entry.dtype, entry.size), []).append(entry)
+        return shapes
+
+
+class Verdict(NamedTuple):
+    """Whether the sparse kernel is at least as fast as the dense product, and how that is known."""
+
+    use_sparse: bool
+    reason: str
+
+
+def best(
+    op: str, tokens: int, k: int, f: int, dtype, device_kind: str, *, folder: Path = FOLDER
+) -> Entry | None:
+    """The measured entry for x (tokens, k) and a (k, f) matrix, or None if there is none.
+
+    Args:
+      op: "nm_matmul", "few_tokens" (the same product, by the kernel for few tokens) or "nm_sddmm".
+      dtype: of x; bfloat16 and float16 share their entries.
+      device_kind: as `jax.Device.device_kind`, such as "NVIDIA H100 80GB HBM3".
+    """
+    table = load(device_kind, folder)
+    return None if table is None else table.entry(op, tokens, (k, f), dtype_class(dtype))
+
+
+def verdict(
+    op: str,
+    tokens: int,
+    k: int,
+    f: int,
+    dtype,
+    device_kind: str,
+    capability: str | None = None,
+    *,
+    folder: Path = FOLDER,
+) -> Verdict | None:
+    """Whether to run the kernel or the dense product for a shape, from what is measured.
+
+    The shape's own entry decides if it has one. Else that of the nearest measured shape of the
+    same op: the fewest octaves away in tokens, in and out together. A device that has no table
+    goes by that of another device of the same compute capability. None: nothing of this kind is
+    measured.
+
+    Args:
+      op, dtype, device_kind: as for `best`.
+      capability: the device's compute capability, such as "9.0".
+    """
+    table, where = load(device_kind, folder), "on"
+    if table is None and capability is not None:
+        table, where = _relative(capability, folder), f"not on {device_kind} but on"
+    if table is None:
+        return None
+    entry, name = table.entry(op, tokens, (k, f), dtype_class(dtype)), "measured"
+    if entry is None:
+        entry = table.nearest(op, tokens, (k, f), dtype_class(dtype))
+        if entry is None:
+            return None
+        name = f"nearest shape measured ({_shape(entry)})"
+    elif entry.tokens != tokens:
+        name = f"measured with {entry.tokens} tokens"
+    return Verdict(
+        entry.sparse_us <= entry.dense_us,
+        f"{name}, {where} {table.device}: dense {entry.dense_us:.4g} us,"
+        f" sparse {entry.sparse_us:.4g} us",
+    )
+
+
+def load(device_kind: str, folder: Path = FOLDER) -> Table | None:
+    """The table of a kind of device, or None; read once.
+
+    Raises:
+      ValueError: it holds something else; names the file and the entry.
+    """
+    return _load(folder / f"{slug(device_kind)}.json")
+
+
+def slug(device_kind: str) -> str:
+    """ "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
+    return re.sub(r"[^a-z0-9]+", "-", device_kind.lower()).strip("-")
+
+
+def dtype_class(dtype) -> str:
+    """The class of a dtype; those of one class take the same time.
+
+    >>> dtype_class("bfloat16"), dtype_class("float16")
+    ('16-bit', '16-bit')
+    """
+    name = getattr(dtype, "name", str(dtype))
+    if name not in DTYPE_CLASSES:
+        raise ValueError(f"dtype is {name}; it must be one of {', '.join(DTYPE_CLASSES)}")
+    return DTYPE_CLASSES[name]
+
+
+@functools.cache
+def _load(path: Path) -> Table | None:
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path.name} is not JSON: {error}") from error
+    for name in ("device", "capability", "entries"):
+        if name not in found:
+            raise ValueError(f"{path.name} lacks {name!r}")
+    if path.stem != slug(found["device"]):
+        raise ValueError(f"{path.name} holds the table of {found['device']}")
+    entries = [_entry(path.name, i, entry) for i, entry in enumerate(found["entries"])]
+    seen: set[tuple] = set()
+    for i, entry in enumerate(entries):
+        if entry.key in seen:
+            raise ValueError(f"{path.name}, entry {i}: {entry.op} {_shape(entry)} is there twice")
+        seen.add(entry.key)
+    return Table(found["device"], found["capability"], tuple(entries))
+
+
+def _entry(name: str, index: int, found: Any) -> Entry:
+    def wrong(what: str) -> ValueError:
+        return ValueError(f"{name}, entry {index}: {what}; make it anew: pallas_kernels.tune")
+
+    if not isinstance(found, dict) or found.keys() != FIELDS.keys():
+        raise wrong(f"it must have {', '.join(FIELDS)}, and has {found}")
+    for field, kind in FIELDS.items():
+        if not isinstance(found[field], kind) or isinstance(found[field], bool):
+            raise wrong(f"{field} is {found[field]!r}")
+    if found["op"] not in OPS:
+        raise wrong(f"op is {found['op']!r}; it must be one of {', '.join(OPS)}")
+    if found["dtype"] not in DTYPE_CLASSES.values():
+        raise wrong(f"dtype is {found['dtype']!r}")
+    for field in ("tokens", "in", "out", "sparse_us", "dense_us"):
+        if not 0 < found[field] < math.inf:
+            raise wrong(f"{field} is {found[field]}; it must be positive")
+    if not all(type(value) is int for value in found["config"].values()):
+        raise wrong(f"config is {found['config']}; its values must be integers")
+    return Entry(
+        found["op"],
+        found["dtype"],
+        found["tokens"],
+        (found["in"], found["out"]),
+        found["config"],
+        found["sparse_us"],
+        found["dense_us"],
+    )
+
+
+def _relative(capability: str, folder: Path) -> Table | None:
+    for path in sorted(folder.glob("*.json")):
+        table = _load(path)
+        if table is not None and table.capability == capability:
+            return table
+    return None
+
+
+def _ratio(a: int, b: int) -> float:
+    """Octaves between two sizes."""
+    return abs(math.log2(a / b))
+
+
+def _shape(entry: Entry) -> str:
+    return f"{entry.tokens} x {entry.size[0]} x {entry.size[1]}"
