@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pallas_kernels import CompressedMatrix, Pattern, compress, compressed_shapes
+from pallas_kernels.epilogue import ACTIVATIONS, check_activation
 from slope_jax import masks
 from slope_jax.matmul import slope_matmul
 
@@ -25,7 +26,7 @@ def inverse_rank_normal(key: jax.Array, shape: tuple[int, int], dtype=jnp.float3
 class SparseDense(nn.Dense):
     """A drop-in for `flax.linen.Dense` whose kernel is N:M sparse along the input axis.
 
-        y = x @ w_r + (x @ adapter_l) @ adapter_r + bias
+        y = activation(x @ w_r + (x @ adapter_l) @ adapter_r + bias)
 
     The parameter `kernel` holds the survivors only, shape (in * n / m, out), so gradients, moments,
     weight decay, clip norms and checkpoints of any optax optimizer are compressed as well. Which
@@ -43,6 +44,7 @@ class SparseDense(nn.Dense):
         of the kernel's shape, of which the highest n per group stay.
       adapter_l_init, adapter_r_init: initialisers; one of the two must give zeros for the function
         not to change when adapters join.
+      activation: None, "relu", "gelu" (exact), "gelu_tanh" or "silu"; joins the product's kernel.
       implementation: of the sparse products, None for the best. See `slope_jax.explain`.
 
     `precision` and `dtype` work as in `flax.linen.Dense`; dtype None takes the promoted dtype of
@@ -63,6 +65,7 @@ class SparseDense(nn.Dense):
     mask_init: str | Callable[[jax.Array, jax.Array], jax.Array] = "magnitude"
     adapter_l_init: Initializer = inverse_rank_normal
     adapter_r_init: Initializer = nn.initializers.zeros_init()
+    activation: str | None = None
     implementation: str | None = None
 
     @property
@@ -76,8 +79,16 @@ class SparseDense(nn.Dense):
         """(..., in) to (..., features)."""
         inputs = jnp.asarray(inputs)
         self._check(inputs)
-        y = super().__call__(inputs) if self.pattern is None else self._sparse(inputs)
-        return y + self._adapter(inputs, y.dtype) if self.adapter_rank else y
+        return self._dense(inputs) if self.pattern is None else self._sparse(inputs)
+
+    def _dense(self, inputs: jax.Array) -> jax.Array:
+        y = super().__call__(inputs)
+        adapter = self._adapter(inputs.shape[-1])
+        if adapter is not None:
+            x, left, right = (a.astype(y.dtype) for a in (inputs, *adapter))
+            hidden = jnp.matmul(x, left, precision=self.precision)
+            y = y + jnp.matmul(hidden, right, precision=self.precision)
+        return y if self.activation is None else ACTIVATIONS[self.activation](y)
 
     def _sparse(self, inputs: jax.Array) -> jax.Array:
         kernel = self._kernel(inputs.shape[-1])
@@ -86,13 +97,19 @@ class SparseDense(nn.Dense):
             if self.use_bias
             else None
         )
-        # The kernel is promoted for its dtype alone: slope_matmul casts it, so that its gradient
-        # stays in float32.
-        inputs, _, bias = self.promote_dtype(inputs, kernel.values, bias, dtype=self.dtype)
-        y = slope_matmul(
-            inputs, kernel, precision=self.precision, implementation=self.implementation
+        adapter = self._adapter(inputs.shape[-1])
+        # Parameters are promoted for their dtypes alone: slope_matmul casts them, so that their
+        # gradients stay in float32.
+        inputs, *_ = self.promote_dtype(inputs, kernel.values, bias, dtype=self.dtype)
+        return slope_matmul(
+            inputs,
+            kernel,
+            bias=bias,
+            activation=self.activation,
+            adapter=adapter,
+            precision=self.precision,
+            implementation=self.implementation,
         )
-        return y if bias is None else y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
 
     def _kernel(self, in_features: int) -> CompressedMatrix:
         shape = (in_features, self.features)
@@ -123,17 +140,14 @@ class SparseDense(nn.Dense):
             return masks.random_mask(key, kernel.shape, self.pattern)
         return masks.magnitude_mask(kernel, self.pattern)
 
-    def _adapter(self, inputs: jax.Array, dtype) -> jax.Array:
+    def _adapter(self, in_features: int) -> tuple[jax.Array, jax.Array] | None:
         rank = self.adapter_rank
-        adapter_l = self.param(
-            ADAPTER_L, self.adapter_l_init, (inputs.shape[-1], rank), self.param_dtype
+        if not rank:
+            return None
+        return (
+            self.param(ADAPTER_L, self.adapter_l_init, (in_features, rank), self.param_dtype),
+            self.param(ADAPTER_R, self.adapter_r_init, (rank, self.features), self.param_dtype),
         )
-        adapter_r = self.param(
-            ADAPTER_R, self.adapter_r_init, (rank, self.features), self.param_dtype
-        )
-        x, left, right = (a.astype(dtype) for a in (inputs, adapter_l, adapter_r))
-        hidden = jnp.matmul(x, left, precision=self.precision)
-        return jnp.matmul(hidden, right, precision=self.precision)
 
     def _check(self, inputs: jax.Array) -> None:
         where = self._where()
@@ -148,6 +162,7 @@ class SparseDense(nn.Dense):
             raise ValueError(
                 f"{where}: mask_init {self.mask_init!r} must be one of {MASK_INITS} or a function"
             )
+        check_activation(self.activation)
         if self.pattern is None:
             return
         self.pattern.check_divides(inputs.shape[-1], f"{where}: input axis")

@@ -21,8 +21,6 @@ from slope_jax.models.layers import (
 )
 from slope_jax.models.stack import run_layers
 
-gelu = functools.partial(nn.gelu, approximate=False)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BertConfig(TransformerConfig):
@@ -94,7 +92,7 @@ class BertLayer(nn.Module):
         dropout = functools.partial(nn.Dropout, config.dropout, deterministic=self.deterministic)
         attention = Attention(config, patterns, False, normal_init, name="attention")
         x = norm(config, "attention_norm")(x + dropout()(attention(x, lengths)))
-        mlp = Mlp(config, patterns, gelu, normal_init, name="mlp")
+        mlp = Mlp(config, patterns, "gelu", normal_init, name="mlp")
         x = norm(config, "mlp_norm")(x + dropout()(mlp(x)))
         return x, None
 
@@ -127,9 +125,13 @@ class MlmHead(nn.Module):
     def __call__(self, x: jax.Array, table: nn.Embed) -> jax.Array:
         config = self.config
         transform = linear(
-            config, config.patterns["mlm/transform"], config.hidden_size, name="transform"
+            config,
+            config.patterns["mlm/transform"],
+            config.hidden_size,
+            activation="gelu",
+            name="transform",
         )
-        x = norm(config, "norm")(gelu(transform(x)))
+        x = norm(config, "norm")(transform(x))
         bias = self.param(
             "bias", nn.initializers.zeros, (config.padded_vocab_size,), config.param_dtype
         )

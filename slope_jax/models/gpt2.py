@@ -13,8 +13,6 @@ from slope_jax.models.config import Linear, TransformerConfig
 from slope_jax.models.layers import Mlp, check_tokens, embedding, norm, vocabulary_logits
 from slope_jax.models.stack import run_layers
 
-gelu = functools.partial(nn.gelu, approximate=True)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPT2Config(TransformerConfig):
@@ -62,7 +60,7 @@ class GPT2Layer(nn.Module):
         residual_init = nn.initializers.normal(0.02 / math.sqrt(2 * config.num_layers))
         attention = Attention(config, patterns, True, residual_init, name="attention")
         x = x + dropout()(attention(norm(config, "attention_norm")(x), lengths))
-        mlp = Mlp(config, patterns, gelu, residual_init, name="mlp")
+        mlp = Mlp(config, patterns, "gelu_tanh", residual_init, name="mlp")
         x = x + dropout()(mlp(norm(config, "mlp_norm")(x)))
         return x, None
 

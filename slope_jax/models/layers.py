@@ -1,7 +1,5 @@
 """The pieces both models are made of: linears by pattern, embeddings, norm, vocabulary logits."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -20,6 +18,7 @@ def linear(
     *,
     name: str | None,
     kernel_init: nn.initializers.Initializer = normal_init,
+    activation: str | None = None,
 ) -> SparseDense:
     """A `SparseDense` as the model's configuration asks; adapters belong to pruned ones only."""
     pruned = pattern != DENSE
@@ -32,6 +31,7 @@ def linear(
         dtype=config.dtype,
         param_dtype=config.param_dtype,
         kernel_init=kernel_init,
+        activation=activation,
         name=name,
     )
 
@@ -104,14 +104,20 @@ class Mlp(nn.Module):
 
     config: TransformerConfig
     patterns: tuple[tuple[str, str], ...]
-    activation: Callable[[jax.Array], jax.Array]
+    activation: str
     output_init: nn.initializers.Initializer
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, S, hidden) to (B, S, hidden)."""
         config, patterns = self.config, dict(self.patterns)
-        up = linear(config, patterns["mlp/up"], config.mlp_size, name="up")
+        up = linear(
+            config,
+            patterns["mlp/up"],
+            config.mlp_size,
+            activation=self.activation,
+            name="up",
+        )
         down = linear(
             config,
             patterns["mlp/down"],
@@ -119,4 +125,4 @@ class Mlp(nn.Module):
             kernel_init=self.output_init,
             name="down",
         )
-        return down(self.activation(up(x)))
+        return down(up(x))
