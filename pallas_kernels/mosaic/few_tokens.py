@@ -1,0 +1,160 @@
+"""y = x @ w for few tokens (decoding), on Hopper: reads the compressed weight once, at memory speed.
+
+The inputs are shared out over the warps of a CTA and the CTAs of a cluster, so that all processors
+read from the first moment on, and partial sums are added in shared memory, a cluster's through
+distributed shared memory: there is no second kernel and no workspace. Every warp copies its own
+part of the weight, several stages ahead; warps side by side share the tokens.
+"""
+
+import dataclasses
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.mosaic import warps
+from pallas_kernels.mosaic.activations import PRECISE
+
+MOST_TOKENS = 64
+SHARED_MEMORY = 232448 - 1024  # bytes per CTA
+REGISTERS = 65536  # of a processor
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the product is cut: a CTA takes 64 * across outputs and 1 / split of the inputs.
+
+    `across` warps side by side, `along` warps that share the CTA's inputs, clusters of `split`
+    CTAs, and at most `stages` steps of 64 inputs a warp, of which one is being multiplied.
+    """
+
+    across: int = 1
+    along: int = 4
+    split: int = 2
+    stages: int = 4
+
+    def __post_init__(self):
+        if self.across * self.along not in (4, 8, 16):
+            raise ValueError(f"{self}: across * along must be 4, 8 or 16 warps")
+        if self.split not in (1, 2, 4, 8):
+            raise ValueError(f"{self}: split must be 1, 2, 4 or 8, the CTAs of a cluster")
+        if self.stages < 2:
+            raise ValueError(f"{self}: stages must be at least 2")
+
+    def geometry(self, tokens: int, k: int, f: int, dtype: str = "bfloat16") -> warps.Geometry:
+        """With as many stages as the inputs need and shared memory holds."""
+        g = warps.Geometry(tokens, k, f, dtype, **dataclasses.asdict(self))
+        stages = max(2, min(self.stages, g.rounds + 1, SHARED_MEMORY // g.stage_bytes))
+        g = dataclasses.replace(g, stages=stages)
+        while g.stages > 2 and g.shared_memory > SHARED_MEMORY:
+            g = dataclasses.replace(g, stages=g.stages - 1)
+        if g.shared_memory > SHARED_MEMORY:
+            raise ValueError(
+                f"{self} needs {g.shared_memory} bytes of shared memory for {tokens} tokens, and"
+                f" there are {SHARED_MEMORY}; fewer warps need less"
+            )
+        return g
+
+
+def choose(tokens: int, k: int, f: int) -> Config:
+    return candidates(tokens, k, f)[0]
+
+
+def candidates(tokens: int, k: int, f: int) -> list[Config]:
+    return [Config()]
+
+
+def nm_matmul(
+    x: jax.Array,
+    values: jax.Array,
+    metadata: jax.Array,
+    config: Config,
+    *,
+    bias: jax.Array | None = None,
+    activation: str | None = None,
+    low_rank: tuple[jax.Array, jax.Array] | None = None,
+    save_preactivation: bool = False,
+    out_dtype=None,
+):
+    """activation(x @ w + t @ r + bias), and what enters the activation if that is to be saved.
+
+    Args:
+      x: (tokens, in), 1 to 64 tokens, bfloat16 or float16; in is a multiple of 8.
+      values: (in / 2, out) in x's dtype, metadata: uint8 (in / 8, out); out a multiple of 8.
+      bias: (out,), float32, bfloat16 or float16. low_rank: t (tokens, rank), r (rank, out) in x's
+        dtype.
+      out_dtype: x's dtype (None) or float32.
+    """
+    tokens, k = x.shape
+    f = values.shape[1]
+    if not 1 <= tokens <= MOST_TOKENS:
+        raise ValueError(f"x has {tokens} tokens; this kernel takes 1 to {MOST_TOKENS}")
+    if activation is not None and activation not in PRECISE:
+        raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(PRECISE)}")
+    geometry = config.geometry(tokens, k, f, str(x.dtype))
+    operands = {"values": values, "metadata": metadata, "x": x}
+    if bias is not None:
+        operands["bias"] = bias
+    if low_rank is not None:
+        t, r = low_rank
+        odd = r.shape[0] % 2  # pairs along the rank are read at once
+        operands |= {"t": jnp.pad(t, ((0, 0), (0, odd))), "r": jnp.pad(r, ((0, odd), (0, 0)))}
+    results = ("y", "z") if save_preactivation else ("y",)
+
+    def body(*refs):
+        names = (*operands, *results, "ring")
+        _kernel(geometry, activation, dict(zip(names, refs, strict=True)))
+
+    cluster = {"cluster": (config.split,), "cluster_names": ("share",)} if config.split > 1 else {}
+    kernel = plgpu.kernel(
+        body,
+        out_type=[jax.ShapeDtypeStruct((tokens, f), out_dtype or x.dtype)] * len(results),
+        grid=(pl.cdiv(f, warps.OUTPUTS * config.across),),
+        grid_names=("tile",),
+        num_threads=geometry.warps // 4,
+        thread_name="wg",
+        **cluster,
+        scratch_types=[plgpu.SMEM((geometry.shared_memory,), jnp.uint8)],
+        # Safe here: the inline parts hold their own barriers.
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
+        kernel_name="nm_matmul",
+    )
+    y, *preactivation = kernel(*operands.values())
+    return (y, *preactivation) if save_preactivation else y
+
+
+def _kernel(g: warps.Geometry, activation: str | None, refs: dict) -> None:
+    ring = refs["ring"]
+    tile = lax.axis_index("tile")
+    share = lax.axis_index("share") if g.split > 1 else jnp.int32(0)
+    first, last = (lax.div(s * g.steps, jnp.int32(g.split)) for s in (share, share + 1))
+    limit = jnp.minimum(last * (warps.STEP // 8), g.k // 8)
+
+    def fetch(number, stage):
+        weights = refs["values"], refs["metadata"], refs["x"]
+        warps.fetch(g, weights, ring, tile, first + number * g.along, stage, limit)
+
+    warps.open_exchange(g, ring, share)
+
+    @pl.loop(0, g.stages - 1)
+    def _start(number):
+        fetch(number, number)
+
+    acc = warps.zeros(g)
+    if "t" in refs:
+        acc = warps.multiply_low_rank(g, acc, refs["t"], refs["r"], tile, share)
+
+    def multiply(number, state):
+        acc, stage = state
+        warps.wait(g, g.stages - 2)
+        free = lax.select(stage == 0, jnp.int32(g.stages - 1), stage - 1)
+        fetch(number + (g.stages - 1), free)
+        acc = warps.multiply(g, acc, ring, stage)
+        return acc, lax.select(stage == g.stages - 1, jnp.int32(0), stage + 1)
+
+    acc, _ = lax.fori_loop(0, g.rounds, multiply, (acc, jnp.int32(0)))
+    warps.finish(g, acc, ring, tile, share, refs, activation)

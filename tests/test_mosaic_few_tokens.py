@@ -1,0 +1,188 @@
+"""The few-token kernel: its choices and lowering on any machine, its results on a GPU."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import compress, decompress, kept_mask
+from pallas_kernels.mosaic import support
+
+obstacle = support.device_obstacle()
+needs_jax = pytest.mark.skipif(
+    support.version_obstacle() is not None, reason=str(support.version_obstacle())
+)
+
+# Names of configurations: across, along, split, stages.
+CONFIGS = [(4, 1, 1, 3), (1, 4, 2, 4), (2, 4, 4, 3), (8, 1, 8, 2), (1, 8, 1, 2), (1, 16, 2, 2)]
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "gelu": lambda z: jax.nn.gelu(z, approximate=False),
+    "gelu_tanh": jax.nn.gelu,
+    "silu": jax.nn.silu,
+}
+
+
+def needs_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(obstacle is not None, reason=str(obstacle))(test))
+
+
+def integers(seed, shape, dtype=jnp.bfloat16):
+    return jnp.asarray(np.random.default_rng(seed).integers(-4, 5, shape).astype(dtype))
+
+
+def normal(seed, shape, dtype=jnp.bfloat16):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
+
+
+def sparse(w):
+    return jax.jit(compress, static_argnums=1)(w, "2:4")
+
+
+def dense(w):
+    return jax.jit(decompress)(w)
+
+
+def run(x, w, config=None, **options):
+    from pallas_kernels.mosaic import few_tokens
+
+    config = few_tokens.Config(*config) if config else few_tokens.choose(x.shape[0], *w.shape)
+    return jax.jit(lambda x, w: few_tokens.nm_matmul(x, w.values, w.metadata, config, **options))(
+        x, w
+    )
+
+
+def float64(x):
+    return np.asarray(x, np.float64)
+
+
+@needs_jax
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("epilogue", [False, True])
+def test_it_lowers_for_cuda_without_a_gpu(config, epilogue, strict_dtypes):
+    from pallas_kernels.mosaic import few_tokens
+
+    tokens, k, f, rank = 12, 776, 1000, 17
+    shapes = [(tokens, k), (k // 2, f), (f,), (tokens, rank), (rank, f)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+
+    def product(x, values, bias, t, r, metadata):
+        options = {}
+        if epilogue:
+            options = {"bias": bias, "low_rank": (t, r), "activation": "gelu"}
+            options |= {"save_preactivation": True, "out_dtype": jnp.float32}
+        return few_tokens.nm_matmul(x, values, metadata, few_tokens.Config(*config), **options)
+
+    metadata = jax.ShapeDtypeStruct((k // 8, f), jnp.uint8)
+    lowered = jax.jit(product).trace(*arrays, metadata).lower(lowering_platforms=("cuda",))
+    assert "nm_matmul" in lowered.as_text()
+
+
+@needs_jax
+def test_every_choice_and_candidate_fits_the_machine():
+    from pallas_kernels.mosaic import few_tokens
+
+    sizes = (8, 64, 768, 1000, 3072, 4096, 14336, 36864)
+    for tokens, k, f in itertools.product((1, 8, 20, 64), sizes, sizes):
+        few_tokens.choose(tokens, k, f).geometry(tokens, k, f)
+        candidates = few_tokens.candidates(tokens, k, f)
+        assert candidates, (tokens, k, f)
+        assert len(set(candidates)) == len(candidates)
+        for config in candidates:
+            for more in (tokens, min(2 * tokens, few_tokens.MOST_TOKENS)):
+                geometry = config.geometry(more, k, f)
+                assert 2 <= geometry.stages <= config.stages
+
+
+@needs_jax
+def test_bad_input_is_named():
+    from pallas_kernels.mosaic import few_tokens
+
+    for options, message in [
+        ({"across": 3}, "4, 8 or 16 warps"),
+        ({"split": 3}, "1, 2, 4 or 8"),
+        ({"stages": 1}, "at least 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            few_tokens.Config(**options)
+    with pytest.raises(ValueError, match="bytes of shared memory"):
+        few_tokens.Config(1, 16, 2, 2).geometry(64, 4096, 4096)
+    w = sparse(integers(0, (64, 64)))
+    with pytest.raises(ValueError, match="1 to 64"):
+        few_tokens.nm_matmul(integers(0, (65, 64)), w.values, w.metadata, few_tokens.Config())
+    with pytest.raises(ValueError, match="one of relu, gelu"):
+        few_tokens.nm_matmul(
+            integers(0, (5, 64)), w.values, w.metadata, few_tokens.Config(), activation="tanh"
+        )
+
+
+@needs_gpu
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 16, 23, 33, 48, 64])
+def test_it_is_exact_on_integers_for_any_number_of_tokens(tokens):
+    x, w = integers(0, (tokens, 776)), sparse(integers(1, (776, 1000)))
+    exact = float64(x) @ float64(dense(w))
+    y = run(x, w, out_dtype=jnp.float32)
+    np.testing.assert_array_equal(y, exact)
+
+
+@needs_gpu
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("shape", [(8, 8), (136, 72), (64, 1032), (3080, 520)])
+def test_every_way_to_cut_is_exact_on_ragged_sizes(config, shape):
+    x, w = integers(0, (20, shape[0])), sparse(integers(1, shape))
+    exact = float64(x) @ float64(dense(w))
+    np.testing.assert_array_equal(run(x, w, config, out_dtype=jnp.float32), exact)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("shape", [(1, 768, 768), (8, 4096, 4096), (40, 1024, 3080)])
+def test_its_error_is_within_twice_that_of_the_dense_product(shape, dtype):
+    tokens, k, f = shape
+    x, w = normal(0, (tokens, k), dtype), sparse(normal(1, (k, f), dtype))
+    exact = float64(x) @ float64(dense(w))
+    allowed = 2 * np.abs(float64(x @ dense(w)) - exact).max()
+    y = run(x, w)
+    assert np.abs(float64(y) - exact).max() <= allowed
+    for _ in range(5):
+        np.testing.assert_array_equal(y, run(x, w))
+
+
+@needs_gpu
+@pytest.mark.parametrize("config", [(4, 1, 2, 3), (1, 4, 4, 3), (2, 4, 1, 3)])
+@pytest.mark.parametrize("rank", [1, 16, 40, 130])
+def test_bias_and_low_rank_are_exact_on_integers(config, rank):
+    x, w = integers(0, (33, 264)), sparse(integers(1, (264, 328)))
+    t, r, bias = integers(2, (33, rank)), integers(3, (rank, 328)), integers(4, (328,))
+    exact = float64(x) @ float64(dense(w)) + float64(t) @ float64(r) + float64(bias)
+    for kind in (jnp.bfloat16, jnp.float32):
+        options = {"bias": bias.astype(kind), "low_rank": (t, r), "out_dtype": jnp.float32}
+        np.testing.assert_array_equal(run(x, w, config, **options), exact)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", list(ACTIVATIONS))
+def test_activations_are_within_twice_the_error_of_plain_jax(name):
+    x, w = normal(0, (24, 512)) / 8, sparse(normal(1, (512, 640)))
+    bias = normal(2, (640,))
+    y, z = run(x, w, bias=bias, activation=name, save_preactivation=True)
+
+    def formula(x, w, bias, dtype):
+        z = jnp.matmul(x.astype(dtype), w.astype(dtype), precision="highest") + bias.astype(dtype)
+        return ACTIVATIONS[name](z), z
+
+    exact = [float64(a) for a in formula(x, dense(w), bias, jnp.float32)]
+    plain = [float64(a) for a in formula(x, dense(w), bias, jnp.bfloat16)]
+    for got, want, other in zip((y, z), exact, plain, strict=True):
+        assert np.abs(float64(got) - want).max() <= 2 * np.abs(other - want).max()
+
+
+@needs_gpu
+def test_nan_and_inf_reach_the_outputs_that_they_belong_to():
+    x = integers(0, (20, 64)).at[7, 3].set(jnp.nan).at[12, 5].set(jnp.inf)
+    w = sparse(integers(1, (64, 304)))
+    y = float64(run(x, w, activation="gelu"))
+    assert np.isfinite(np.delete(y, [7, 12], axis=0)).all()
+    np.testing.assert_array_equal(np.isnan(y[7]), np.asarray(jax.jit(kept_mask)(w))[3])
