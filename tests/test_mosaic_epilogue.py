@@ -1,0 +1,160 @@
+"""What joins `nm_matmul` on Hopper: exact on integers, close to the formulas otherwise."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import compress, decompress, nm_matmul
+from pallas_kernels.epilogue import ACTIVATIONS
+from pallas_kernels.mosaic import support
+from slope_jax import slope_matmul
+
+obstacle = support.device_obstacle()
+
+
+def needs_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(obstacle is not None, reason=str(obstacle))(test))
+
+
+needs_jax = pytest.mark.skipif(
+    support.version_obstacle() is not None, reason=str(support.version_obstacle())
+)
+
+# tokens, in, out, rank: partial tiles, ranks of part of a stage, of several, and not of 8
+SHAPES = [(300, 136, 200, 8), (1000, 776, 1000, 12), (700, 320, 1032, 72)]
+
+
+def integers(seed, shape, dtype=jnp.bfloat16):
+    return jax.random.randint(jax.random.key(seed), shape, -4, 5).astype(dtype)
+
+
+def problem(shape, dtype=jnp.bfloat16):
+    tokens, k, f, rank = shape
+    w = compress(integers(1, (k, f), dtype), "2:4")
+    low_rank = (integers(2, (tokens, rank), dtype), integers(3, (rank, f), dtype))
+    return integers(0, (tokens, k), dtype), w, integers(4, (f,), jnp.float32), low_rank
+
+
+@needs_jax
+def test_every_epilogue_lowers_for_cuda():
+    x, w, bias, low_rank = jax.eval_shape(lambda: problem(SHAPES[1]))
+
+    def lowered(out_dtype, **options):
+        from pallas_kernels.epilogue import Epilogue
+        from pallas_kernels.mosaic import products
+
+        def run(x, w, bias, low_rank):
+            epilogue = Epilogue(bias, low_rank, **options)
+            return products.nm_matmul(x, w, out_dtype, None, epilogue)
+
+        traced = jax.jit(run).trace(x, w, bias, low_rank)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    for activation, out_dtype in itertools.product(ACTIVATIONS, (jnp.bfloat16, jnp.float32)):
+        text = lowered(out_dtype, activation=activation, save_preactivation=True)
+        assert "nm_matmul" in text
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bias_and_low_rank_are_exact_on_integers(shape, dtype):
+    x, w, bias, (t, r) = problem(shape, dtype)
+    exact = np.asarray(x, np.float64) @ np.asarray(decompress(w), np.float64)
+    exact = exact + np.asarray(t, np.float64) @ np.asarray(r, np.float64) + np.asarray(bias)
+    options = {"bias": bias, "low_rank": (t, r), "implementation": "mosaic"}
+    for out_dtype in (dtype, jnp.float32):
+        y = nm_matmul(x, w, out_dtype=out_dtype, **options)
+        np.testing.assert_array_equal(y, jnp.asarray(exact, jnp.float32).astype(out_dtype))
+    y, z = nm_matmul(x, w, activation="relu", save_preactivation=True, **options)
+    np.testing.assert_array_equal(z, jnp.asarray(exact, jnp.float32).astype(dtype))
+    np.testing.assert_array_equal(y, jnp.maximum(z, 0))
+    again = nm_matmul(x, w, activation="relu", **options)
+    np.testing.assert_array_equal(again, y)
+
+
+@needs_gpu
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_activations_are_within_the_rounding_of_their_results(activation):
+    """-30 .. 30 and the special numbers, as products with the identity."""
+    special = [0.0, -0.0, jnp.inf, jnp.nan]
+    z = jnp.concatenate([jnp.linspace(-30, 30, 4091), jnp.array(special)])
+    bias = jnp.pad(z, (0, 1))  # 4096
+    x = jnp.zeros((3, 64), jnp.bfloat16)
+    w = compress(jnp.zeros((64, bias.size), jnp.bfloat16), "2:4")
+    function = ACTIVATIONS[activation]
+    exact = np.asarray(function(bias), np.float32)
+    options = {"bias": bias, "activation": activation, "implementation": "mosaic"}
+    precise = np.asarray(nm_matmul(x, w, out_dtype=jnp.float32, **options))[1]
+    fast = np.asarray(nm_matmul(x, w, **options), np.float32)[1]
+    np.testing.assert_array_equal(np.isnan(fast), np.isnan(exact))
+    np.testing.assert_array_equal(np.isnan(precise), np.isnan(exact))
+    finite = np.isfinite(exact)
+    size = np.maximum(1, np.abs(np.asarray(bias)))[finite]
+    assert (np.abs(precise - exact)[finite] <= 4 * np.finfo(np.float32).eps * size).all()
+    assert (np.abs(fast - exact)[finite] <= 2.0**-8 * size).all()  # bfloat16's own rounding
+    assert fast[np.asarray(bias) == np.inf] == np.inf
+
+
+@needs_gpu
+def test_vmap_scan_and_remat_reach_the_kernel():
+    x, w = integers(0, (3, 40, 64)), compress(integers(1, (3, 64, 128)), "2:4")
+    bias = integers(2, (3, 128), jnp.float32)
+    one = jax.tree.map(lambda leaf: leaf[0], w)
+
+    def run(implementation):
+        def call(x, w, bias):
+            return slope_matmul(x, w, bias=bias, activation="relu", implementation=implementation)
+
+        def scanned(x, w, bias):
+            step = jax.checkpoint(lambda _, args: (None, call(*args)))
+            return jax.lax.scan(step, None, (x, w, bias))[1].astype(jnp.float32).sum()
+
+        return (
+            jax.jit(jax.vmap(call))(x, w, bias),
+            jax.jit(jax.vmap(call, in_axes=(0, None, None)))(x, one, bias[0]),
+            *jax.tree.leaves(jax.jit(jax.grad(scanned, (0, 2)))(x, w, bias)),
+        )
+
+    for ours, theirs in zip(run("mosaic"), run("xla"), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours, np.float32), np.asarray(theirs, np.float32))
+
+
+@needs_gpu
+def test_the_whole_gradient_is_that_of_xla():
+    x, w, bias, _ = problem((250, 256, 384, 8))
+    adapter = (integers(5, (256, 8), jnp.float32), integers(6, (8, 384), jnp.float32))
+    dy = integers(7, (250, 384))
+    results = []
+    for implementation in ("mosaic", "xla"):
+
+        def call(x, w, bias, adapter, implementation=implementation):
+            return slope_matmul(x, w, bias=bias, adapter=adapter, implementation=implementation)
+
+        y, back = jax.vjp(call, x, w, bias, adapter)
+        dx, dw, dbias, dadapter = jax.jit(back)(dy)
+        results.append((y, dx, dw.values, dbias, *dadapter))
+    for mosaic, xla in zip(*results, strict=True):
+        np.testing.assert_array_equal(np.asarray(mosaic, np.float32), np.asarray(xla, np.float32))
+
+
+@needs_gpu
+def test_kernels_run_under_shard_map():
+    x, w, bias, _ = problem((64, 128, 256, 8))
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    spec = jax.sharding.PartitionSpec
+
+    def call(x, w, bias):
+        return nm_matmul(x, w, bias=bias, activation="gelu", implementation="mosaic")
+
+    mapped = jax.shard_map(
+        call,
+        mesh=mesh,
+        in_specs=(spec("data"), spec(), spec()),
+        out_specs=spec("data"),
+        check_vma=False,
+    )
+    np.testing.assert_array_equal(jax.jit(mapped)(x, w, bias), call(x, w, bias))
