@@ -3,6 +3,9 @@
 import dataclasses
 from typing import NamedTuple
 
+import jax
+
+from pallas_kernels import tuning
 from pallas_kernels.mosaic import support
 from pallas_kernels.pattern import Pattern
 from pallas_kernels.triton import support as triton_support
@@ -66,11 +69,34 @@ def choose(query: Query, implementation: str | None = None) -> Choice:
                 f"implementation 'triton': {obstacle_to_second}; use None or 'xla'"
             )
         return Choice("triton", "asked for")
-    reason = triton_support.reason_to_choose(query.op, query.tokens)
+    reason = triton_support.reason_to_choose(query.op, query.shape, query.tokens)
     if reason and not obstacle_to_second:
         return Choice("triton", reason)
-    why = obstacle or "the sparse kernels are not chosen by default yet; ask for 'mosaic'"
-    return Choice("xla", f"dense product on the decompressed weight: {why}")
+    if obstacle:
+        return Choice("xla", f"dense product on the decompressed weight: {obstacle}")
+    return _by_measurement(query)
+
+
+def _by_measurement(query: Query) -> Choice:
+    """Never slower than dense, as far as is known of a device that runs the sparse kernels."""
+    if query.op == "nm_transpose":
+        return Choice("mosaic", "one pass at memory speed")
+    if query.tokens is None:
+        return Choice("mosaic", "the number of tokens is not known here")
+    device = jax.devices()[0]
+    verdict = tuning.verdict(
+        support.kernel_of(query.op, query.tokens),
+        query.tokens,
+        *query.shape,
+        query.dtype,
+        device.device_kind,
+        str(device.compute_capability),
+    )
+    if verdict is None:
+        return Choice("mosaic", f"sparse tensor cores; {query.op} is not measured on this device")
+    if verdict.use_sparse:
+        return Choice("mosaic", verdict.reason)
+    return Choice("xla", f"dense product on the decompressed weight: {verdict.reason}")
 
 
 def obstacle_to_mosaic(query: Query) -> str | None:

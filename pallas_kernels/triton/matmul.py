@@ -6,7 +6,25 @@ import functools
 import jax
 import jax.numpy as jnp
 
-PROCESSORS = 108  # of an A100, where the device does not say
+SMALL_SHARED_MEMORY = ("8.6", "8.9", "12.0", "12.1")  # 100 KiB per processor
+
+
+@dataclasses.dataclass(frozen=True)
+class Processors:
+    """The multiprocessors of a device: how many, and whether two programs of 4 stages fit on one.
+
+    The defaults are those of an A100.
+    """
+
+    count: int = 108
+    roomy: bool = True
+
+    @classmethod
+    def here(cls) -> "Processors":
+        device = jax.devices()[0]
+        if device.platform != "gpu":
+            return cls()
+        return cls(device.core_count, device.compute_capability not in SMALL_SHARED_MEMORY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,19 +48,30 @@ class Tile:
             raise ValueError(f"stages is {self.stages}; it must be at least 2")
 
 
-def choose_tile(tokens: int) -> Tile:
-    if tokens <= 16:
-        return Tile()
+def choose_tile(tokens: int, k: int, f: int, device: Processors) -> Tile:
+    """By class of tokens, as measured on an H100 (see NOTES.md); narrower for small weights."""
+    stages = 4 if device.roomy else 3
     if tokens <= 32:
-        return Tile(tokens=32, phased=True)
-    return Tile(tokens=64, stages=3, phased=True)
+        tile = Tile(tokens=16 if tokens <= 16 else 32, stages=stages)
+    else:
+        tile = Tile(tokens=64, stages=3, phased=True)
+    if _programs(tile, tokens, f) * _most_splits(tile, k) < device.count:
+        return dataclasses.replace(tile, outputs=64, stages=stages)
+    return tile
 
 
-def choose_splits(tile: Tile, tokens: int, k: int, f: int, processors: int) -> int:
-    """Parts of the input axis: enough for two programs per processor, of two steps or more."""
-    programs = -(-tokens // tile.tokens) * -(-f // tile.outputs)
-    steps = -(-k // (8 * tile.lines))
-    return max(1, min(2 * processors // programs, steps // 2))
+def choose_splits(tile: Tile, tokens: int, k: int, f: int, device: Processors) -> int:
+    """Parts of the input axis: about one program per processor, each of two steps or more."""
+    wanted = round(device.count / _programs(tile, tokens, f))
+    return max(1, min(wanted, _most_splits(tile, k)))
+
+
+def _programs(tile: Tile, tokens: int, f: int) -> int:
+    return -(-tokens // tile.tokens) * -(-f // tile.outputs)
+
+
+def _most_splits(tile: Tile, k: int) -> int:
+    return max(1, -(-k // (8 * tile.lines)) // 2)
 
 
 @functools.partial(jax.jit, static_argnames=("tile", "splits", "out_dtype", "capability"))
@@ -113,7 +142,3 @@ def constants(tile: Tile, tokens: int, k: int, f: int, steps: int) -> dict[str, 
         "PHASED": tile.phased,
         "X_LINES": padded_lines(k) if tile.phased else k // 8,
     }
-
-
-def processors() -> int:
-    return getattr(jax.devices()[0], "core_count", None) or PROCESSORS

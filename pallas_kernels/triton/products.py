@@ -35,8 +35,9 @@ def _product(x: jax.Array, w: CompressedMatrix, out_dtype, capability: int | Non
     tokens, (k, f) = math.prod(x.shape[:-1]), w.shape
     if tokens == 0:
         return jnp.zeros((*x.shape[:-1], f), out_dtype)
-    tile = matmul.choose_tile(tokens)
-    splits = matmul.choose_splits(tile, tokens, k, f, matmul.processors())
+    device = matmul.Processors.here()
+    tile = matmul.choose_tile(tokens, k, f, device)
+    splits = matmul.choose_splits(tile, tokens, k, f, device)
     parts = matmul.nm_matmul(
         x.reshape(tokens, k),
         w.values,

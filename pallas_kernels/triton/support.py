@@ -1,6 +1,7 @@
 """What the Triton kernel can run, in words: the predicate of the dispatcher and of the tests."""
 
 import importlib.util
+import math
 
 import jax
 
@@ -9,6 +10,7 @@ from pallas_kernels.pattern import Pattern
 OLDEST_CAPABILITY = (8, 0)
 DTYPES = ("bfloat16", "float16")
 FEW_TOKENS = 64
+LARGE = 2**23  # entries; below, launches and sums take as long as reading the weight
 
 
 def device_obstacle() -> str | None:
@@ -52,11 +54,11 @@ def problem_obstacle(op: str, shape: tuple[int, int], pattern: Pattern, dtype: s
     return None
 
 
-def reason_to_choose(op: str, tokens: int | None) -> str | None:
+def reason_to_choose(op: str, shape: tuple[int, int], tokens: int | None) -> str | None:
     """Why the kernel is the best choice on this device, provided that it can run; or None."""
     device = jax.devices()[0]
     capability = _capability(device)
-    if op != "nm_matmul" or tokens is None or tokens > FEW_TOKENS:
+    if op != "nm_matmul" or tokens is None or tokens > FEW_TOKENS or math.prod(shape) < LARGE:
         return None
     if capability is None or capability[0] != 8:
         return None
