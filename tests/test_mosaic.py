@@ -15,6 +15,7 @@ from pallas_kernels import (
     nm_matmul,
     nm_sddmm,
 )
+from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.mosaic import support
 
 obstacle = support.device_obstacle()
@@ -89,7 +90,7 @@ def test_kernels_lower_for_cuda_without_a_gpu(shape, dtype):
 
     def both(x, dy, w):
         return (
-            products.nm_matmul(x, w, x.dtype, None),
+            products.nm_matmul(x, w, x.dtype, None, Epilogue()),
             products.nm_sddmm(x, dy, w, jnp.float32, None),
         )
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compress, decompress, nm_matmul
-from pallas_kernels.epilogue import ACTIVATIONS
+from pallas_kernels.epilogue import ACTIVATIONS, Epilogue
 from pallas_kernels.mosaic import support
 from slope_jax import slope_matmul
 
@@ -43,7 +43,6 @@ def test_every_epilogue_lowers_for_cuda():
     x, w, bias, low_rank = jax.eval_shape(lambda: problem(SHAPES[1]))
 
     def lowered(out_dtype, **options):
-        from pallas_kernels.epilogue import Epilogue
         from pallas_kernels.mosaic import products
 
         def run(x, w, bias, low_rank):
@@ -141,20 +140,36 @@ def test_the_whole_gradient_is_that_of_xla():
         np.testing.assert_array_equal(np.asarray(mosaic, np.float32), np.asarray(xla, np.float32))
 
 
-@needs_gpu
-def test_kernels_run_under_shard_map():
-    x, w, bias, _ = problem((64, 128, 256, 8))
-    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+def sharded(call):
+    """call(x, w, bias) with its tokens shared out over a mesh."""
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=auto, devices=jax.devices()[:1])
     spec = jax.sharding.PartitionSpec
-
-    def call(x, w, bias):
-        return nm_matmul(x, w, bias=bias, activation="gelu", implementation="mosaic")
-
-    mapped = jax.shard_map(
+    return jax.shard_map(
         call,
         mesh=mesh,
         in_specs=(spec("data"), spec(), spec()),
         out_specs=spec("data"),
         check_vma=False,
     )
-    np.testing.assert_array_equal(jax.jit(mapped)(x, w, bias), call(x, w, bias))
+
+
+@needs_jax
+def test_kernels_lower_under_shard_map():
+    from pallas_kernels.mosaic import products
+
+    def call(x, w, bias):
+        return products.nm_matmul(x, w, x.dtype, None, Epilogue(bias, activation="gelu"))
+
+    x, w, bias, _ = jax.eval_shape(lambda: problem((64, 128, 256, 8)))
+    lowered = jax.jit(sharded(call)).trace(x, w, bias).lower(lowering_platforms=("cuda",))
+    assert "nm_matmul" in lowered.as_text()
+
+
+@needs_gpu
+def test_kernels_run_under_shard_map():
+    def call(x, w, bias):
+        return nm_matmul(x, w, bias=bias, activation="gelu", implementation="mosaic")
+
+    x, w, bias, _ = problem((64, 128, 256, 8))
+    np.testing.assert_array_equal(jax.jit(sharded(call))(x, w, bias), call(x, w, bias))

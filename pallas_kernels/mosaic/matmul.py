@@ -81,11 +81,11 @@ TILES = {
 }
 
 
-def choose_tile(tokens: int, k: int, f: int, *, processors: int = 132) -> Tile:
+def choose(tokens: int, k: int, f: int, *, processors: int = 132) -> Tile:
     """The tile with the shortest time in whole waves of CTAs: full waves at small outputs, the
     fewest bytes per product at large ones.
 
-    >>> choose_tile(65536, 4096, 14336).tokens, choose_tile(2048, 768, 768).tokens
+    >>> choose(65536, 4096, 14336).tokens, choose(2048, 768, 768).tokens
     (192, 128)
     """
     return candidates(tokens, k, f, processors=processors)[0]

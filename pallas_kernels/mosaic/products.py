@@ -6,10 +6,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import batching, compressed
+from pallas_kernels import batching, compressed, tuning
 from pallas_kernels.compressed import CompressedMatrix
 from pallas_kernels.epilogue import Epilogue, finish
-from pallas_kernels.mosaic import matmul, sddmm, transpose
+from pallas_kernels.mosaic import few_tokens, matmul, sddmm, transpose
 from pallas_kernels.pattern import Pattern
 
 TWO_FOUR = Pattern(2, 4)
@@ -44,11 +44,12 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
     if tokens == 0:
         return finish(jnp.zeros((*x.shape[:-1], f), jnp.float32), epilogue, out_dtype)
     w = as_two_four(w)
-    result = matmul.nm_matmul(
+    module = few_tokens if tokens <= few_tokens.MOST_TOKENS else matmul
+    result = module.nm_matmul(
         x.reshape(tokens, k),
         w.values,
         w.metadata,
-        matmul.choose_tile(tokens, k, f),
+        _config(module, tokens, k, f, x.dtype),
         bias=epilogue.bias,
         activation=epilogue.activation,
         low_rank=_padded_low_rank(epilogue, tokens),
@@ -58,11 +59,30 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
     return jax.tree.map(lambda y: y.reshape(*x.shape[:-1], f), result)
 
 
+def _config(module, tokens: int, k: int, f: int, dtype):
+    """What was measured to be the best for this shape, or what the kernel's rule says."""
+    name, make = {
+        matmul: ("nm_matmul", matmul.Tile),
+        few_tokens: ("few_tokens", few_tokens.Config),
+    }[module]
+    entry = _measured(name, tokens, k, f, dtype)
+    return module.choose(tokens, k, f) if entry is None else make(**entry.config)
+
+
+def _measured(op: str, tokens: int, k: int, f: int, dtype) -> tuning.Entry | None:
+    return tuning.best(op, tokens, k, f, dtype, jax.devices()[0].device_kind)
+
+
 def _nm_sddmm(x, dy, metadata, *, out_dtype):
     tokens, k, f = math.prod(x.shape[:-1]), x.shape[-1], dy.shape[-1]
     if tokens == 0:
         return jnp.zeros((k // 2, f), out_dtype)
-    tile, splits = sddmm.choose(tokens, k, f)
+    entry = _measured("nm_sddmm", tokens, k, f, x.dtype)
+    if entry is None:
+        tile, splits = sddmm.choose(tokens, k, f)
+    else:
+        splits = entry.config["splits"]
+        tile = sddmm.Tile(**{name: n for name, n in entry.config.items() if name != "splits"})
     dw = sddmm.nm_sddmm(x.reshape(tokens, k), dy.reshape(tokens, f), metadata, tile, splits)
     return dw.astype(out_dtype)
 

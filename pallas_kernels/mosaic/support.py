@@ -10,6 +10,14 @@ DTYPES = ("bfloat16", "float16")
 FITTING = tuple(Pattern(n, m) for n, m in ((1, 2), (2, 4), (1, 4), (2, 8), (1, 8), (1, 16)))
 
 
+FEW_TOKENS = 64
+
+
+def kernel_of(op: str, tokens: int) -> str:
+    """The kernel that runs `op`: nm_matmul has one of its own for few tokens."""
+    return "few_tokens" if op == "nm_matmul" and tokens <= FEW_TOKENS else op
+
+
 def device_obstacle() -> str | None:
     """Why this machine cannot run the kernels, or None."""
     device = jax.devices()[0]
