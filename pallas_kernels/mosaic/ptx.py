@@ -1,0 +1,109 @@
+"""Inline PTX and addresses of one GPU thread, for bodies of `plgpu.inline_mgpu`."""
+
+import functools
+
+from jax.experimental.mosaic.gpu import utils as mutils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+
+from pallas_kernels.mosaic import ops
+
+
+def asm(ptx, *operands, results="", tied=(), pure=False, early=False):
+    """Inline PTX; `tied` are inputs in the registers of the results.
+
+    Returns nothing, one value or a list, as `results` ("r" 32 bits, "f" float32) says.
+    """
+    kinds = {"i32": "r", "i64": "l", "f32": "f"}
+    types = {"r": ir.IntegerType.get_signless(32), "f": ir.F32Type.get()}
+    outputs = [types[kind] for kind in results]
+    constraints = [("=&" if early else "=") + kind for kind in results]
+    constraints += [kinds[str(operand.type)] for operand in operands]
+    constraints += [str(i) for i in range(len(tied))]
+    if not outputs:
+        result_type = ir.Type.parse("!llvm.void")
+    elif len(outputs) == 1:
+        result_type = outputs[0]
+    else:
+        result_type = llvm.StructType.get_literal(outputs)
+    out = llvm.inline_asm(
+        result_type,
+        [*operands, *tied],
+        ptx,
+        ",".join(constraints),
+        asm_dialect=0,
+        has_side_effects=not pure,
+    )
+    if len(outputs) <= 1:
+        return out
+    return [llvm.extractvalue(kind, out, [i]) for i, kind in enumerate(outputs)]
+
+
+def shared_address(ref):
+    """Address in shared memory."""
+    return llvm.ptrtoint(ir.IntegerType.get_signless(32), mutils.memref_ptr(ref))
+
+
+def global_address(ref, row, row_bytes: int, column_bytes):
+    """Address in global memory."""
+    i64 = ir.IntegerType.get_signless(64)
+    base = llvm.ptrtoint(i64, mutils.memref_ptr(ref))
+    return sum_of(base, ops.wide_mul(row, row_bytes), llvm.zext(i64, column_bytes))
+
+
+def load16(source, inside):
+    zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(4))
+    return asm(
+        f"{{ .reg .pred p; setp.ne.b32 p, $5, 0; {zeros}"
+        " @p ld.global.nc.v4.b32 {$0,$1,$2,$3}, [$4]; }",
+        source,
+        inside,
+        results="rrrr",
+        early=True,
+    )
+
+
+def load4(source, inside):
+    return asm(
+        "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.b32 $0, [$1]; }",
+        source,
+        inside,
+        results="r",
+        early=True,
+    )
+
+
+def store16(target, four, inside) -> None:
+    asm(
+        "{ .reg .pred p; setp.ne.b32 p, $5, 0; @p st.global.v4.b32 [$0], {$1,$2,$3,$4}; }",
+        target,
+        *(llvm.bitcast(ir.IntegerType.get_signless(32), value) for value in four),
+        inside,
+    )
+
+
+def pack(low, high, dtype: str):
+    ptx = f"cvt.rn.{ops.PTX_TYPE[dtype]}x2.f32 $0, $2, $1;"
+    return asm(ptx, low, high, results="r", pure=True)
+
+
+def dtype_of(ref) -> str:
+    element = str(ir.MemRefType(ref.type).element_type)
+    return {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}[element]
+
+
+def number(value: float):
+    f32 = ir.F32Type.get()
+    return llvm.ConstantOp(f32, ir.FloatAttr.get(f32, value)).result
+
+
+def select(condition, x, y):
+    return llvm.select(llvm.icmp(llvm.ICmpPredicate.ne, condition, ops.const(0)), x, y)
+
+
+def minus(x, y):
+    return llvm.sub(x, y, overflow_flags=ops.NO_WRAP)
+
+
+def sum_of(first, *rest):
+    return functools.reduce(ops.add_reg, rest, first)
