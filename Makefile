@@ -26,5 +26,5 @@ format:  ## correct style and formatting
 notebook:  ## run notebooks/quickstart.py and write its outputs to quickstart.ipynb
 	JAX_PLATFORMS=cpu $(PYTHON) notebooks/build.py
 
-report:  ## bring the tables in README.md up to date with benchmarks/results
+report:  ## bring the tables in README.md and docs up to date with benchmarks/results
 	$(PYTHON) -m benchmarks.report

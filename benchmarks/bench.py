@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -18,7 +18,9 @@ COOL_KINDS = ("matmul", "epilogue")
 COOL = {(768, 3072), (3072, 768), (1024, 1024), (1600, 6400), (4096, 4096), (4096, 16384)}
 COOL_ROUNDS = 3
 THREADS = 16
-FIRST_SECONDS, SWITCH_SECONDS = 0.06, 0.03  # of preheating: before a problem, between its variants
+# Of preheating: after the pause in which a batch is made ready, before each other problem, and
+# between the variants of a problem.
+FIRST_OF_BATCH_SECONDS, FIRST_SECONDS, SWITCH_SECONDS = 0.5, 0.1, 0.06
 AUTOTUNE_OFF = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
@@ -54,40 +56,48 @@ class Bench:
         self.peer, self.peer_tokens = peer, peer_tokens
         self.results: list[dict[str, Any]] = []
         self.failed: list[dict[str, Any]] = []
+        self.seen: set[Problem] = set()  # timed or failed
         self._pool = ThreadPoolExecutor(THREADS)
 
-    def run(self, batch: Sequence[Problem]) -> None:
-        """Makes a batch ready, times it, and adds to the results or failures."""
-        first = 3 * FIRST_SECONDS
+    def run(self, batch: Sequence[Problem]) -> Iterator[str]:
+        """Makes a batch ready and times it; a line to read after each problem."""
+        first = FIRST_OF_BATCH_SECONDS
         for ready in self._made_ready(batch):
-            problem = ready.problem
             try:
-                times = device_time.measure(
-                    ready.calls,
-                    rounds=self.rounds,
-                    repeats=self.repeats,
-                    first=first,
-                    preheating=SWITCH_SECONDS,
-                )
-                first = FIRST_SECONDS
-                check_kernels(problem, self.implementation, times)
-                found = result(problem, self.implementation, times, ready.error_ratio)
-                if is_cool(problem):
-                    cool = device_time.cool(ready.calls, rounds=COOL_ROUNDS)
-                    found |= {f"cool_{k}_us": rounded(t.microseconds) for k, t in cool.items()}
+                found = self._timed(ready, first)
             except Exception as error:  # one product must not end the run; it is named at its end
-                self._fail(problem, error)
+                self._fail(ready.problem, error)
                 continue
             finally:
                 ready.calls.clear()
-            self.results.append(found | self._beside(problem))
+            first = FIRST_SECONDS
+            found |= self._beside(ready.problem)
+            self.seen.add(ready.problem)
+            self.results.append(found)
+            yield line(found)
+
+    def _timed(self, ready: Ready, first: float) -> dict[str, Any]:
+        times = device_time.measure(
+            ready.calls,
+            rounds=self.rounds,
+            repeats=self.repeats,
+            first=first,
+            preheating=SWITCH_SECONDS,
+        )
+        check_kernels(ready.problem, self.implementation, times)
+        found = result(ready.problem, self.implementation, times, ready.error_ratio)
+        if is_cool(ready.problem):
+            cool = device_time.cool(ready.calls, rounds=COOL_ROUNDS)
+            found |= {f"cool_{name}_us": rounded(t.microseconds) for name, t in cool.items()}
+        return found
 
     def _made_ready(self, batch: Sequence[Problem]) -> list[Ready]:
         """Kernels are compiled in threads; what XLA chooses by timing, alone on the device."""
+        made = {p: self._pool.submit(problems.make, p, self.implementation) for p in batch}
         cases, sparse = {}, {}
-        for problem in batch:
+        for problem, case in made.items():
             try:
-                cases[problem] = problems.make(problem, self.implementation)
+                cases[problem] = case.result()
             except Exception as error:
                 self._fail(problem, error)
         for problem, case in cases.items():
@@ -126,6 +136,7 @@ class Bench:
         return {name: rounded(value) for name, value in found.items()}
 
     def _fail(self, problem: Problem, error: Exception) -> None:
+        self.seen.add(problem)
         text = f"{type(error).__name__}: {error}"
         self.failed.append({**named(problem), "error": text[:500]})
         print(f"failed: {problem}: {text[:300]}", file=sys.stderr)
@@ -207,6 +218,17 @@ def result(
     }
     others = {f"{name}_us": rounded(t) for name, t in microseconds.items()}
     return found | {name: t for name, t in others.items() if name not in found}
+
+
+def line(found: dict[str, Any]) -> str:
+    """A result in a line of text."""
+    times = ", ".join(
+        f"{name.removesuffix('_us')} {value:.1f}"
+        for name, value in found.items()
+        if name.endswith("_us") and value is not None
+    )
+    what = f"{found['kind']} {found['tokens']} x {found['in']} x {found['out']}"
+    return f"{what} {found['epilogue']}: {times} us, error ratio {found['max_error_ratio']}"
 
 
 def named(problem: Problem) -> dict[str, Any]:

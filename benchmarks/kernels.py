@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs memory, too
 
@@ -78,7 +79,12 @@ def main() -> None:
     if arguments.implementation == "mosaic" and (why := support.device_obstacle()):
         sys.exit(f"nothing to measure here: {why}")
     stop = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
-    peer = peers.Peer() if arguments.peer else None
+    try:
+        peer = peers.Peer() if arguments.peer else None
+        if peer is not None:
+            peer.ready()
+    except RuntimeError as error:
+        sys.exit(str(error))
     bench = Bench(
         arguments.implementation,
         rounds=arguments.rounds,
@@ -87,22 +93,28 @@ def main() -> None:
         peer_tokens=arguments.peer_tokens,
     )
     listed = ordered(arguments.ops, arguments.models, arguments.tokens)
-    done = 0
+    record = _record(bench, arguments)
+    record["versions"] |= peer.versions if peer is not None else {}
+    path, done = None, 0
     with _bar() as bar:
         task = bar.add_task("timing", total=len(listed))
         for batch in batches(listed):
             if time.monotonic() > stop:
                 break
-            if peer is not None:
-                peer.ready()
-            bench.run(batch)
+            for line in bench.run(batch):
+                bar.console.print(line, highlight=False, soft_wrap=True)
+                bar.advance(task)
+                record["left_out"] = [named(p) for p in listed if p not in bench.seen]
+                path = write_record(record, arguments.results)
             done += len(batch)
             bar.update(task, completed=done)
-            path = _write(bench, listed[done:], arguments, peer)
     if peer is not None:
         peer.close()
-    summary = f"{len(bench.results)} results, {len(bench.failed)} failed, {len(listed) - done} left"
-    print(f"{path.name}: {summary}")
+    if path is not None:
+        print(path.name, end=": ")
+    print(
+        f"{len(bench.results)} results, {len(bench.failed)} failed, {len(listed) - done} left out"
+    )
     wrong = [r for r in bench.results if (r["max_error_ratio"] or 0) > MOST_ERROR]
     for found in wrong:
         print(f"error ratio {found['max_error_ratio']}: {found}", file=sys.stderr)
@@ -110,14 +122,11 @@ def main() -> None:
         sys.exit(1)
 
 
-def _write(bench: Bench, left: Sequence[Problem], arguments, peer) -> Path:
+def _record(bench: Bench, arguments) -> dict[str, Any]:
+    """The record, whose lists grow while the bench runs."""
     name = f"kernels-{arguments.part}" if arguments.part else "kernels"
     record = make_record(name, bench.results, device=accelerator(), module="benchmarks.kernels")
-    record["regime"] = "sustained"
-    if peer is not None:
-        record["versions"] |= peer.versions
-    record["failed"], record["left_out"] = bench.failed, [named(problem) for problem in left]
-    return write_record(record, arguments.results)
+    return record | {"regime": "sustained", "failed": bench.failed, "left_out": []}
 
 
 def _bar() -> progress.Progress:

@@ -1,22 +1,24 @@
-"""Write the tables of README.md: ``python -m benchmarks.report`` (``--check`` only compares).
+"""Write the tables and pictures: ``python -m benchmarks.report`` (``--check`` only compares).
 
 Measured tables come from the records in benchmarks/results, the others are worked out from shapes.
-Each lies between ``<!-- results:NAME -->`` and ``<!-- /results:NAME -->``; a test holds README.md
-to them.
+Each lies between ``<!-- results:NAME -->`` and ``<!-- /results:NAME -->`` in README.md or
+docs/kernels.md; a test holds both to them. The pictures are drawn from the same records.
 """
 
 import argparse
-import json
 import os
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+from benchmarks import pictures, report_kernels
 from benchmarks.record import RESULTS, ROOT
+from benchmarks.tables import markdown, records, sources
 
 README = ROOT / "README.md"
+DOCS = ROOT / "docs"
 SECTION = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- /results:\2 -->)", re.DOTALL)
 STATE_MODELS = ("bert-base", "bert-large", "gpt2-small", "gpt2-large", "gpt2-xl")
 
@@ -26,32 +28,37 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if out of date")
     arguments = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    old = README.read_text(encoding="utf-8")
-    new = updated(old)
-    if arguments.check and new != old:
-        sys.exit("README.md is not up to date with benchmarks/results; run: make report")
-    if new != old:
-        README.write_text(new, encoding="utf-8")
+    changed = {}
+    for page, tables in PAGES.items():
+        old = page.read_text(encoding="utf-8")
+        if (new := updated(old, tables, page.name)) != old:
+            changed[page] = new
+    for path, new in pictures.drawn(DOCS).items():
+        if not path.exists() or path.read_text(encoding="utf-8") != new:
+            changed[path] = new
+    if arguments.check and changed:
+        names = ", ".join(path.name for path in changed)
+        sys.exit(f"not up to date with benchmarks/results: {names}; run: make report")
+    for path, new in changed.items():
+        path.write_text(new, encoding="utf-8")
 
 
-def updated(text: str) -> str:
-    """The text of README.md with every table made anew.
+def updated(
+    text: str, tables: dict[str, Callable[[], str]] | None = None, name: str = "README.md"
+) -> str:
+    """The text of a page with every table made anew.
+
+    Args:
+      tables: those of the page, by name; README.md's if not given.
 
     Raises:
       ValueError: a marker names no known table, or a table has no markers.
     """
+    tables = TABLES if tables is None else tables
     found = {match[2] for match in SECTION.finditer(text)}
-    if found != TABLES.keys():
-        raise ValueError(
-            f"README.md has markers for {sorted(found)}; the tables are {sorted(TABLES)}"
-        )
-    return SECTION.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
-
-
-def records(benchmark: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """The records whose benchmark's name starts so, in the order of their files' names."""
-    paths = sorted(folder.glob(f"{benchmark}*.json"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    if found != tables.keys():
+        raise ValueError(f"{name} has markers for {sorted(found)}; the tables are {sorted(tables)}")
+    return SECTION.sub(lambda match: f"{match[1]}{tables[match[2]]()}\n{match[3]}", text)
 
 
 def quickstart(folder: Path = RESULTS) -> str:
@@ -76,7 +83,7 @@ def quickstart(folder: Path = RESULTS) -> str:
         for record in found
         for r in record["results"]
     ]
-    return markdown((*header, "tokens/s"), rows) + _sources(found)
+    return markdown((*header, "tokens/s"), rows) + sources(found)
 
 
 def input_pipeline(folder: Path = RESULTS) -> str:
@@ -94,7 +101,7 @@ def input_pipeline(folder: Path = RESULTS) -> str:
         for (objective, length, batch), row in cells.items()
     ]
     header = ("objective", "batch", *(f"tokens/s, {mode}" for mode in modes))
-    return markdown(header, rows) + _sources(found)
+    return markdown(header, rows) + sources(found)
 
 
 def state() -> str:
@@ -139,23 +146,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "state": state,
     "quickstart": quickstart,
     "input-pipeline": input_pipeline,
+    "kernels": report_kernels.summary,
 }
-
-
-def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A table in Markdown; columns of numbers to the right."""
-    right = [all(re.match(r"[\d.]", row[i]) for row in rows) for i in range(len(header))]
-    rule = tuple("---:" if number else "---" for number in right)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
-
-
-def _sources(found: list[dict[str, Any]]) -> str:
-    lines = [
-        f"{r['device']}, JAX {r['versions']['jax']}, Python {r['versions']['python']}, {r['date']}, "
-        f"commit {r['commit'][:10]}: `{r['command']}`"
-        for r in found
-    ]
-    return "\n\n" + "  \n".join(lines)
+PAGES: dict[Path, dict[str, Callable[[], str]]] = {
+    README: TABLES,
+    DOCS / "kernels.md": {"kernels-in-full": partial(report_kernels.full, names=pictures.names)},
+}
 
 
 if __name__ == "__main__":

@@ -64,9 +64,10 @@ def main() -> None:
             batch = problems[done : done + BATCH]
             for entry in tuner.tune(batch):
                 entries[entry.key] = entry
+                bar.console.print(json.dumps(entry.to_json()), highlight=False, soft_wrap=True)
+                write(path, device.device_kind, str(device.compute_capability), entries.values())
             done += len(batch)
             bar.update(task, completed=done)
-            write(path, device.device_kind, str(device.compute_capability), entries.values())
     for name, why in tuner.rejected.items():
         print(f"left out, wrong: {name}: {why}", file=sys.stderr)
     print(f"{path.name}: {len(entries)} entries; {done} of {len(problems)} problems tuned")
