@@ -23,11 +23,6 @@ CONSUMERS = 2
 AT_ONCE = 8  # octets whose metadata is read before the first is used
 
 
-def stage_bytes(rows: int, columns: int) -> int:
-    """Bytes of shared memory that an epilogue of rows x columns of a CTA needs."""
-    return rows * columns + rows * columns // 8
-
-
 def fetch_metadata(metadata_ref, stage_ref, row, column, *, rows: int, columns: int) -> None:
     """Starts copying the metadata of (rows, columns) at (row, column) to shared memory.
 
@@ -56,7 +51,7 @@ def fetch_metadata(metadata_ref, stage_ref, row, column, *, rows: int, columns: 
             is_inside = llvm.icmp(llvm.ICmpPredicate.ne, inside, ops.const(0))
             offset = llvm.select(is_inside, offset, ops.const64(0))
             mine = ops.less(index, pieces * columns // 8)
-            _asm(
+            asm(
                 "{ .reg .pred p; setp.ne.b32 p, $3, 0; "
                 "@p cp.async.ca.shared.global [$0], [$1], 8, $2; }",
                 "r,l,r,r",
@@ -74,7 +69,7 @@ def await_metadata() -> None:
 
     @plgpu.inline_mgpu()
     def body(ctx):
-        _asm("cp.async.wait_all;", "~{memory}")
+        asm("cp.async.wait_all;", "~{memory}")
         mutils.warpgroup_barrier()
 
     body()
@@ -88,7 +83,7 @@ def select(acc, stage_ref) -> jax.Array:
     second.
     """
     rows, columns = acc.shape
-    kept = _kept_type(rows * columns // 2)
+    kept = kept_type(rows * columns // 2)
 
     @plgpu.inline_mgpu(arg_types=(ACC, plgpu.RefType(SWIZZLED)), return_type=kept)
     def body(ctx, acc, stage):
@@ -105,7 +100,7 @@ def select(acc, stage_ref) -> jax.Array:
                     nibble = llvm.lshr(byte, lane.shift)
                     own = [ops.scalar(register) for register in block_registers[n]]
                     values += _survivors(own, nibble, lane)
-        return _from_values(values)
+        return from_values(values)
 
     return body(acc, stage_ref)
 
@@ -115,11 +110,11 @@ def add_into(kept, into_ref, row, column, *, rows: int):
     dtype = str(into_ref.dtype)
 
     @plgpu.inline_mgpu(
-        arg_types=(_kept_layout(kept.size), plgpu.RefType(), SPLAT, SPLAT),
-        return_type=_kept_type(kept.size),
+        arg_types=(kept_layout(kept.size), plgpu.RefType(), SPLAT, SPLAT),
+        return_type=kept_type(kept.size),
     )
     def body(ctx, kept, into, row, column):
-        values = _values(kept)
+        values = values_of(kept)
         places = list(_places(into, row, column, rows, len(values), BYTES[dtype]))
         added = []
         for first in range(0, len(places), AT_ONCE):
@@ -130,7 +125,7 @@ def add_into(kept, into_ref, row, column, *, rows: int):
             ]
             batch = values[2 * first : 2 * first + len(loaded)]
             added += [llvm.fadd(v, old) for v, old in zip(batch, loaded, strict=True)]
-        return _from_values(added)
+        return from_values(added)
 
     return body(kept, into_ref, row, column)
 
@@ -138,12 +133,12 @@ def add_into(kept, into_ref, row, column, *, rows: int):
 def store(kept, out_ref, row, column, *, rows: int) -> None:
     """Stores to float32 out_ref (in / 2, out), where in and out are multiples of 8."""
 
-    @plgpu.inline_mgpu(arg_types=(_kept_layout(kept.size), plgpu.RefType(), SPLAT, SPLAT))
+    @plgpu.inline_mgpu(arg_types=(kept_layout(kept.size), plgpu.RefType(), SPLAT, SPLAT))
     def body(ctx, kept, out, row, column):
-        values = _values(kept)
+        values = values_of(kept)
         places = _places(out, row, column, rows, len(values), 4)
         for i, (address, inside) in enumerate(places):
-            _asm(
+            asm(
                 "{ .reg .pred p; setp.ne.b32 p, $4, 0; "
                 "@p st.global.f32 [$0], $2; @p st.global.f32 [$1], $3; }",
                 "l,l,f,f,r",
@@ -164,10 +159,10 @@ def store_staged(kept, stage_ref, dtype: str, *, rows: int) -> None:
     quarter of the lanes, and thus has its own inputs and its own 8 of the warp's 16 outputs.
     """
 
-    @plgpu.inline_mgpu(arg_types=(_kept_layout(kept.size), plgpu.RefType(SWIZZLED)))
+    @plgpu.inline_mgpu(arg_types=(kept_layout(kept.size), plgpu.RefType(SWIZZLED)))
     def body(ctx, kept, stage):
         i32 = ir.IntegerType.get_signless(32)
-        values = _values(kept)
+        values = values_of(kept)
         words = [ops.pack(*values[i : i + 2], dtype) for i in range(0, len(values), 2)]
         blocks = rows // 64
         octets = len(words) // blocks
@@ -185,7 +180,7 @@ def store_staged(kept, stage_ref, dtype: str, *, rows: int) -> None:
         base = ops.add_reg(base, ops.mul(llvm.lshr(thread, ops.const(7)), blocks * octets * 512))
         base = ops.add_reg(base, ops.add_reg(ops.mul(value, 128), ops.mul(swizzled, 16)))
         for first in range(0, len(words), 4):
-            _asm(
+            asm(
                 "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0], {$1,$2,$3,$4};",
                 "r,r,r,r,r",
                 ops.add(base, 512 * first),
@@ -193,62 +188,6 @@ def store_staged(kept, stage_ref, dtype: str, *, rows: int) -> None:
             )
 
     body(kept, stage_ref)
-
-
-def store_partial(kept, partial_ref, flag_ref, index) -> None:
-    """Leaves kept in partial_ref[index] and raises flag_ref[index]."""
-
-    @plgpu.inline_mgpu(
-        arg_types=(_kept_layout(kept.size), plgpu.RefType(), plgpu.RefType(), SPLAT)
-    )
-    def body(ctx, kept, partial, flag, index):
-        address = _partial_address(partial, index, kept.shape[0])
-        for i, register in enumerate(kept.registers):
-            _asm(
-                "st.global.v4.f32 [$0], {$1,$2,$3,$4};",
-                "l,f,f,f,f",
-                ops.add(address, 2048 * i),
-                *(llvm.extractelement(register, ops.const(e)) for e in range(4)),
-            )
-        mutils.warpgroup_barrier()
-        thread = llvm.and_(mutils.thread_idx(), ops.const(127))
-        _asm(
-            "{ .reg .pred p; setp.eq.b32 p, $1, 0; @p fence.acq_rel.gpu; "
-            "@p st.release.gpu.global.b32 [$0], 1; }",
-            "l,r,~{memory}",
-            _flag_address(flag, index),
-            thread,
-        )
-
-    body(kept, partial_ref, flag_ref, index)
-
-
-def add_partial(kept, partial_ref, flag_ref, index):
-    """kept + partial_ref[index], once its flag is up."""
-
-    @plgpu.inline_mgpu(
-        arg_types=(_kept_layout(kept.size), plgpu.RefType(), plgpu.RefType(), SPLAT),
-        return_type=_kept_type(kept.size),
-    )
-    def body(ctx, kept, partial, flag, index):
-        f32 = ir.F32Type.get()
-        _asm(
-            "{ .reg .pred p; .reg .b32 v; AGAIN: ld.acquire.gpu.global.b32 v, [$0]; "
-            "setp.eq.b32 p, v, 0; @p bra AGAIN; }",
-            "l,~{memory}",
-            _flag_address(flag, index),
-        )
-        address = _partial_address(partial, index, kept.shape[0])
-        four = llvm.StructType.get_literal([f32] * 4)
-        loaded = [
-            _asm("ld.global.v4.f32 {$0,$1,$2,$3}, [$4];", "=f,=f,=f,=f,l",
-                 ops.add(address, 2048 * i), result=four)
-            for i in range(len(kept.registers))
-        ]  # fmt: skip
-        theirs = [llvm.extractvalue(f32, register, [e]) for register in loaded for e in range(4)]
-        return _from_values([llvm.fadd(a, b) for a, b in zip(_values(kept), theirs, strict=True)])
-
-    return body(kept, partial_ref, flag_ref, index)
 
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -320,7 +259,7 @@ def _load_value(address, inside, dtype: str):
         "bfloat16": "ld.global.b16 h, [$1]; @p mov.b32 $0, {z, h};",
         "float16": "ld.global.b16 h, [$1]; @p cvt.f32.f16 $0, h;",
     }[dtype]
-    return _asm(
+    return asm(
         "{ .reg .pred p; .reg .b16 h, z; mov.b16 z, 0; mov.b32 $0, 0; setp.ne.b32 p, $2, 0; "
         f"@p {load} }}",
         "=&f,l,r",
@@ -331,9 +270,7 @@ def _load_value(address, inside, dtype: str):
 
 
 def _load_byte(address):
-    return _asm(
-        "ld.shared.u8 $0, [$1];", "=r,r", address, result=ir.IntegerType.get_signless(32)
-    )
+    return asm("ld.shared.u8 $0, [$1];", "=r,r", address, result=ir.IntegerType.get_signless(32))
 
 
 def _metadata_address(stage, rows: int, columns: int):
@@ -344,46 +281,25 @@ def _metadata_address(stage, rows: int, columns: int):
     return ops.add_reg(base, ops.mul(consumer, rows * columns // 8))
 
 
-def _partial_address(partial, index, count: int):
-    i64 = ir.IntegerType.get_signless(64)
-    index = ops.add_reg(
-        ops.mul(index.registers.item(), CONSUMERS), llvm.lshr(mutils.thread_idx(), ops.const(7))
-    )
-    thread = llvm.and_(mutils.thread_idx(), ops.const(127))
-    base = llvm.ptrtoint(i64, mutils.memref_ptr(partial))
-    return ops.add_reg(
-        ops.add_reg(base, ops.wide_mul(index, 4 * count)), ops.wide_mul(thread, 16)
-    )
-
-
-def _flag_address(flag, index):
-    i64 = ir.IntegerType.get_signless(64)
-    index = ops.add_reg(
-        ops.mul(index.registers.item(), CONSUMERS), llvm.lshr(mutils.thread_idx(), ops.const(7))
-    )
-    base = llvm.ptrtoint(i64, mutils.memref_ptr(flag))
-    return ops.add_reg(base, ops.wide_mul(index, 4))
-
-
 def _bits(x, first: int, count: int):
     return llvm.and_(llvm.lshr(x, ops.const(first)), ops.const((1 << count) - 1))
 
 
-def _kept_layout(count: int):
+def kept_layout(count: int):
     return plgpu.Layout.WG_STRIDED((count,), 4)
 
 
-def _kept_type(count: int):
-    return plgpu.ShapeDtypeStruct((count,), jnp.float32, layout=_kept_layout(count))
+def kept_type(count: int):
+    return plgpu.ShapeDtypeStruct((count,), jnp.float32, layout=kept_layout(count))
 
 
-def _values(kept):
+def values_of(kept):
     return [
         llvm.extractelement(register, ops.const(e)) for register in kept.registers for e in range(4)
     ]
 
 
-def _from_values(values):
+def from_values(values):
     vector = ir.VectorType.get((4,), ir.F32Type.get())
     registers = np.empty(len(values) // 4, dtype=object)
     for i in range(len(registers)):
@@ -395,7 +311,7 @@ def _from_values(values):
     return fa.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
-def _asm(ptx: str, constraints: str, *operands, result=None):
+def asm(ptx: str, constraints: str, *operands, result=None):
     return llvm.inline_asm(
         result or ir.Type.parse("!llvm.void"),
         list(operands),

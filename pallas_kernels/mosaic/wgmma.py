@@ -65,14 +65,13 @@ def multiply_dense(acc, a_ref, x_ref, dtype: str):
     return _group(acc, (a_ref, x_ref), 64 * blocks, tokens, 2, prepare)
 
 
-def multiply_transposed(acc, a_ref, b_ref, dtype: str):
+def multiply_transposed(acc, a_ref, b_ref, columns: int, dtype: str):
     """Issues and commits one group, acc += a.T @ b, both token-major (MN-major for wgmma).
 
-    As `multiply_sparse`. a_ref: (rows / 64, tokens, 64); b_ref: (columns / 64, tokens, 64): blocks of 64
-    columns of the arrays in memory.
+    As `multiply_sparse`. a_ref: (rows / 64, tokens, 64); b_ref: (blocks, tokens, 64): blocks of 64
+    columns of the arrays in memory, of which the first `columns` count.
     """
-    tokens = a_ref.shape[1]
-    rows, columns = 64 * a_ref.shape[0], 64 * b_ref.shape[0]
+    tokens, rows = a_ref.shape[1], 64 * a_ref.shape[0]
     block_bytes = 128 * tokens
 
     def prepare(a, b):

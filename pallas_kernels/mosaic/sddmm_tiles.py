@@ -1,0 +1,164 @@
+"""How `nm_sddmm` may be cut into tiles, and which of these ways to prefer."""
+
+import collections
+import dataclasses
+import functools
+import itertools
+
+import jax.experimental.pallas as pl
+
+from pallas_kernels.mosaic.sddmm_schedule import Schedule
+
+CONSUMERS = 2
+STEP = 64  # tokens per stage
+SHARED_MEMORY = 232448 - 1024  # bytes per CTA, less the barriers
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A CTA takes 128 * blocks outputs x `columns` inputs at a time, `stages` deep.
+
+    Clusters of `down` x `across` CTAs take neighbouring tiles, and share by multicast what they
+    have in common: the inputs along the outputs (`down`), the outputs along the inputs. Tiles are
+    visited in snakes `snake` wide along the outputs.
+    """
+
+    blocks: int = 2
+    columns: int = 192
+    stages: int = 4
+    down: int = 1
+    across: int = 1
+    snake: int = 8
+
+    def __post_init__(self):
+        if self.columns % 32 or not 64 <= self.columns <= 256:
+            raise ValueError(f"{self}: columns must be a multiple of 32 from 64 to 256")
+        if self.blocks < 1 or self.blocks * self.columns > 384:
+            raise ValueError(f"{self}: blocks * columns is at most 384, a thread's accumulators")
+        if self.down < 1 or self.across < 1 or self.cluster > 8:
+            raise ValueError(f"{self}: a cluster has 1 to 8 CTAs")
+        if self.shared_memory > SHARED_MEMORY:
+            raise ValueError(f"{self}: needs {self.shared_memory} bytes of {SHARED_MEMORY}")
+
+    @property
+    def rows(self) -> int:
+        return 64 * self.blocks * CONSUMERS
+
+    @property
+    def cluster(self) -> int:
+        return self.down * self.across
+
+    def grid(self, k: int, f: int) -> tuple[int, int]:
+        """Clusters along the outputs and the inputs."""
+        return pl.cdiv(f, self.rows * self.down), pl.cdiv(k, self.columns * self.across)
+
+    def schedule(self, tokens: int, k: int, f: int, splits: int, processors: int) -> Schedule:
+        rows, columns = self.grid(k, f)
+        return Schedule(rows * columns, pl.cdiv(tokens, STEP), splits, processors // self.cluster)
+
+    @property
+    def boxes(self) -> tuple[int, int]:
+        """Blocks of 64 outputs, and of 64 inputs, of a stage."""
+        return self.rows // 64, pl.cdiv(self.columns, 64)
+
+    @property
+    def shared_memory(self) -> int:
+        return self.stages * sum(self.boxes) * 64 * STEP * 2
+
+
+# Blocks, columns and stages that fit the register file and shared memory.
+MEASURED = ((2, 192, 4), (1, 256, 4), (2, 128, 4), (1, 192, 5), (1, 128, 6))
+# These lower, and have not run yet: for a tuner that checks them.
+UNTRIED = ((2, 160, 4), (1, 224, 4), (1, 160, 5), (1, 96, 6))
+CLUSTERS = ((1, 1), (2, 1), (1, 2))  # larger ones do not fill 132 processors
+TILES = tuple(
+    Tile(blocks, columns, stages, down, across)
+    for (blocks, columns, stages), (down, across) in itertools.product(MEASURED + UNTRIED, CLUSTERS)
+)
+MOST_CANDIDATES, MOST_OF_A_SIZE = 16, 4
+
+# Of an H100, fitted to some 40 times under sustained load. A CTA runs at `CLOCK` or at what the L2
+# cache delivers to all; the whole no faster than the power allows, as if at `SUSTAINED`. In GHz,
+# microseconds and bytes per microsecond.
+CLOCK, SUSTAINED, LOAD_BYTES = 1.75, 1.42, 11.8e6
+IDLE_POWER, MULTICAST = 0.4, 0.85  # of what busy CTAs draw, of the loads without multicast
+LAUNCH, CLEAR_FLAGS = 3.5, 1.0
+# Of 128 x 128 outputs: the epilogue, leaving a part, adding one.
+EPILOGUE, LEAVE, ADD = 0.8, 1.2, 0.5
+
+
+def estimate(tokens: int, k: int, f: int, tile: Tile, splits: int, processors: int = 132) -> float:
+    """Microseconds, to rank tiles by."""
+    plan = tile.schedule(tokens, k, f, splits, processors)
+    area = tile.rows * tile.columns / 128**2
+    cycles = 512 * area  # of a stage
+    loads = sum(tile.boxes) * (1.0 if tile.cluster == 1 else MULTICAST)
+
+    def stage(active: int) -> float:
+        delivery = active * tile.cluster * loads * 64 * STEP * 2 / LOAD_BYTES
+        return max(cycles / CLOCK / 1e3, delivery)
+
+    path = plan.waves * plan.steps * stage(plan.processors)
+    longest = plan.waves * plan.steps
+    overhead = LAUNCH + plan.waves * EPILOGUE * area
+    if plan.left:
+        parts = plan.sharers - 1 + 2 * bool(plan.fillers)
+        sharing = EPILOGUE * area + bool(parts) * (CLEAR_FLAGS + area * (LEAVE + ADD * parts))
+        steps = plan.share
+        if plan.fillers:
+            pieces = plan.left / plan.fillers + 1
+            sharing = max(sharing, CLEAR_FLAGS + area * (LEAVE + EPILOGUE) * pieces)
+            steps = max(steps, plan.left * plan.rest / plan.fillers)
+        path += steps * stage(plan.fillers + plan.left * plan.sharers)
+        longest += steps
+        overhead += sharing
+    busy = plan.tiles * plan.steps * cycles / (plan.processors * SUSTAINED) / 1e3
+    idle = max(0.0, longest * cycles / SUSTAINED / 1e3 - busy) + overhead
+    filled = plan.left * plan.rest / (plan.tiles * plan.steps)
+    busy *= 1 + filled**2  # fillers are at other tokens than the rest, and share no loads
+    busy *= 0.96 + 0.06 * loads / (6 * area)  # moving bytes takes power too
+    return max(path + overhead, busy + IDLE_POWER * idle)
+
+
+@functools.lru_cache
+def ranked(tokens: int, k: int, f: int, processors: int) -> tuple[tuple[Tile, int], ...]:
+    """All configurations that differ, the likeliest first."""
+    found = {}
+    for tile in TILES:
+        if processors < tile.cluster:
+            continue
+        rows, columns = tile.grid(k, f)
+        if tile.cluster > 1 and rows * columns == 1:
+            continue  # no neighbour to share with
+        for splits in range(9):
+            plan = tile.schedule(tokens, k, f, splits, processors)
+            key = tile, plan.sharers, plan.fillers
+            if key not in found:
+                found[key] = estimate(tokens, k, f, tile, splits, processors), tile, splits
+    entries = sorted(found.values(), key=lambda entry: entry[0])
+    return tuple((tile, splits) for _, tile, splits in entries)
+
+
+def candidates(tokens: int, k: int, f: int, *, processors: int = 132) -> list[tuple[Tile, int]]:
+    """Configurations worth timing, the likeliest first."""
+    chosen, of_size = [], collections.Counter()
+    for tile, splits in ranked(tokens, k, f, processors):
+        of_size[_size(tile)] += 1
+        if of_size[_size(tile)] <= MOST_OF_A_SIZE:
+            chosen.append((tile, splits))
+    return chosen[:MOST_CANDIDATES]
+
+
+def _size(tile: Tile) -> tuple[int, int, int]:
+    return tile.blocks, tile.columns, tile.stages
+
+
+def choose(tokens: int, k: int, f: int, *, processors: int = 132) -> tuple[Tile, int]:
+    """The tile and splits with the shortest estimate, among the sizes that were measured.
+
+    >>> tile, splits = choose(8192, 1024, 4096)
+    >>> tile.rows * tile.columns * 132 > 1024 * 4096
+    True
+    """
+    measured = ranked(tokens, k, f, processors)
+    return next(found for found in measured if _size(found[0]) in MEASURED)
