@@ -83,8 +83,8 @@ def _nm_sddmm(x, dy, metadata, *, out_dtype):
     else:
         splits = entry.config["splits"]
         tile = sddmm.Tile(**{name: n for name, n in entry.config.items() if name != "splits"})
-    dw = sddmm.nm_sddmm(x.reshape(tokens, k), dy.reshape(tokens, f), metadata, tile, splits)
-    return dw.astype(out_dtype)
+    flat_x, flat_dy = x.reshape(tokens, k), dy.reshape(tokens, f)
+    return sddmm.nm_sddmm(flat_x, flat_dy, metadata, tile, splits, out_dtype=out_dtype)
 
 
 def _rows_of_matmul(x, w: CompressedMatrix, epilogue: Epilogue):
