@@ -11,6 +11,7 @@ import jax
 from benchmarks import peers, problems
 from benchmarks.problems import Case, Problem, Variant
 from pallas_kernels import candidates, choose, device_time, samples, tuning
+from pallas_kernels.mosaic import support
 
 PEER_TOKENS = (8192,)
 COOL_TOKENS = 8192  # and these kinds and sizes: also in bursts after a pause
@@ -248,10 +249,10 @@ def named(problem: Problem) -> dict[str, Any]:
 
 def configuration(problem: Problem) -> dict[str, int]:
     """The kernel's configuration for a problem: the measured one, else that of its rule."""
-    op = "few_tokens" if problem.kind == "few" else problem.op
+    tokens, (k, f) = problem.tokens, problem.size
+    op = support.kernel_of(problem.op, tokens)
     if op not in tuning.OPS:
         return {}
-    tokens, (k, f) = problem.tokens, problem.size
     entry = tuning.best(op, tokens, k, f, problem.source, jax.devices()[0].device_kind)
     if entry is not None:
         return entry.config

@@ -104,10 +104,10 @@ def main() -> None:
             for line in bench.run(batch):
                 bar.console.print(line, highlight=False, soft_wrap=True)
                 bar.advance(task)
-                record["left_out"] = [named(p) for p in listed if p not in bench.seen]
-                path = write_record(record, arguments.results)
+                path = _write(record, bench, listed, arguments.results)
             done += len(batch)
             bar.update(task, completed=done)
+            path = _write(record, bench, listed, arguments.results)
     if peer is not None:
         peer.close()
     if path is not None:
@@ -127,6 +127,11 @@ def _record(bench: Bench, arguments) -> dict[str, Any]:
     name = f"kernels-{arguments.part}" if arguments.part else "kernels"
     record = make_record(name, bench.results, device=accelerator(), module="benchmarks.kernels")
     return record | {"regime": "sustained", "failed": bench.failed, "left_out": []}
+
+
+def _write(record: dict[str, Any], bench: Bench, listed: Sequence[Problem], folder: Path) -> Path:
+    record["left_out"] = [named(problem) for problem in listed if problem not in bench.seen]
+    return write_record(record, folder)
 
 
 def _bar() -> progress.Progress:

@@ -152,7 +152,7 @@ def _epilogue(problem: Problem, implementation: str) -> Case:
         )
 
     def dense(x, w, bias):
-        z = jnp.matmul(x, w) + bias
+        z = jnp.matmul(x, w) + bias.reshape(1, -1)
         return (activation(z), z) if saved else activation(z)
 
     variants = {
@@ -244,7 +244,7 @@ def _error_of_rows(results, x, w, bias=None, activation=None):
     rows = _sample(x.shape[0])
     z = jnp.matmul(x[rows].astype(jnp.float32), w.astype(jnp.float32), precision=EXACT)
     if bias is not None:
-        z = z + bias.astype(jnp.float32)
+        z = z + bias.astype(jnp.float32).reshape(1, -1)
     exact = z if activation is None else ACTIVATIONS[activation](z)
 
     def error(result):
@@ -258,8 +258,8 @@ def _error_of_gradient(results, x, dy, w):
     """Largest error of the kept x.T @ dy, over a sample of groups of inputs and of outputs."""
     k, f = w.shape
     groups, columns = _sample(k // 8, SAMPLE // 8), _sample(f)
-    inputs = (8 * groups[:, None] + jnp.arange(8)).reshape(-1)
-    halves = (4 * groups[:, None] + jnp.arange(4)).reshape(-1)
+    inputs = (8 * groups[:, None] + jnp.arange(8)[None]).reshape(-1)
+    halves = (4 * groups[:, None] + jnp.arange(4)[None]).reshape(-1)
     exact = jnp.matmul(
         x[:, inputs].astype(jnp.float32).T, dy[:, columns].astype(jnp.float32), precision=EXACT
     )

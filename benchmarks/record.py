@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels.tuning import slug
 from train import environment
 from train.files import write_atomically
 
@@ -59,8 +60,3 @@ def command(module: str) -> str:
     """The command line of this process without paths of this machine."""
     arguments = [re.sub(r"(^|=)[~/].*", r"\1...", argument) for argument in sys.argv[1:]]
     return shlex.join(["python", "-m", module, *arguments])
-
-
-def slug(device: str) -> str:
-    """ "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")

@@ -209,7 +209,7 @@ def test_a_stack_of_matrices_is_transposed_one_by_one():
 
 @needs_gpu
 def test_its_name_is_in_the_profile():
-    from benchmarks.device_time import device_microseconds
+    from pallas_kernels.device_time import device_microseconds
 
     w = adversarial("bfloat16", (256, 256))
     run(w, implementation="mosaic")

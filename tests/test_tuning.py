@@ -1,0 +1,306 @@
+"""Tables of measured configurations, the tuner's choices, and the gate that configurations pass."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import shapes
+from pallas_kernels import candidates, device_time, gate, nm_matmul, nm_sddmm, tune, tuning
+from pallas_kernels.device_time import Kernel
+from pallas_kernels.mosaic import support
+from pallas_kernels.tuning import Entry
+
+DEVICE = "NVIDIA Test 1 (PCIe)"
+needs_jax = pytest.mark.skipif(
+    support.version_obstacle() is not None, reason=str(support.version_obstacle())
+)
+
+
+def entry(tokens, size=(768, 3072), sparse=1.0, dense=2.0, op="nm_matmul", **config):
+    return Entry(op, "16-bit", tokens, size, config or {"blocks": 2}, sparse, dense)
+
+
+def write(folder, entries, device=DEVICE, capability="9.0"):
+    path = folder / f"{tuning.slug(device)}.json"
+    tune.write(path, device, capability, entries)
+    return path
+
+
+def best(folder, tokens, op="nm_matmul", size=(768, 3072), dtype="bfloat16", device=DEVICE):
+    return tuning.best(op, tokens, *size, dtype, device, folder=folder)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "found"),
+    [(1023, None), (1024, 2048), (4095, 2048), (4096, 8192), (16384, 8192), (10**6, 8192)],
+)
+def test_an_entry_stands_for_half_to_twice_its_tokens(tmp_path, tokens, found):
+    write(tmp_path, [entry(2048), entry(8192)])
+    got = best(tmp_path, tokens)
+    assert (got and got.tokens) == found
+
+
+def test_entries_are_of_one_op_size_dtype_and_device(tmp_path):
+    write(tmp_path, [entry(2048, tile=3), entry(16, op="few_tokens", split=4)])
+    assert best(tmp_path, 2048, dtype=jnp.dtype("float16")).config == {"tile": 3}
+    assert best(tmp_path, 16, op="few_tokens").config == {"split": 4}
+    assert best(tmp_path, 2048, op="nm_sddmm") is None
+    assert best(tmp_path, 2048, size=(3072, 768)) is None
+    assert best(tmp_path, 2048, dtype="float32") is None
+    assert best(tmp_path, 2048, device="another") is None
+    with pytest.raises(ValueError, match="dtype is int8"):
+        best(tmp_path, 2048, dtype="int8")
+
+
+def test_a_table_is_read_as_it_was_written_in_any_order(tmp_path):
+    entries = [entry(8192, sparse=3.25), entry(2048), entry(64, op="few_tokens")]
+    path = write(tmp_path, entries)
+    assert [p.name for p in tmp_path.iterdir()] == ["nvidia-test-1-pcie.json"]
+    table = tuning.load(DEVICE, tmp_path)
+    assert set(map(repr, table.entries)) == set(map(repr, entries))
+    assert (table.device, table.capability) == (DEVICE, "9.0")
+    text = path.read_text()
+    write(tmp_path, entries[::-1])
+    assert path.read_text() == text
+
+
+def test_the_verdict_is_that_of_the_entry(tmp_path):
+    write(tmp_path, [entry(2048, sparse=7.0, dense=6.0), entry(8192, sparse=40.0, dense=57.0)])
+
+    def verdict(tokens):
+        return tuning.verdict("nm_matmul", tokens, 768, 3072, "bfloat16", DEVICE, folder=tmp_path)
+
+    assert verdict(2048) == (False, f"measured, on {DEVICE}: dense 6 us, sparse 7 us")
+    assert verdict(9000).use_sparse
+    assert verdict(9000).reason.startswith("measured with 8192 tokens, on")
+
+
+def test_a_shape_without_an_entry_goes_by_the_nearest_in_octaves(tmp_path):
+    write(
+        tmp_path,
+        [
+            entry(8192, (768, 768), sparse=2.0, dense=1.0),
+            entry(8192, (4096, 4096), sparse=1.0, dense=2.0),
+        ],
+    )
+
+    def verdict(tokens, size, **more):
+        return tuning.verdict(
+            "nm_matmul", tokens, *size, "bfloat16", DEVICE, folder=tmp_path, **more
+        )
+
+    # sqrt(768 * 4096) = 1774: the geometric mean, not the arithmetic one, is the border
+    assert not verdict(8192, (1768, 1768)).use_sparse
+    assert verdict(8192, (1776, 1776)).use_sparse
+    assert "nearest shape measured (8192 x 4096 x 4096)" in verdict(64, (8192, 2048)).reason
+
+
+def test_a_device_without_a_table_goes_by_one_of_its_capability(tmp_path):
+    write(tmp_path, [entry(2048)])
+
+    def verdict(capability):
+        return tuning.verdict(
+            "nm_matmul", 2048, 768, 3072, "bfloat16", "Other", capability, folder=tmp_path
+        )
+
+    assert verdict("9.0").reason.startswith(f"measured, not on Other but on {DEVICE}")
+    assert verdict("8.0") is None
+    assert verdict(None) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"op": "nm_add"}, "entry 1: op is 'nm_add'"),
+        ({"tokens": 0}, "entry 1: tokens is 0"),
+        ({"tokens": 2.5}, "entry 1: tokens is 2.5"),
+        ({"sparse_us": float("nan")}, "entry 1: sparse_us is nan"),
+        ({"config": {"blocks": "2"}}, "entry 1: config"),
+        ({"config": {"blocks": True}}, "entry 1: config"),
+        ({"more": 1}, "entry 1: it must have op"),
+        ({"tokens": 2048}, "entry 1: nm_matmul 2048 x 768 x 3072 is there twice"),
+    ],
+)
+def test_a_wrong_entry_is_named(tmp_path, change, message):
+    path = write(tmp_path, [entry(2048), entry(8192)])
+    found = json.loads(path.read_text())
+    found["entries"][1].update(change)
+    path.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=rf"{path.name}, {message}"):
+        tuning.load(DEVICE, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is not JSON"), ("{}", "lacks 'device'")],
+)
+def test_a_file_that_is_no_table_is_named(tmp_path, text, message):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=f"a.json {message}"):
+        tuning.load("a", tmp_path)
+
+
+@needs_jax
+@pytest.mark.parametrize("path", sorted(tuning.FOLDER.glob("*.json")), ids=lambda path: path.name)
+def test_committed_tables_hold_configurations_that_kernels_take(path):
+    table = tuning.load(path.stem, path.parent)
+    for found in table.entries:
+        assert candidates.kernel(found.op).cases(found.config, found.tokens)
+
+
+def test_the_fastest_wins_and_the_rule_where_times_are_alike():
+    problem = tune.Problem("nm_matmul", 8192, (768, 3072))
+    configs = [{"a": 1}, {"a": 2}, {"a": 3}]
+
+    def chosen(*times):
+        named = {str(i): time for i, time in enumerate(times)}
+        return tune.fastest(problem, configs, named | {"dense": 9.0})
+
+    assert chosen(5.0, 4.0, 6.0) == Entry(
+        "nm_matmul", "16-bit", 8192, (768, 3072), {"a": 2}, 4.0, 9.0
+    )
+    assert chosen(4.03, 4.0, 4.0).config == {"a": 1}
+    assert chosen(4.05, 4.0, 3.99).config == {"a": 2}
+
+
+def test_the_tuner_knows_the_shapes_of_the_benchmark():
+    assert set(tune.default_sizes()) == {shape.size for shape in shapes.unique()}
+
+
+@needs_jax
+def test_problems_come_with_the_most_telling_tokens_first():
+    found = tune.ordered(["nm_matmul", "few_tokens"], None, [(8, 8), (16, 16)])
+    assert [p.tokens for p in found][:4] == [8192, 8192, 16, 16]
+    assert {p.tokens for p in found} == {*candidates.FEW_TOKENS, *candidates.MANY_TOKENS}
+    assert [p.tokens for p in tune.ordered(["nm_sddmm"], [512], [(8, 8)])] == [512]
+
+
+@needs_jax
+@pytest.mark.parametrize("op", list(candidates.KERNELS))
+def test_configurations_are_integers_and_their_cases_lower(op):
+    kernel = candidates.kernel(op)
+    tokens = kernel.tokens[1]
+    configs = kernel.configs(tokens, 4096, 6144)
+    assert configs
+    for config in configs[:6]:
+        assert all(type(value) is int for value in config.values())
+        for n, k, f, options in kernel.cases(config, tokens):
+            x = jax.ShapeDtypeStruct((n, k), jnp.bfloat16)
+            second = {"nm_sddmm": (n, f)}.get(op, (k // 2, f))
+            operands = (
+                x,
+                jax.ShapeDtypeStruct(second, jnp.bfloat16),
+                jax.ShapeDtypeStruct((k // 8, f), jnp.uint8),
+            )
+            traced = jax.jit(lambda *a, c=config, o=options: kernel.run(c, *a, **o)).trace(
+                *operands
+            )
+            assert traced.out_info.shape == ((k // 2, f) if op == "nm_sddmm" else (n, f))
+    traced.lower(lowering_platforms=("cuda",))
+
+
+def xla_matmul(x, w):
+    return nm_matmul(x, w, implementation="xla")
+
+
+def xla_sddmm(x, dy, w):
+    return nm_sddmm(x, dy, w, implementation="xla")
+
+
+SHAPE = (40, 24, 72)
+
+
+def test_the_gate_lets_right_products_pass():
+    gate.check_matmul(jax.jit(xla_matmul), *SHAPE)
+    gate.check_sddmm(jax.jit(xla_sddmm), *SHAPE)
+
+
+def flaky():
+    count = iter(range(100))
+
+    def run(x, w):
+        y = xla_matmul(x, w)
+        return y.at[0, 0].multiply(1 + 0.01 * (next(count) > 5))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (lambda x, w: xla_matmul(x, w).at[-1, -1].add(1), "integers: 1 of 2880 .* at \\(39, 71\\)"),
+        (lambda x, w: jnp.nan_to_num(xla_matmul(x, w)), "NaN and Inf in w"),
+        (lambda x, w: xla_matmul(jnp.nan_to_num(x), w), "a NaN in x does not reach"),
+        (lambda x, w: xla_matmul(x, w) + 0 * jnp.sum(x), "rows beside one with a NaN"),
+        (lambda x, w: jnp.floor(4 * xla_matmul(x, w)) / 4, "error .* the dense product's"),
+        (flaky(), "repeated runs differ"),
+    ],
+)
+def test_the_gate_stops_wrong_products(run, message):
+    with pytest.raises(gate.WrongResult, match=message):
+        gate.check_matmul(run, *SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (lambda x, dy, w: xla_sddmm(x[:32], dy[:32], w), "integers"),
+        (lambda x, dy, w: jnp.nan_to_num(xla_sddmm(x, dy, w)), "NaN and Inf in x"),
+    ],
+)
+def test_the_gate_stops_wrong_gradients(run, message):
+    with pytest.raises(gate.WrongResult, match=message):
+        gate.check_sddmm(run, *SHAPE)
+
+
+def test_inputs_of_the_gate_are_adversarial():
+    x = np.asarray(gate._integers(0, (64, 64), jnp.float32))
+    assert (np.signbit(x) & (x == 0)).any()
+    assert (~np.signbit(x) & (x == 0)).any()
+    groups = np.abs(x).reshape(16, 4, 64)
+    assert (groups == 0).all(1).any()
+    assert (np.sort(groups, 1)[:, 1] == np.sort(groups, 1)[:, 2]).any()  # a tie at the border
+
+
+def kernels(count, start=1000.0, name="k", duration=50.0):
+    return [Kernel(name, start + 100 * i, duration) for i in range(count)]
+
+
+def test_time_is_that_of_the_calls_that_count():
+    warm = kernels(4, start=1000.0, duration=90.0)
+    counted = kernels(6, start=2000.0, duration=30.0)
+    before = kernels(3, start=0.0, name="other")
+    found = device_time.mean_time(counted[::-1] + before + warm, 900.0, 3000.0, 5, lead=2)
+    assert found == device_time.Time(2 * 30.0 / 1e3, ("k",))  # two kernels for each of 3 calls
+
+
+@pytest.mark.parametrize("count", [0, 7])
+def test_a_profile_that_lost_kernels_is_not_trusted(count):
+    with pytest.raises(RuntimeError, match=f"{count} kernels for 5 calls"):
+        device_time.mean_time(kernels(count), 0.0, 1e9, 5)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--shapes=768", "give IN x OUT"),
+        ("--shapes=768x30", "multiples of 8"),
+        ("--ops=nm_add", "op is 'nm_add'"),
+        ("--tokens=0", "give numbers"),
+    ],
+)
+def test_wrong_options_of_the_tuner_are_named(option, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tune", option])
+    with pytest.raises(SystemExit):
+        tune.main()
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(support.device_obstacle() is None, reason="the kernels run here")
+def test_the_tuner_says_why_it_cannot_run_here(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["tune"])
+    with pytest.raises(SystemExit, match="nothing to tune here: "):
+        tune.main()
