@@ -27,13 +27,12 @@ from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs memory, too
 
-from rich import console, progress
-
 from benchmarks import peers, problems, shapes
 from benchmarks.bench import PEER_TOKENS, Bench, named
 from benchmarks.problems import Problem
 from benchmarks.record import RESULTS, make_record, write_record
 from pallas_kernels.mosaic import support
+from pallas_kernels.tune import numbers, progress_bar
 from train.environment import accelerator
 
 DEFAULT_TOKENS = {
@@ -96,7 +95,7 @@ def main() -> None:
     record = _record(bench, arguments)
     record["versions"] |= peer.versions if peer is not None else {}
     path, done = None, 0
-    with _bar() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("timing", total=len(listed))
         for batch in batches(listed):
             if time.monotonic() > stop:
@@ -134,17 +133,6 @@ def _write(record: dict[str, Any], bench: Bench, listed: Sequence[Problem], fold
     return write_record(record, folder)
 
 
-def _bar() -> progress.Progress:
-    return progress.Progress(
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(),
-        console=console.Console(stderr=True),
-    )
-
-
 def _names(known: Sequence[str], what: str):
     def parse(text: str) -> list[str]:
         found = text.split(",")
@@ -155,26 +143,16 @@ def _names(known: Sequence[str], what: str):
     return parse
 
 
-def _numbers(text: str) -> list[int]:
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        found = [0]
-    if min(found) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: give numbers, as in 2048,8192")
-    return found
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     kinds, models = _names(problems.KINDS, "kinds"), _names(list(shapes.MODELS), "models")
     parser.add_argument("--ops", type=kinds, default=list(problems.KINDS), help="kinds of product")
     parser.add_argument("--models", type=models, default=list(shapes.MODELS), help="a,b,...")
-    parser.add_argument("--tokens", type=_numbers, help="a,b,...; of each kind if not given")
+    parser.add_argument("--tokens", type=numbers, help="a,b,...; of each kind if not given")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each variant")
     parser.add_argument("--repeats", type=int, default=20, help="most calls in a turn")
     parser.add_argument("--peer", choices=("cusparselt",), help="beside matmul, through PyTorch")
-    parser.add_argument("--peer-tokens", type=_numbers, default=list(PEER_TOKENS))
+    parser.add_argument("--peer-tokens", type=numbers, default=list(PEER_TOKENS))
     parser.add_argument("--minutes", type=float, help="stop before; what is done is kept")
     parser.add_argument("--part", help="name of the record, for a part of the list")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the record")

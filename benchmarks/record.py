@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels.files import write_atomically
 from pallas_kernels.tuning import slug
 from train import environment
-from train.files import write_atomically
 
 ROOT = environment.ROOT
 RESULTS = ROOT / "benchmarks" / "results"

@@ -10,10 +10,8 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +23,7 @@ from rich import console, progress
 
 from pallas_kernels import candidates, device_time, gate, samples, tuning
 from pallas_kernels.candidates import Config
+from pallas_kernels.files import write_atomically
 from pallas_kernels.mosaic import support
 from pallas_kernels.tuning import Entry
 
@@ -58,7 +57,7 @@ def main() -> None:
     tuner = Tuner(arguments.candidates, arguments.rounds)
     entries: dict[tuple, Entry] = {entry.key: entry for entry in _old_entries(path)}
     done = 0
-    with _bar() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("tuning", total=len(problems))
         while done < len(problems) and time.monotonic() < stop:
             batch = problems[done : done + BATCH]
@@ -190,18 +189,7 @@ def write(path: Path, device: str, capability: str, entries: Iterable[Entry]) ->
     lines = [json.dumps(entry.to_json()) for entry in sorted(entries, key=lambda e: e.key)]
     body = ",\n    ".join(lines)
     text = json.dumps(head, indent=2)[:-2] + f',\n  "entries": [\n    {body}\n  ]\n}}\n'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(path, text)
 
 
 def _operands(problem: Problem):
@@ -262,7 +250,7 @@ def _ops(text: str) -> list[str]:
     return ops
 
 
-def _numbers(text: str) -> list[int]:
+def numbers(text: str) -> list[int]:
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
         raise argparse.ArgumentTypeError(f"{text!r}: give numbers, as in 2048,8192")
     return [int(part) for part in text.split(",")]
@@ -271,7 +259,7 @@ def _numbers(text: str) -> list[int]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--ops", type=_ops, default=list(candidates.KERNELS), help="a,b,...")
-    parser.add_argument("--tokens", type=_numbers, help="a,b,...; each op's classes if not given")
+    parser.add_argument("--tokens", type=numbers, help="a,b,...; each op's classes if not given")
     parser.add_argument(
         "--shapes", type=_sizes, help="INxOUT,...; those of known models if not given"
     )
@@ -282,7 +270,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _bar() -> progress.Progress:
+def progress_bar() -> progress.Progress:
     return progress.Progress(
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),

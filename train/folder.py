@@ -9,8 +9,8 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
+from pallas_kernels.files import write_atomically
 from train.config import Config, free_fields, to_json
-from train.files import write_atomically
 from train.metrics import METRICS_FILE
 
 CONFIG_FILE, LOCK_FILE, TOKENIZER_FILE = "config.json", "lock", "tokenizer.json"

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import jax
 from rich.console import Console
 
+from pallas_kernels.files import write_atomically
 from slope_jax import TrainState
 from train import environment, summary
 from train.checkpoint import Checkpoints, check_space
 from train.config import Config, Phase, to_json
 from train.data import batches_from
 from train.display import Display, Speed
-from train.files import write_atomically
 from train.folder import TOKENIZER_FILE, check_config, open_folder, start_anew
 from train.inputs import make_datasets, open_corpus
 from train.metrics import MetricsWriter

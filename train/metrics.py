@@ -7,7 +7,7 @@ import pathlib
 import time
 from typing import Any
 
-from train.files import write_atomically
+from pallas_kernels.files import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.files import write_atomically
 from train import environment, metrics, plot
 from train.config import Config, to_json
 from train.display import duration, size
-from train.files import write_atomically
 from train.plan import Plan
 
 SUMMARY_FILE, PLOT_FILE = "summary.json", "loss.png"

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from pallas_kernels.files import write_atomically
 from train.data import segment, store
 from train.data.sources import Unit
 from train.data.tokenizer import Vocabulary, vocabulary_from_json
-from train.files import write_atomically
 
 SPLITS = ("train", "valid")
 # Below this a pool of fresh interpreters costs more than it saves.

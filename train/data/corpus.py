@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pallas_kernels.files import write_atomically
 from train.data import build, store
 from train.data.docs_corpus import DocsSource
 from train.data.sources import Source, TextSource, Unit, split_spec
@@ -21,7 +22,6 @@ from train.data.tokenizer import (
     load_tokenizer,
     train_tokenizer,
 )
-from train.files import write_atomically
 
 VALID_FRACTION = 0.02
 # Enough to settle the merges of a vocabulary of this kind; more only takes longer.

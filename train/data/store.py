@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.files import sync_directory
+from pallas_kernels.files import sync_directory
 
 FILES = ("tokens", "documents", "sentences")
 _CHUNK = 1 << 24

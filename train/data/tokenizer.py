@@ -8,8 +8,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from pallas_kernels.files import write_atomically
 from train.data.store import Specials, digest
-from train.files import write_atomically
 
 DEFAULT_VOCAB_SIZE = 8192
 BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
