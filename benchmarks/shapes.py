@@ -4,9 +4,6 @@ import dataclasses
 import math
 from collections.abc import Iterable
 
-TOKENS = (2048, 8192, 16384, 65536)
-FEW_TOKENS = (1, 4, 16, 64)
-
 
 @dataclasses.dataclass(frozen=True)
 class Model:

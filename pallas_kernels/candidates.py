@@ -11,7 +11,7 @@ import jax
 
 Config = dict[str, int]
 FEW_TOKENS = (1, 4, 16, 64)  # classes of tokens: each stands for half to twice as many
-MANY_TOKENS = (2048, 8192, 16384, 65536)
+MANY_TOKENS = (128, 512, 2048, 8192, 16384, 65536)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def _few_tokens() -> Kernel:
         return few_tokens.nm_matmul(x, values, metadata, few_tokens.Config(**config), **options)
 
     def cases(config: Config, tokens: int):
-        most = min(2 * tokens, few_tokens.MOST_TOKENS)
+        most = min(2 * tokens, few_tokens.FEW_TOKENS)
         return [
             (tokens, 8, 8, {}),
             (tokens // 2 + 1, 136, 72, {}),

@@ -104,7 +104,7 @@ def _backward(activation, options, residuals, dy):
         dadapter, low_rank = _adapter_backward(x, t, dz, adapter, precision)
     dx = nm_matmul(
         dz,
-        nm_transpose(w, dtype=x.dtype, implementation=_transposing(implementation)),
+        nm_transpose(w, dtype=x.dtype, implementation=implementation),
         low_rank=low_rank,
         precision=precision,
         implementation=implementation,
@@ -135,11 +135,6 @@ def _adapter_backward(x, t, dz, adapter, precision):
 
 
 _slope_matmul.defvjp(_forward, _backward)
-
-
-def _transposing(implementation: str | None) -> str | None:
-    """An implementation of the products may have no transposition of its own."""
-    return None if implementation == "triton" else implementation
 
 
 def _check_adapter(adapter, shape: tuple[int, int]) -> None:

@@ -91,7 +91,7 @@ def test_every_choice_and_candidate_fits_the_machine():
         assert candidates, (tokens, k, f)
         assert len(set(candidates)) == len(candidates)
         for config in candidates:
-            for more in (tokens, min(2 * tokens, few_tokens.MOST_TOKENS)):
+            for more in (tokens, min(2 * tokens, few_tokens.FEW_TOKENS)):
                 geometry = config.geometry(more, k, f)
                 assert 2 <= geometry.stages <= config.stages
 

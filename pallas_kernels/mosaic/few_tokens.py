@@ -17,9 +17,9 @@ from jax import lax
 
 from pallas_kernels.mosaic import cluster, ring, warps
 from pallas_kernels.mosaic.activations import PRECISE
+from pallas_kernels.mosaic.frame import SHARED_MEMORY
+from pallas_kernels.mosaic.support import FEW_TOKENS
 
-MOST_TOKENS = 64
-SHARED_MEMORY = 232448 - 1024  # bytes per CTA
 REGISTERS = 65536  # of a processor
 
 
@@ -80,7 +80,7 @@ def choose(tokens: int, k: int, f: int) -> Config:
 
 def candidates(tokens: int, k: int, f: int) -> list[Config]:
     """Configurations worth timing, best estimate first; they can take twice the tokens, too."""
-    return _ranked(tokens, min(2 * tokens, MOST_TOKENS), k, f)[:24]
+    return _ranked(tokens, min(2 * tokens, FEW_TOKENS), k, f)[:24]
 
 
 def _ranked(tokens: int, most_tokens: int, k: int, f: int) -> list[Config]:
@@ -153,8 +153,8 @@ def nm_matmul(
     """
     tokens, k = x.shape
     f = values.shape[1]
-    if not 1 <= tokens <= MOST_TOKENS:
-        raise ValueError(f"x has {tokens} tokens; this kernel takes 1 to {MOST_TOKENS}")
+    if not 1 <= tokens <= FEW_TOKENS:
+        raise ValueError(f"x has {tokens} tokens; this kernel takes 1 to {FEW_TOKENS}")
     if activation is not None and activation not in PRECISE:
         raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(PRECISE)}")
     geometry = config.geometry(tokens, k, f, str(x.dtype))

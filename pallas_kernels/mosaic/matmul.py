@@ -23,12 +23,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import store, wgmma
+from pallas_kernels.mosaic import frame, store, wgmma
+from pallas_kernels.mosaic.frame import CONSUMERS, STEP
 
-STEP = 64  # input features per stage
 RANKS = 32  # of the low-rank product per stage
-CONSUMERS = 2
-SHARED_MEMORY = 232448 - 1024  # bytes per CTA, less the barriers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +50,7 @@ class Tile:
             raise ValueError(f"{self}: tokens must be a multiple of 8 up to 256")
         if self.tokens % self.slot_tokens or self.slot_tokens % 16:
             raise ValueError(f"{self}: slot_tokens must be a multiple of 16 that divides tokens")
-        if self.shared_memory > SHARED_MEMORY:
-            raise ValueError(f"{self}: needs {self.shared_memory} bytes of {SHARED_MEMORY}")
+        frame.check_shared_memory(self)
 
     @property
     def rows(self) -> int:
@@ -149,20 +146,16 @@ def nm_matmul(
 
     def body(*refs):
         names = (*operands, *results, *scratch)
-        _Kernel(tile, activation, dict(zip(names, refs, strict=True))).run()
+        parts = _Kernel(tile, activation, dict(zip(names, refs, strict=True)))
+        frame.run(parts.produce, parts.consume)
 
     kernel = plgpu.kernel(
         body,
         out_type=[out_type] * len(results),
         grid=(processors,),
         grid_names=("grid",),
-        num_threads=CONSUMERS + 1,
-        thread_name="wg",
         scratch_types=list(scratch.values()),
-        # Safe here: every hand-over of shared memory goes through one of these barriers.
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
-        ),
+        **frame.OPTIONS,
         kernel_name="nm_matmul",
     )
     *preactivation, y = kernel(*operands.values())
@@ -183,22 +176,6 @@ class _Kernel:
         self.rank_steps = pl.cdiv(refs["r"].shape[0], RANKS) if "r" in refs else 0
         self.ragged = bool(k % STEP or f % tile.rows)
 
-    def run(self):
-        wg = lax.axis_index("wg")
-
-        @pl.when(wg == CONSUMERS)
-        def _producer():
-            plgpu.set_max_registers(24, action="decrease")
-
-            @plgpu.warp_map
-            def _(warp):
-                pl.when(warp == 0)(self.produce)
-
-        @pl.when(wg < CONSUMERS)
-        def _consumer():
-            plgpu.set_max_registers(240, action="increase")
-            self.consume(wg)
-
     def each_tile(self, body):
         """Calls body(first output, first token, tiles done before, stage) -> stage."""
 
@@ -211,7 +188,7 @@ class _Kernel:
             return body(row * tile.rows, column * tile.tokens, info.local_index, carry)
 
     def next(self, stage):
-        return lax.select(stage == self.tile.stages - 1, jnp.int32(0), stage + 1)
+        return frame.next_stage(stage, self.tile.stages)
 
     def produce(self):
         tile, refs = self.tile, self.refs

@@ -1,7 +1,7 @@
 """Scalar operations of one GPU thread, in MLIR, for bodies of `plgpu.inline_mgpu`.
 
-`ops`, `wgmma`, `store` and `keep` are the files that need unstable corners of JAX
-(`jax.experimental.mosaic.gpu`, MLIR bindings). Tested with JAX 0.11.2.
+The files of this package that import `jaxlib.mlir` or `jax.experimental.mosaic.gpu` need unstable
+corners of JAX. Tested with JAX 0.11.2.
 """
 
 from jaxlib.mlir import ir

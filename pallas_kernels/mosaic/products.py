@@ -44,7 +44,7 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
     if tokens == 0:
         return finish(jnp.zeros((*x.shape[:-1], f), jnp.float32), epilogue, out_dtype)
     w = as_two_four(w)
-    module = few_tokens if tokens <= few_tokens.MOST_TOKENS else matmul
+    module = few_tokens if tokens <= few_tokens.FEW_TOKENS else matmul
     result = module.nm_matmul(
         x.reshape(tokens, k),
         w.values,

@@ -20,9 +20,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import keep, parts, wgmma
+from pallas_kernels.mosaic import frame, keep, parts, wgmma
+from pallas_kernels.mosaic.frame import CONSUMERS, STEP
 from pallas_kernels.mosaic.sddmm_schedule import Schedule
-from pallas_kernels.mosaic.sddmm_tiles import CONSUMERS, STEP, Tile, candidates, choose
+from pallas_kernels.mosaic.sddmm_tiles import Tile, candidates, choose
 
 __all__ = ["Tile", "candidates", "choose", "nm_sddmm"]
 
@@ -89,7 +90,8 @@ def nm_sddmm(
         refs = dict(zip(names, refs, strict=True)) | scratch_refs
         if in_place:
             refs["into"] = refs["out"]
-        _Kernel(tile, schedule, refs).run()
+        halves = _Kernel(tile, schedule, refs)
+        frame.run(halves.produce, halves.consume)
 
     kernel = plgpu.kernel(
         body,
@@ -97,13 +99,8 @@ def nm_sddmm(
         grid=(processors // tile.cluster,),
         grid_names=("grid",),
         **cluster,
-        num_threads=CONSUMERS + 1,
-        thread_name="wg",
         scratch_types=scratch,
-        # Safe here: every hand-over of shared memory goes through one of these barriers.
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
-        ),
+        **frame.OPTIONS,
         kernel_name="nm_sddmm",
     )
     found = dict(zip(results, kernel(*operands.values()), strict=True))
@@ -124,22 +121,6 @@ class _Kernel:
             flags = plgpu.SemaphoreType.REGULAR((CONSUMERS * schedule.slots * tile.cluster,))
             refs["flags"] = pl.get_global(flags)
 
-    def run(self):
-        wg = lax.axis_index("wg")
-
-        @pl.when(wg == CONSUMERS)
-        def _producer():
-            plgpu.set_max_registers(24, action="decrease")
-
-            @plgpu.warp_map
-            def _(warp):
-                pl.when(warp == 0)(self.produce)
-
-        @pl.when(wg < CONSUMERS)
-        def _consumer():
-            plgpu.set_max_registers(240, action="increase")
-            self.consume(wg)
-
     def each_unit(self, body, init):
         """Calls body(number, tile, row, column, start, stop, slot, others, carry) -> carry."""
         processor = lax.axis_index("grid")
@@ -156,7 +137,7 @@ class _Kernel:
         return lax.fori_loop(0, self.schedule.units(processor), unit, init)
 
     def next(self, stage):
-        return lax.select(stage == self.tile.stages - 1, jnp.int32(0), stage + 1)
+        return frame.next_stage(stage, self.tile.stages)
 
     def before(self, stage):
         return lax.select(stage == 0, jnp.int32(self.tile.stages - 1), stage - 1)

@@ -7,11 +7,9 @@ import itertools
 
 import jax.experimental.pallas as pl
 
+from pallas_kernels.mosaic import frame
+from pallas_kernels.mosaic.frame import CONSUMERS, STEP
 from pallas_kernels.mosaic.sddmm_schedule import Schedule
-
-CONSUMERS = 2
-STEP = 64  # tokens per stage
-SHARED_MEMORY = 232448 - 1024  # bytes per CTA, less the barriers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +35,7 @@ class Tile:
             raise ValueError(f"{self}: blocks * columns is at most 384, a thread's accumulators")
         if self.down < 1 or self.across < 1 or self.cluster > 8:
             raise ValueError(f"{self}: a cluster has 1 to 8 CTAs")
-        if self.shared_memory > SHARED_MEMORY:
-            raise ValueError(f"{self}: needs {self.shared_memory} bytes of {SHARED_MEMORY}")
+        frame.check_shared_memory(self)
 
     @property
     def rows(self) -> int:

@@ -1,0 +1,45 @@
+"""What the kernels of many tokens share: persistent CTAs of two consumers and one producer."""
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+CONSUMERS = 2  # warpgroups
+STEP = 64  # of the contracted axis per stage
+SHARED_MEMORY = 232448 - 1024  # bytes per CTA, less the barriers
+OPTIONS = {
+    "num_threads": CONSUMERS + 1,
+    "thread_name": "wg",
+    # Safe where every hand-over of shared memory goes through a barrier in it.
+    "compiler_params": plgpu.CompilerParams(
+        lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+    ),
+}
+
+
+def check_shared_memory(tile) -> None:
+    if tile.shared_memory > SHARED_MEMORY:
+        raise ValueError(f"{tile}: needs {tile.shared_memory} bytes of {SHARED_MEMORY}")
+
+
+def run(produce, consume) -> None:
+    """Calls produce() in one warp, and consume(wg) in warpgroups 0 .. CONSUMERS - 1."""
+    wg = lax.axis_index("wg")
+
+    @pl.when(wg == CONSUMERS)
+    def _producer():
+        plgpu.set_max_registers(24, action="decrease")
+
+        @plgpu.warp_map
+        def _(warp):
+            pl.when(warp == 0)(produce)
+
+    @pl.when(wg < CONSUMERS)
+    def _consumer():
+        plgpu.set_max_registers(240, action="increase")
+        consume(wg)
+
+
+def next_stage(stage, stages: int):
+    return lax.select(stage == stages - 1, jnp.int32(0), stage + 1)
