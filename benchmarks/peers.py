@@ -3,8 +3,8 @@
 `Peer` starts ``python -m benchmarks.peers`` and asks it for one shape at a time, so that it is
 measured on the same machine in the same run, between the shapes of the benchmark. PyTorch and JAX
 in one process would fight for the device's memory. Requests and replies are lines of JSON on stdin
-and stdout. Times are those of the kernels, by PyTorch's profiler, both regimes' preheating and turns
-as in `pallas_kernels.device_time.sustained`.
+and stdout. Preheating and turns are as in `pallas_kernels.device_time.sustained`; the times are of
+many calls without a pause, or of the kernels alone where launching them takes longer.
 """
 
 import importlib.util
@@ -17,7 +17,8 @@ import time
 from typing import Any
 
 ROUNDS = 2
-SWITCH_SECONDS = 0.05
+SWITCH_SECONDS = 0.2
+LAUNCH_SECONDS = 1e-4  # calls shorter than this may take longer to launch than to run
 WINDOW_SECONDS = 0.02
 LARGEST_ERROR = 0.02  # of the largest entry: a product that is off by more is of something else
 
@@ -155,34 +156,46 @@ def _sustained(torch, calls) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(ROUNDS):
         for name in list(calls) if number % 2 == 0 else list(calls)[::-1]:
-            count = _preheat(torch, calls[name])
-            times[name].append(_kernel_microseconds(torch, calls[name], count))
+            each = _preheat(torch, calls[name])
+            seen = _between_events if each > LAUNCH_SECONDS else _kernel_microseconds
+            times[name].append(seen(torch, calls[name], max(4, round(WINDOW_SECONDS / each))))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _preheat(torch, call) -> int:
-    """Runs `call` until the card is hot; returns how many calls fill a window."""
+def _preheat(torch, call) -> float:
+    """Runs `call` until the card is hot; returns the seconds of a call."""
     stop, count, start = time.perf_counter() + SWITCH_SECONDS, 0, time.perf_counter()
     while time.perf_counter() < stop:
-        for _ in range(2):
+        for _ in range(4):
             call()
         torch.cuda.synchronize()
-        count += 2
-    each = (time.perf_counter() - start) / count
-    return min(20, max(3, round(WINDOW_SECONDS / each)))
+        count += 4
+    return (time.perf_counter() - start) / count
+
+
+def _between_events(torch, call, count: int) -> float:
+    """Microseconds of a call among others, with no pause after the preheating."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    call()
+    begin.record()
+    for _ in range(count):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return 1000 * begin.elapsed_time(end) / count
 
 
 def _kernel_microseconds(torch, call, count: int) -> float:
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
-        for _ in range(count):
+        for _ in range(min(count, 100)):
             call()
         torch.cuda.synchronize()
     total = sum(event.self_device_time_total for event in found.key_averages())
     if total <= 0:
         raise RuntimeError("PyTorch's profiler saw no kernels")
-    return total / count
+    return total / min(count, 100)
 
 
 def _cusparselt_version(torch) -> int | None:

@@ -10,11 +10,11 @@ import glob
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 
-PREHEAT_SECONDS = 0.15
+PREHEAT_SECONDS = 0.2
 WINDOW_SECONDS = 0.02
 BURST_SECONDS = 0.012
 PAUSE_SECONDS = 0.25
@@ -59,7 +59,8 @@ def measure(
 ) -> dict[Hashable, Time]:
     """Median time of each variant under sustained load, and its kernels.
 
-    Variants take turns, in alternating order, each after a preheating of its own. A variant is a
+    Variants take turns, in alternating order, each after a preheating of its own, with no pause
+    between them in which the card would cool. A variant is a
     list of calls on different inputs that are rotated through, so that caches do not flatter it.
 
     Args:
@@ -69,16 +70,17 @@ def measure(
     """
     turns = _warm(calls)
     seconds = {name: _host_seconds(turn) for name, turn in turns.items()}
-    times: dict[Hashable, list[Time]] = {name: [] for name in turns}
-    for number in range(rounds):
-        for name in _order(turns, number):
-            preheat(turns[name], first, seconds[name])
-            first = preheating
-            count = min(repeats, max(3, round(WINDOW_SECONDS / seconds[name])))
-            # Work that keeps the card busy while the profiler starts.
-            ahead = min(64, max(1, round(0.01 / seconds[name])))
-            times[name].append(_profiled(turns[name], count, LEAD, ahead))
-    return {name: _median(found) for name, found in times.items()}
+
+    def windows():
+        heating = first
+        for number in range(rounds):
+            for name in _order(turns, number):
+                preheat(turns[name], heating, seconds[name])
+                heating = preheating
+                count = min(repeats, max(3, round(WINDOW_SECONDS / seconds[name])))
+                yield name, turns[name], count
+
+    return _profiled(windows(), LEAD)
 
 
 def cool(
@@ -91,19 +93,20 @@ def cool(
     """Median time of each variant in short bursts, each after a pause; variants take turns."""
     turns = _warm(calls)
     seconds = {name: _host_seconds(turn) for name, turn in turns.items()}
-    times: dict[Hashable, list[Time]] = {name: [] for name in turns}
-    for number in range(rounds):
-        for name in _order(turns, number):
-            time.sleep(pause)
-            count = min(200, max(1, round(burst / seconds[name])))
-            times[name].append(_profiled(turns[name], count, 1, 0))
-    return {name: _median(found) for name, found in times.items()}
+
+    def windows():
+        for number in range(rounds):
+            for name in _order(turns, number):
+                time.sleep(pause)
+                yield name, turns[name], min(200, max(1, round(burst / seconds[name])))
+
+    return _profiled(windows(), 1)
 
 
 def device_microseconds(call: Call, repeats: int) -> tuple[float, list[str]]:
     """Mean busy time of the device per call over `repeats` calls, and the names of its kernels."""
     jax.block_until_ready(call())
-    found = _profiled(call, repeats, 0, 0)
+    found = _profiled([("call", call, repeats)], 0)["call"]
     return found.microseconds, list(found.kernels)
 
 
@@ -144,44 +147,49 @@ def mean_time(
     return Time(total / (calls - lead) / 1e3, names)
 
 
-def _profiled(call: Call, repeats: int, lead: int, ahead: int) -> Time:
-    """The time of `repeats` calls after `lead` others, which follow `ahead` before the profile."""
+def _profiled(windows: Iterable[tuple[Hashable, Call, int]], lead: int) -> dict[Hashable, Time]:
+    """Median time by name of windows (name, call, repeats), each with `lead` calls ahead.
+
+    All in one trace: the card would cool down while a profiler starts, stops and is read.
+    """
     options = jax.profiler.ProfileOptions()
     options.host_tracer_level = 1
     options.python_tracer_level = 0
     options.enable_hlo_proto = False
+    made = []
     with tempfile.TemporaryDirectory() as folder:
-        busy = None
-        for _ in range(ahead):
-            busy = call()
         jax.profiler.start_trace(folder, profiler_options=options)
         try:
-            jax.block_until_ready(busy)
-            with jax.profiler.TraceAnnotation(_WINDOW):
-                time.sleep(APART_SECONDS)
-                _run(call, lead + repeats)
-                time.sleep(APART_SECONDS)
+            for name, call, repeats in windows:
+                with jax.profiler.TraceAnnotation(f"{_WINDOW}{len(made)}"):
+                    time.sleep(APART_SECONDS)
+                    _run(call, lead + repeats)
+                    time.sleep(APART_SECONDS)
+                made.append((name, lead + repeats))
         finally:
             jax.profiler.stop_trace()
         (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
         profile = jax.profiler.ProfileData.from_file(path)
-        begin, end = _window(profile)
-        return mean_time(list(_kernels(profile)), begin, end, lead + repeats, lead)
+        kernels, bounds = list(_kernels(profile)), _bounds(profile)
+    times: dict[Hashable, list[Time]] = {}
+    for number, (name, calls) in enumerate(made):
+        times.setdefault(name, []).append(mean_time(kernels, *bounds[number], calls, lead))
+    return {name: _median(found) for name, found in times.items()}
 
 
-_WINDOW = "window-of-device-time"
+_WINDOW = "window-of-device-time-"
 
 
-def _window(profile) -> tuple[float, float]:
-    ((begin, end),) = (
-        (event.start_ns, event.start_ns + event.duration_ns)
+def _bounds(profile) -> dict[int, tuple[float, float]]:
+    """Begin and end of each window by its number, in nanoseconds."""
+    return {
+        int(event.name.removeprefix(_WINDOW)): (event.start_ns, event.start_ns + event.duration_ns)
         for plane in profile.planes
         if plane.name.startswith("/host:")
         for line in plane.lines
         for event in line.events
-        if event.name == _WINDOW
-    )
-    return begin, end
+        if event.name.startswith(_WINDOW)
+    }
 
 
 def _kernels(profile) -> Iterator[Kernel]:

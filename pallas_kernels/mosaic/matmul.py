@@ -16,6 +16,7 @@ values do, and t as x does, only that the instruction is the dense one.
 import dataclasses
 import functools
 import itertools
+import math
 
 import jax
 import jax.experimental.pallas as pl
@@ -34,7 +35,8 @@ class Tile:
     """How the product is cut: a CTA takes 128 * blocks outputs x `tokens` tokens at a time.
 
     `stages` deep, leaving through `slots` buffers of `slot_tokens` tokens per warpgroup; output
-    tiles are visited in snakes `snake` wide along the outputs (0) or the tokens (1).
+    tiles are visited in snakes `snake` wide along the outputs (0) or the tokens (1). A cluster of
+    CTAs, `down` along the outputs and `across` along the tokens, loads together what its CTAs share.
     """
 
     blocks: int = 2
@@ -44,6 +46,8 @@ class Tile:
     slots: int = 2
     minor: int = 0
     snake: int = 16
+    down: int = 1
+    across: int = 1
 
     def __post_init__(self):
         if self.tokens % 8 or not 8 <= self.tokens <= 256:
@@ -57,9 +61,17 @@ class Tile:
         return 64 * self.blocks * CONSUMERS
 
     @property
+    def cluster(self) -> int:
+        return self.down * self.across
+
+    @property
     def loads(self) -> int:
         """Copies that fill a stage."""
         return 1 + self.rows // 64 + self.rows // 128
+
+    def grid(self, tokens: int, f: int) -> tuple[int, int]:
+        """Clusters of output tiles along the outputs and the tokens."""
+        return pl.cdiv(f, self.rows * self.down), pl.cdiv(tokens, self.tokens * self.across)
 
     @property
     def shared_memory(self) -> int:
@@ -93,7 +105,7 @@ def candidates(tokens: int, k: int, f: int, *, processors: int = 132) -> list[Ti
 
     def time(tile: Tile) -> float:
         stage, epilogue = TILES[tile]
-        waves = pl.cdiv(pl.cdiv(f, tile.rows) * pl.cdiv(tokens, tile.tokens), processors)
+        waves = pl.cdiv(math.prod(tile.grid(tokens, f)), processors // tile.cluster)
         return waves * (stage * pl.cdiv(k, STEP) + epilogue)
 
     return sorted(TILES, key=time)
@@ -128,9 +140,13 @@ def nm_matmul(
     if low_rank is not None:
         operands |= {"t": low_rank[0], "r": low_rank[1]}
     if bias is not None:
-        operands["bias"] = jnp.pad(bias.astype(jnp.float32), (0, -out % tile.rows))
+        operands["bias"] = jnp.pad(bias.astype(jnp.float32), (0, -out % (tile.rows * tile.down)))
     results = ("z", "y") if save_preactivation else ("y",)
     blocked = functools.partial(plgpu.SMEM, dtype=x.dtype, transforms=wgmma.SWIZZLED)
+    empty, cluster = plgpu.Barrier, {}
+    if tile.cluster > 1:
+        empty = functools.partial(plgpu.ClusterBarrier, collective_axes=("down", "across"))
+        cluster = {"cluster": (tile.down, tile.across), "cluster_names": ("down", "across")}
     scratch = {
         "x_smem": blocked((tile.stages, tile.tokens, STEP)),
         "w_smem": blocked((tile.stages, tile.rows // 64, STEP // 2, 64)),
@@ -141,7 +157,7 @@ def nm_matmul(
         ),
         "out_smem": blocked((CONSUMERS, tile.slots, tile.slot_tokens, 64)),
         "full": plgpu.Barrier(num_arrivals=tile.loads, num_barriers=tile.stages),
-        "empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tile.stages),
+        "empty": empty(num_arrivals=CONSUMERS, num_barriers=tile.stages),
     }
 
     def body(*refs):
@@ -152,8 +168,9 @@ def nm_matmul(
     kernel = plgpu.kernel(
         body,
         out_type=[out_type] * len(results),
-        grid=(processors,),
+        grid=(processors // tile.cluster,),
         grid_names=("grid",),
+        **cluster,
         scratch_types=list(scratch.values()),
         **frame.OPTIONS,
         kernel_name="nm_matmul",
@@ -171,21 +188,25 @@ class _Kernel:
         self.dtype = str(self.x.dtype)
         tokens, k = self.x.shape
         f = self.w.shape[1]
-        self.grid = (pl.cdiv(f, tile.rows), pl.cdiv(tokens, tile.tokens))
+        self.grid = tile.grid(tokens, f)
         self.steps = pl.cdiv(k, STEP)
         self.rank_steps = pl.cdiv(refs["r"].shape[0], RANKS) if "r" in refs else 0
-        self.ragged = bool(k % STEP or f % tile.rows)
+        self.ragged = bool(k % STEP or f % (tile.rows * tile.down))
 
     def each_tile(self, body):
         """Calls body(first output, first token, tiles done before, stage) -> stage."""
-
         count = self.grid[0] * self.grid[1]
 
         @plgpu.nd_loop((count,), collective_axes="grid", init_carry=jnp.int32(0))
-        def _tile(info, carry):
+        def stage(info, carry):
             tile = self.tile
             row, column = plgpu.planar_snake(info.index[0], self.grid, tile.minor, tile.snake)
+            if tile.cluster > 1:
+                row = row * tile.down + lax.axis_index("down")
+                column = column * tile.across + lax.axis_index("across")
             return body(row * tile.rows, column * tile.tokens, info.local_index, carry)
+
+        return stage
 
     def next(self, stage):
         return frame.next_stage(stage, self.tile.stages)
@@ -195,21 +216,25 @@ class _Kernel:
         empty, full = refs["empty"], refs["full"]
 
         def load(stage, row, k, tokens_source, rows_source, halves):
-            for source, target in (
-                [(tokens_source, refs["x_smem"].at[stage])]
-                + [
-                    (rows_source.at[halves, pl.ds(row + 64 * b, 64)], refs["w_smem"].at[stage, b])
-                    for b in range(tile.rows // 64)
-                ]
-                + [
-                    (
-                        self.e.at[pl.ds(k * (STEP // 8), STEP // 8), pl.ds(row + 128 * b, 128)],
-                        refs["e_smem"].at[stage, b],
-                    )
-                    for b in range(tile.rows // 128)
-                ]
-            ):
-                plgpu.copy_gmem_to_smem(source, target, full.at[stage])
+            copies = [(tokens_source, refs["x_smem"].at[stage], "down")]
+            copies += [
+                (
+                    rows_source.at[halves, pl.ds(row + 64 * b, 64)],
+                    refs["w_smem"].at[stage, b],
+                    "across",
+                )
+                for b in range(tile.rows // 64)
+            ]
+            groups = pl.ds(k * (STEP // 8), STEP // 8)
+            copies += [
+                (self.e.at[groups, pl.ds(row + 128 * b, 128)], refs["e_smem"].at[stage, b], None)
+                for b in range(tile.rows // 128)
+            ]
+            for source, target, axis in copies:
+                shared = axis is not None and getattr(tile, axis) > 1
+                plgpu.copy_gmem_to_smem(
+                    source, target, full.at[stage], collective_axes=(axis,) if shared else None
+                )
 
         @self.each_tile
         def _tile(row, column, done, stage):
@@ -238,6 +263,15 @@ class _Kernel:
             if not self.rank_steps:
                 return stage
             return lax.fori_loop(0, self.rank_steps, rank_step, stage)
+
+        if tile.cluster > 1:  # outlive the last arrivals from the rest of the cluster
+            clusters = lax.axis_size("grid")
+            tiles = lax.div(math.prod(self.grid) - 1 - lax.axis_index("grid") + clusters, clusters)
+            for stage in range(tile.stages):
+
+                @pl.when(tiles * (self.steps + self.rank_steps) > stage)
+                def _(stage=stage):
+                    plgpu.barrier_wait(empty.at[stage])
 
     def consume(self, wg):
         tile, refs = self.tile, self.refs
