@@ -90,22 +90,15 @@ def _nm_sddmm() -> Kernel:
     from pallas_kernels.mosaic import sddmm
 
     def configs(tokens: int, k: int, f: int) -> list[Config]:
-        return [
-            {**dataclasses.asdict(tile), "splits": splits}
-            for tile, splits in sddmm.candidates(tokens, k, f)
-        ]
+        return [dataclasses.asdict(tile) for tile in sddmm.candidates(tokens, k, f)]
 
     def run(config: Config, x, dy, metadata, **options):
-        tile = dict(config)
-        splits = tile.pop("splits")
         options = {"out_dtype": x.dtype, **options}
-        return sddmm.nm_sddmm(x, dy, metadata, sddmm.Tile(**tile), splits, **options)
+        return sddmm.nm_sddmm(x, dy, metadata, sddmm.Tile(**config), **options)
 
     def cases(config: Config, tokens: int):
-        tile = dict(config)
-        splits = tile.pop("splits")
-        tile = sddmm.Tile(**tile)
-        few = max(4, splits)  # processors; one tile more than twice as many leaves one over
+        tile = sddmm.Tile(**config)
+        few = max(4, tile.splits)  # processors; one tile more than twice as many leaves one over
         return [
             # one tile left over, shared by `splits` processors, and partial tiles
             (65 * few, tile.columns - 8, 2 * few * tile.rows + 8, {"processors": few}),

@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import compress, kept_mask, nm_sddmm
 from pallas_kernels.mosaic import support
-from pallas_kernels.mosaic.sddmm_schedule import Schedule
+from pallas_kernels.mosaic.schedule import Schedule
 from pallas_kernels.mosaic.sddmm_tiles import (
     MEASURED,
     TILES,
@@ -104,17 +104,17 @@ def test_schedules_that_cannot_be_are_named():
     with pytest.raises(ValueError, match="splits is -1"):
         Schedule(3, 4, -1, 5)
     with pytest.raises(ValueError, match="fewer processors"):
-        Tile(down=2).schedule(64, 64, 64, 0, 1)
+        Tile(down=2).schedule(64, 64, 64, 1)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (8192, 768, 3072), (8192, 4096, 14336)])
 def test_candidates_are_distinct_and_survive_a_json_file(shape):
     found = candidates(*shape)
     assert 1 <= len(found) == len(set(found)) <= 16
-    for tile, splits in found:
+    for tile in found:
         assert Tile(**dataclasses.asdict(tile)) == tile
-        assert all(type(n) is int for n in (*dataclasses.asdict(tile).values(), splits))
-    tile, _ = choose(*shape)
+        assert all(type(n) is int for n in dataclasses.asdict(tile).values())
+    tile = choose(*shape)
     assert (tile.blocks, tile.columns, tile.stages) in MEASURED
 
 
@@ -130,7 +130,7 @@ def test_candidates_are_distinct_and_survive_a_json_file(shape):
     ],
 )
 def test_the_estimate_ranks_as_measured(shape, better, worse):
-    times = [estimate(*shape, Tile(*size), splits) for size, splits in (better, worse)]
+    times = [estimate(*shape, Tile(*size, splits=splits)) for size, splits in (better, worse)]
     assert times[0] < times[1]
 
 
@@ -141,12 +141,12 @@ def arguments(tokens, k, f, dtype=jnp.bfloat16, into=None):
     return [jax.ShapeDtypeStruct(*shape) for shape in shapes]
 
 
-def kernel(tile, splits, out_dtype, processors=132):
+def kernel(tile, out_dtype, processors=132):
     from pallas_kernels.mosaic import sddmm
 
     def run(x, dy, metadata, into=None):
         return sddmm.nm_sddmm(
-            x, dy, metadata, tile, splits, out_dtype=out_dtype, into=into, processors=processors
+            x, dy, metadata, tile, out_dtype=out_dtype, into=into, processors=processors
         )
 
     return run
@@ -154,25 +154,23 @@ def kernel(tile, splits, out_dtype, processors=132):
 
 @needs_jax
 @pytest.mark.parametrize(
-    ("tile", "splits", "dtype", "out_dtype", "into"),
+    ("tile", "dtype", "out_dtype", "into"),
     [
-        (Tile(), 0, jnp.bfloat16, jnp.bfloat16, None),
-        (Tile(1, 256, 4, down=2), 1, jnp.float16, jnp.float32, None),
-        (Tile(1, 96, 6, across=2), 2, jnp.bfloat16, jnp.bfloat16, jnp.float32),
-        (Tile(1, 128, 6), 3, jnp.bfloat16, jnp.float16, jnp.float16),
+        (Tile(splits=0), jnp.bfloat16, jnp.bfloat16, None),
+        (Tile(1, 256, 4, down=2), jnp.float16, jnp.float32, None),
+        (Tile(1, 96, 6, across=2, splits=2), jnp.bfloat16, jnp.bfloat16, jnp.float32),
+        (Tile(1, 128, 6, splits=3), jnp.bfloat16, jnp.float16, jnp.float16),
     ],
 )
-def test_lowers_for_cuda_without_a_gpu(tile, splits, dtype, out_dtype, into):
-    traced = jax.jit(kernel(tile, splits, out_dtype)).trace(
-        *arguments(1000, 776, 1000, dtype, into)
-    )
+def test_lowers_for_cuda_without_a_gpu(tile, dtype, out_dtype, into):
+    traced = jax.jit(kernel(tile, out_dtype)).trace(*arguments(1000, 776, 1000, dtype, into))
     assert traced.out_info.dtype == out_dtype
     assert "nm_sddmm" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @needs_jax
 def test_a_buffer_of_the_outputs_dtype_is_added_to_in_place():
-    run = jax.jit(kernel(Tile(1, 128, 6), 1, jnp.float32), donate_argnums=3)
+    run = jax.jit(kernel(Tile(1, 128, 6), jnp.float32), donate_argnums=3)
     traced = run.trace(*arguments(64, 64, 128, into=jnp.float32))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "tf.aliasing_output" in text  # the argument is the result
@@ -208,7 +206,7 @@ def test_exact_on_integers_and_equal_on_repeats(tile, shape, splits, processors,
     x, dy, w = integers(0, (tokens, k)), integers(1, (tokens, f)), integers(2, (k, f))
     w = compress(w, "2:4")  # small integers: ties and zeros abound
     exact = jnp.asarray(kept_product(x, dy, w)).astype(out_dtype)
-    run = jax.jit(kernel(tile, splits, out_dtype, processors))
+    run = jax.jit(kernel(dataclasses.replace(tile, splits=splits), out_dtype, processors))
     for _ in range(3):
         found = np.asarray(run(x, dy, w.metadata), np.float32)
         np.testing.assert_array_equal(found, np.asarray(exact, np.float32))
@@ -230,7 +228,7 @@ def test_adds_to_a_buffer(out_dtype, into, splits):
     w = compress(w, "2:4")
     buffer = integers(3, w.values.shape, into)
     exact = kept_product(x, dy, w) + np.asarray(buffer, np.float32)
-    run = jax.jit(kernel(Tile(), splits, out_dtype), donate_argnums=3)
+    run = jax.jit(kernel(Tile(splits=splits), out_dtype), donate_argnums=3)
     found = run(x, dy, w.metadata, buffer)
     expected = np.asarray(jnp.asarray(exact).astype(out_dtype), np.float32)
     np.testing.assert_array_equal(np.asarray(found, np.float32), expected)

@@ -15,11 +15,11 @@ from jax.experimental.mosaic.gpu import utils as mutils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from pallas_kernels.mosaic import ops
+from pallas_kernels.mosaic import ops, parts
+from pallas_kernels.mosaic.frame import CONSUMERS
 from pallas_kernels.mosaic.wgmma import ACC, SWIZZLED
 
 SPLAT = plgpu.Layout.WG_SPLAT
-CONSUMERS = 2
 AT_ONCE = 8  # octets whose metadata is read before the first is used
 
 
@@ -51,7 +51,7 @@ def fetch_metadata(metadata_ref, stage_ref, row, column, *, rows: int, columns: 
             is_inside = llvm.icmp(llvm.ICmpPredicate.ne, inside, ops.const(0))
             offset = llvm.select(is_inside, offset, ops.const64(0))
             mine = ops.less(index, pieces * columns // 8)
-            asm(
+            ops.asm(
                 "{ .reg .pred p; setp.ne.b32 p, $3, 0; "
                 "@p cp.async.ca.shared.global [$0], [$1], 8, $2; }",
                 "r,l,r,r",
@@ -69,7 +69,7 @@ def await_metadata() -> None:
 
     @plgpu.inline_mgpu()
     def body(ctx):
-        asm("cp.async.wait_all;", "~{memory}")
+        ops.asm("cp.async.wait_all;", "~{memory}")
         mutils.warpgroup_barrier()
 
     body()
@@ -138,7 +138,7 @@ def store(kept, out_ref, row, column, *, rows: int) -> None:
         values = values_of(kept)
         places = _places(out, row, column, rows, len(values), 4)
         for i, (address, inside) in enumerate(places):
-            asm(
+            ops.asm(
                 "{ .reg .pred p; setp.ne.b32 p, $4, 0; "
                 "@p st.global.f32 [$0], $2; @p st.global.f32 [$1], $3; }",
                 "l,l,f,f,r",
@@ -180,7 +180,7 @@ def store_staged(kept, stage_ref, dtype: str, *, rows: int) -> None:
         base = ops.add_reg(base, ops.mul(llvm.lshr(thread, ops.const(7)), blocks * octets * 512))
         base = ops.add_reg(base, ops.add_reg(ops.mul(value, 128), ops.mul(swizzled, 16)))
         for first in range(0, len(words), 4):
-            asm(
+            ops.asm(
                 "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0], {$1,$2,$3,$4};",
                 "r,r,r,r,r",
                 ops.add(base, 512 * first),
@@ -259,7 +259,7 @@ def _load_value(address, inside, dtype: str):
         "bfloat16": "ld.global.b16 h, [$1]; @p mov.b32 $0, {z, h};",
         "float16": "ld.global.b16 h, [$1]; @p cvt.f32.f16 $0, h;",
     }[dtype]
-    return asm(
+    return ops.asm(
         "{ .reg .pred p; .reg .b16 h, z; mov.b16 z, 0; mov.b32 $0, 0; setp.ne.b32 p, $2, 0; "
         f"@p {load} }}",
         "=&f,l,r",
@@ -270,7 +270,9 @@ def _load_value(address, inside, dtype: str):
 
 
 def _load_byte(address):
-    return asm("ld.shared.u8 $0, [$1];", "=r,r", address, result=ir.IntegerType.get_signless(32))
+    return ops.asm(
+        "ld.shared.u8 $0, [$1];", "=r,r", address, result=ir.IntegerType.get_signless(32)
+    )
 
 
 def _metadata_address(stage, rows: int, columns: int):
@@ -293,6 +295,10 @@ def kept_type(count: int):
     return plgpu.ShapeDtypeStruct((count,), jnp.float32, layout=kept_layout(count))
 
 
+def registers(kept) -> parts.Registers:
+    return parts.Registers(kept_layout(kept.size), kept_type(kept.size), values_of, from_values)
+
+
 def values_of(kept):
     return [
         llvm.extractelement(register, ops.const(e)) for register in kept.registers for e in range(4)
@@ -309,14 +315,3 @@ def from_values(values):
         registers[i] = register
     layout = fa.WGStridedFragLayout((128 * len(values),), 4)
     return fa.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-
-def asm(ptx: str, constraints: str, *operands, result=None):
-    return llvm.inline_asm(
-        result or ir.Type.parse("!llvm.void"),
-        list(operands),
-        ptx,
-        constraints,
-        asm_dialect=0,
-        has_side_effects=True,
-    )

@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -24,8 +25,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import frame, store, wgmma
+from pallas_kernels.mosaic import frame, parts, store, wgmma
 from pallas_kernels.mosaic.frame import CONSUMERS, STEP
+from pallas_kernels.mosaic.schedule import Schedule
 
 RANKS = 32  # of the low-rank product per stage
 
@@ -37,6 +39,7 @@ class Tile:
     `stages` deep, leaving through `slots` buffers of `slot_tokens` tokens per warpgroup; output
     tiles are visited in snakes `snake` wide along the outputs (0) or the tokens (1). A cluster of
     CTAs, `down` along the outputs and `across` along the tokens, loads together what its CTAs share.
+    At most `splits` clusters share a tile of the last wave; 0 for an even share for all (`Schedule`).
     """
 
     blocks: int = 2
@@ -48,6 +51,7 @@ class Tile:
     snake: int = 16
     down: int = 1
     across: int = 1
+    splits: int = 1
 
     def __post_init__(self):
         if self.tokens % 8 or not 8 <= self.tokens <= 256:
@@ -72,6 +76,11 @@ class Tile:
     def grid(self, tokens: int, f: int) -> tuple[int, int]:
         """Clusters of output tiles along the outputs and the tokens."""
         return pl.cdiv(f, self.rows * self.down), pl.cdiv(tokens, self.tokens * self.across)
+
+    def schedule(self, tokens: int, k: int, f: int, processors: int) -> Schedule:
+        """Of pairs of stages, since the loop is unrolled by two."""
+        tiles, steps = math.prod(self.grid(tokens, f)), pl.cdiv(k, 2 * STEP)
+        return Schedule(tiles, steps, self.splits, processors // self.cluster)
 
     @property
     def shared_memory(self) -> int:
@@ -132,7 +141,7 @@ def nm_matmul(
       bias: (out,). low_rank: t (tokens, rank), r (rank, out) in x's dtype, rank a multiple of 8.
       out_dtype: x's dtype (None) or float32.
     """
-    tokens, out = x.shape[0], values.shape[1]
+    (tokens, k), out = x.shape, values.shape[1]
     if out % 16:  # the rows of an array for TMA are multiples of 16 bytes
         metadata = jnp.pad(metadata, ((0, 0), (0, 8)))
     out_type = jax.ShapeDtypeStruct((tokens, out), out_dtype or x.dtype)
@@ -141,7 +150,11 @@ def nm_matmul(
         operands |= {"t": low_rank[0], "r": low_rank[1]}
     if bias is not None:
         operands["bias"] = jnp.pad(bias.astype(jnp.float32), (0, -out % (tile.rows * tile.down)))
-    results = ("z", "y") if save_preactivation else ("y",)
+    results = {name: out_type for name in (("z", "y") if save_preactivation else ("y",))}
+    schedule = tile.schedule(tokens, k, out, processors)
+    if schedule.slots:
+        part = (schedule.slots * tile.cluster, CONSUMERS, tile.rows // CONSUMERS * tile.tokens)
+        results["partial"] = jax.ShapeDtypeStruct(part, jnp.float32)
     blocked = functools.partial(plgpu.SMEM, dtype=x.dtype, transforms=wgmma.SWIZZLED)
     empty, cluster = plgpu.Barrier, {}
     if tile.cluster > 1:
@@ -162,12 +175,12 @@ def nm_matmul(
 
     def body(*refs):
         names = (*operands, *results, *scratch)
-        parts = _Kernel(tile, activation, dict(zip(names, refs, strict=True)))
-        frame.run(parts.produce, parts.consume)
+        halves = _Kernel(tile, schedule, activation, dict(zip(names, refs, strict=True)))
+        frame.run(halves.produce, halves.consume)
 
     kernel = plgpu.kernel(
         body,
-        out_type=[out_type] * len(results),
+        out_type=list(results.values()),
         grid=(processors // tile.cluster,),
         grid_names=("grid",),
         **cluster,
@@ -175,38 +188,61 @@ def nm_matmul(
         **frame.OPTIONS,
         kernel_name="nm_matmul",
     )
-    *preactivation, y = kernel(*operands.values())
-    return (y, *preactivation) if save_preactivation else y
+    found = dict(zip(results, kernel(*operands.values()), strict=True))
+    return (found["y"], found["z"]) if save_preactivation else found["y"]
+
+
+class Unit(NamedTuple):
+    """The stages [start, stop) of the tile `index`, whose first output and token are `row` and
+    `column`; left in `slot`, or finished here (-1) with the parts of so many `others`."""
+
+    index: jax.Array
+    row: jax.Array
+    column: jax.Array
+    start: jax.Array | int
+    stop: jax.Array | int
+    slot: jax.Array
+    others: jax.Array
 
 
 class _Kernel:
     """The body: `refs` are the operands, results and scratch by name."""
 
-    def __init__(self, tile: Tile, activation: str | None, refs: dict):
-        self.tile, self.activation, self.refs = tile, activation, refs
+    def __init__(self, tile: Tile, schedule: Schedule, activation: str | None, refs: dict):
+        self.tile, self.schedule, self.activation, self.refs = tile, schedule, activation, refs
         self.x, self.w, self.e, self.out = (refs[name] for name in ("x", "w", "e", "y"))
         self.dtype = str(self.x.dtype)
         tokens, k = self.x.shape
         f = self.w.shape[1]
         self.grid = tile.grid(tokens, f)
-        self.steps = pl.cdiv(k, STEP)
+        self.shared = schedule.slots > 0
+        # A unit of a shared tile is of whole pairs; a stage beyond the end reads zeros.
+        self.steps = 2 * schedule.steps if self.shared else pl.cdiv(k, STEP)
         self.rank_steps = pl.cdiv(refs["r"].shape[0], RANKS) if "r" in refs else 0
-        self.ragged = bool(k % STEP or f % (tile.rows * tile.down))
+        self.ragged = k != self.steps * STEP or f % (tile.rows * tile.down) > 0
+        if self.shared:
+            flags = plgpu.SemaphoreType.REGULAR((CONSUMERS * schedule.slots * tile.cluster,))
+            refs["flags"] = pl.get_global(flags)
 
-    def each_tile(self, body):
-        """Calls body(first output, first token, tiles done before, stage) -> stage."""
-        count = self.grid[0] * self.grid[1]
+    def each_unit(self, body, init):
+        """Calls body(unit, carry) -> carry for what this CTA is to do."""
+        processor, tile, schedule = lax.axis_index("grid"), self.tile, self.schedule
 
-        @plgpu.nd_loop((count,), collective_axes="grid", init_carry=jnp.int32(0))
-        def stage(info, carry):
-            tile = self.tile
-            row, column = plgpu.planar_snake(info.index[0], self.grid, tile.minor, tile.snake)
+        def unit(number, carry):
+            index, start, stop, slot, others = schedule.unit(processor, number)
+            row, column = plgpu.planar_snake(index, self.grid, tile.minor, tile.snake)
             if tile.cluster > 1:
                 row = row * tile.down + lax.axis_index("down")
                 column = column * tile.across + lax.axis_index("across")
-            return body(row * tile.rows, column * tile.tokens, info.local_index, carry)
+            start, stop = (2 * start, 2 * stop) if self.shared else (0, self.steps)
+            place = row * tile.rows, column * tile.tokens
+            return body(Unit(index, *place, start, stop, slot, others), carry)
 
-        return stage
+        return lax.fori_loop(0, schedule.units(processor), unit, init)
+
+    def rank_steps_of(self, unit):
+        """The low-rank product belongs to the unit that finishes a tile."""
+        return jnp.where(unit.slot < 0, self.rank_steps, 0) if self.shared else self.rank_steps
 
     def next(self, stage):
         return frame.next_stage(stage, self.tile.stages)
@@ -236,40 +272,39 @@ class _Kernel:
                     source, target, full.at[stage], collective_axes=(axis,) if shared else None
                 )
 
-        @self.each_tile
-        def _tile(row, column, done, stage):
-            tokens = pl.ds(column, tile.tokens)
-            first = done * (self.steps + self.rank_steps)
+        def unit(unit, carry):
+            tokens = pl.ds(unit.column, tile.tokens)
 
-            def wait(step, stage):
-                @pl.when(first + step >= tile.stages)
+            def acquire(stage, count):
+                @pl.when(count >= tile.stages)
                 def _():
                     plgpu.barrier_wait(empty.at[stage])
 
-            def step(k, stage):
-                wait(k, stage)
+            def step(k, carry):
+                stage, count = carry
+                acquire(stage, count)
                 x = self.x.at[tokens, pl.ds(k * STEP, STEP)]
-                load(stage, row, k, x, self.w, pl.ds(k * (STEP // 2), STEP // 2))
-                return self.next(stage)
+                load(stage, unit.row, k, x, self.w, pl.ds(k * (STEP // 2), STEP // 2))
+                return self.next(stage), count + 1
 
-            def rank_step(j, stage):
-                wait(self.steps + j, stage)
+            def rank_step(j, carry):
+                stage, count = carry
+                acquire(stage, count)
                 t = refs["t"].at[tokens, pl.ds(j * RANKS, STEP)]
                 # The metadata come along unused, so that every stage has as many arrivals.
-                load(stage, row, 0, t, refs["r"], pl.ds(j * RANKS, RANKS))
-                return self.next(stage)
+                load(stage, unit.row, 0, t, refs["r"], pl.ds(j * RANKS, RANKS))
+                return self.next(stage), count + 1
 
-            stage = lax.fori_loop(0, self.steps, step, stage)
+            carry = lax.fori_loop(unit.start, unit.stop, step, carry)
             if not self.rank_steps:
-                return stage
-            return lax.fori_loop(0, self.rank_steps, rank_step, stage)
+                return carry
+            return lax.fori_loop(0, self.rank_steps_of(unit), rank_step, carry)
 
+        _, count = self.each_unit(unit, (jnp.int32(0), jnp.int32(0)))
         if tile.cluster > 1:  # outlive the last arrivals from the rest of the cluster
-            clusters = lax.axis_size("grid")
-            tiles = lax.div(math.prod(self.grid) - 1 - lax.axis_index("grid") + clusters, clusters)
             for stage in range(tile.stages):
 
-                @pl.when(tiles * (self.steps + self.rank_steps) > stage)
+                @pl.when(count > stage)
                 def _(stage=stage):
                     plgpu.barrier_wait(empty.at[stage])
 
@@ -291,7 +326,7 @@ class _Kernel:
                 plgpu.barrier_arrive(empty.at[previous])
             return acc
 
-        def product(stage):
+        def product(unit, stage):
             acc, last = issue(None, stage, None), stage
             if self.steps % 2 == 0:
                 last = self.next(stage)
@@ -308,24 +343,50 @@ class _Kernel:
                 here = self.next(previous)
                 return issue(acc, here, previous, dense=True), here
 
-            acc, last = lax.fori_loop(0, (self.steps - 1) // 2, pair, (acc, last))
+            pairs = lax.div(unit.stop - unit.start - 1, 2)
+            acc, last = lax.fori_loop(0, pairs, pair, (acc, last))
             if self.rank_steps:
-                acc, last = lax.fori_loop(0, self.rank_steps, rank_step, (acc, last))
+                ranks = self.rank_steps_of(unit)
+                acc, last = lax.fori_loop(0, ranks, rank_step, (acc, last))
             acc = wgmma.drain(acc)
             plgpu.barrier_arrive(empty.at[last])
             return acc, last
 
-        @self.each_tile
-        def _tile(row, column, done, stage):
-            row += wg * (64 * tile.blocks)
+        def unit(unit, stage):
+            row = unit.row + wg * (64 * tile.blocks)
             bias = None
             if "bias" in refs:
                 bias = store.load_bias(refs["bias"], row, 64 * tile.blocks)
-            acc, last = product(stage)
-            self.store(acc, bias, row, column, wg)
+            acc, last = product(unit, stage)
+            self.leave(acc, bias, row, unit, wg)
             return self.next(last)
 
+        self.each_unit(unit, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
+
+    def leave(self, acc, bias, row, unit, wg):
+        refs, cluster = self.refs, self.tile.cluster
+        if not self.shared:
+            return self.store(acc, bias, row, unit.column, wg)
+
+        member = jnp.int32(0)
+        if cluster > 1:
+            member = lax.axis_index("down") * self.tile.across + lax.axis_index("across")
+        held = wgmma.registers(acc)
+
+        @pl.when(unit.slot >= 0)
+        def _():
+            slot = unit.slot * cluster + member
+            parts.leave(acc, held, refs["partial"], refs["flags"], slot)
+
+        @pl.when(unit.slot < 0)
+        def _():
+            def add(part, acc):
+                slot = self.schedule.slot_of(unit.index, part) * cluster + member
+                return parts.add(acc, held, refs["partial"], refs["flags"], slot)
+
+            added = lax.fori_loop(0, unit.others, add, acc)
+            self.store(added, bias, row, unit.column, wg)
 
     def store(self, acc, bias, row, column, wg):
         tile = self.tile

@@ -48,6 +48,17 @@ def flag(predicate, x, y):
     return llvm.zext(ir.IntegerType.get_signless(32), llvm.icmp(predicate, x, y))
 
 
+def asm(ptx: str, constraints: str, *operands, result=None):
+    return llvm.inline_asm(
+        result or ir.Type.parse("!llvm.void"),
+        list(operands),
+        ptx,
+        constraints,
+        asm_dialect=0,
+        has_side_effects=True,
+    )
+
+
 def from_neighbour(x):
     """The value of the thread whose number differs in the last bit."""
     return llvm.inline_asm(

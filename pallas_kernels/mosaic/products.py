@@ -78,13 +78,9 @@ def _nm_sddmm(x, dy, metadata, *, out_dtype):
     if tokens == 0:
         return jnp.zeros((k // 2, f), out_dtype)
     entry = _measured("nm_sddmm", tokens, k, f, x.dtype)
-    if entry is None:
-        tile, splits = sddmm.choose(tokens, k, f)
-    else:
-        splits = entry.config["splits"]
-        tile = sddmm.Tile(**{name: n for name, n in entry.config.items() if name != "splits"})
+    tile = sddmm.choose(tokens, k, f) if entry is None else sddmm.Tile(**entry.config)
     flat_x, flat_dy = x.reshape(tokens, k), dy.reshape(tokens, f)
-    return sddmm.nm_sddmm(flat_x, flat_dy, metadata, tile, splits, out_dtype=out_dtype)
+    return sddmm.nm_sddmm(flat_x, flat_dy, metadata, tile, out_dtype=out_dtype)
 
 
 def _rows_of_matmul(x, w: CompressedMatrix, epilogue: Epilogue):

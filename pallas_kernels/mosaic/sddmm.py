@@ -22,7 +22,7 @@ from jax import lax
 
 from pallas_kernels.mosaic import frame, keep, parts, wgmma
 from pallas_kernels.mosaic.frame import CONSUMERS, STEP
-from pallas_kernels.mosaic.sddmm_schedule import Schedule
+from pallas_kernels.mosaic.schedule import Schedule
 from pallas_kernels.mosaic.sddmm_tiles import Tile, candidates, choose
 
 __all__ = ["Tile", "candidates", "choose", "nm_sddmm"]
@@ -33,7 +33,6 @@ def nm_sddmm(
     dy: jax.Array,
     metadata: jax.Array,
     tile: Tile,
-    splits: int,
     *,
     out_dtype=jnp.float32,
     into: jax.Array | None = None,
@@ -43,7 +42,6 @@ def nm_sddmm(
 
     Args:
       x: (tokens, in), dy: (tokens, out), bfloat16 or float16; in and out multiples of 8.
-      splits: at most so many CTAs share a tile of the last wave; 0 for an even share for all.
       out_dtype: float32, bfloat16 or float16.
       into: (in / 2, out) float32 or `out_dtype`, added to the product; in place where it is donated
         and has `out_dtype`.
@@ -52,9 +50,9 @@ def nm_sddmm(
     out_dtype = jnp.dtype(out_dtype)
     if out_dtype not in (jnp.float32, x.dtype):  # values leave through a stage of x's dtype
         into = None if into is None else into.astype(jnp.float32)
-        exact = nm_sddmm(x, dy, metadata, tile, splits, into=into, processors=processors)
+        exact = nm_sddmm(x, dy, metadata, tile, into=into, processors=processors)
         return exact.astype(out_dtype)
-    schedule = tile.schedule(tokens, k, f, splits, processors)
+    schedule = tile.schedule(tokens, k, f, processors)
     operands = {"dy": dy, "x": x, "metadata": metadata}
     results = {}
     in_place = into is not None and into.dtype == out_dtype
@@ -248,13 +246,15 @@ class _Kernel:
 
         @pl.when(slot >= 0)
         def _():
-            parts.leave(kept, refs["partial"], refs["flags"], slot * cluster + member)
+            parts.leave(
+                kept, keep.registers(kept), refs["partial"], refs["flags"], slot * cluster + member
+            )
 
         @pl.when(slot < 0)
         def _():
             def add(part, kept):
                 slot = self.schedule.slot_of(index, part) * cluster + member
-                return parts.add(kept, refs["partial"], refs["flags"], slot)
+                return parts.add(kept, keep.registers(kept), refs["partial"], refs["flags"], slot)
 
             self.finish(lax.fori_loop(0, others, add, kept), wg, stage, row, column)
 

@@ -4,12 +4,13 @@ import collections
 import dataclasses
 import functools
 import itertools
+import math
 
 import jax.experimental.pallas as pl
 
 from pallas_kernels.mosaic import frame
 from pallas_kernels.mosaic.frame import CONSUMERS, STEP
-from pallas_kernels.mosaic.sddmm_schedule import Schedule
+from pallas_kernels.mosaic.schedule import Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Tile:
 
     Clusters of `down` x `across` CTAs take neighbouring tiles, and share by multicast what they
     have in common: the inputs along the outputs (`down`), the outputs along the inputs. Tiles are
-    visited in snakes `snake` wide along the outputs.
+    visited in snakes `snake` wide along the outputs. At most `splits` clusters share a tile of the
+    last wave; 0 for an even share for all (`Schedule`).
     """
 
     blocks: int = 2
@@ -27,6 +29,7 @@ class Tile:
     down: int = 1
     across: int = 1
     snake: int = 8
+    splits: int = 1
 
     def __post_init__(self):
         if self.columns % 32 or not 64 <= self.columns <= 256:
@@ -49,9 +52,9 @@ class Tile:
         """Clusters along the outputs and the inputs."""
         return pl.cdiv(f, self.rows * self.down), pl.cdiv(k, self.columns * self.across)
 
-    def schedule(self, tokens: int, k: int, f: int, splits: int, processors: int) -> Schedule:
-        rows, columns = self.grid(k, f)
-        return Schedule(rows * columns, pl.cdiv(tokens, STEP), splits, processors // self.cluster)
+    def schedule(self, tokens: int, k: int, f: int, processors: int) -> Schedule:
+        tiles, steps = math.prod(self.grid(k, f)), pl.cdiv(tokens, STEP)
+        return Schedule(tiles, steps, self.splits, processors // self.cluster)
 
     @property
     def boxes(self) -> tuple[int, int]:
@@ -84,9 +87,9 @@ LAUNCH, CLEAR_FLAGS = 3.5, 1.0
 EPILOGUE, LEAVE, ADD = 0.8, 1.2, 0.5
 
 
-def estimate(tokens: int, k: int, f: int, tile: Tile, splits: int, processors: int = 132) -> float:
+def estimate(tokens: int, k: int, f: int, tile: Tile, processors: int = 132) -> float:
     """Microseconds, to rank tiles by."""
-    plan = tile.schedule(tokens, k, f, splits, processors)
+    plan = tile.schedule(tokens, k, f, processors)
     area = tile.rows * tile.columns / 128**2
     cycles = 512 * area  # of a stage
     loads = sum(tile.boxes) * (1.0 if tile.cluster == 1 else MULTICAST)
@@ -118,7 +121,7 @@ def estimate(tokens: int, k: int, f: int, tile: Tile, splits: int, processors: i
 
 
 @functools.lru_cache
-def ranked(tokens: int, k: int, f: int, processors: int) -> tuple[tuple[Tile, int], ...]:
+def ranked(tokens: int, k: int, f: int, processors: int) -> tuple[Tile, ...]:
     """All configurations that differ, the likeliest first."""
     found = {}
     for tile in TILES:
@@ -128,21 +131,21 @@ def ranked(tokens: int, k: int, f: int, processors: int) -> tuple[tuple[Tile, in
         if tile.cluster > 1 and rows * columns == 1:
             continue  # no neighbour to share with
         for splits in range(9):
-            plan = tile.schedule(tokens, k, f, splits, processors)
+            split = dataclasses.replace(tile, splits=splits)
+            plan = split.schedule(tokens, k, f, processors)
             key = tile, plan.sharers, plan.fillers
             if key not in found:
-                found[key] = estimate(tokens, k, f, tile, splits, processors), tile, splits
-    entries = sorted(found.values(), key=lambda entry: entry[0])
-    return tuple((tile, splits) for _, tile, splits in entries)
+                found[key] = estimate(tokens, k, f, split, processors), split
+    return tuple(tile for _, tile in sorted(found.values(), key=lambda entry: entry[0]))
 
 
-def candidates(tokens: int, k: int, f: int, *, processors: int = 132) -> list[tuple[Tile, int]]:
+def candidates(tokens: int, k: int, f: int, *, processors: int = 132) -> list[Tile]:
     """Configurations worth timing, the likeliest first."""
     chosen, of_size = [], collections.Counter()
-    for tile, splits in ranked(tokens, k, f, processors):
+    for tile in ranked(tokens, k, f, processors):
         of_size[_size(tile)] += 1
         if of_size[_size(tile)] <= MOST_OF_A_SIZE:
-            chosen.append((tile, splits))
+            chosen.append(tile)
     return chosen[:MOST_CANDIDATES]
 
 
@@ -150,12 +153,12 @@ def _size(tile: Tile) -> tuple[int, int, int]:
     return tile.blocks, tile.columns, tile.stages
 
 
-def choose(tokens: int, k: int, f: int, *, processors: int = 132) -> tuple[Tile, int]:
-    """The tile and splits with the shortest estimate, among the sizes that were measured.
+def choose(tokens: int, k: int, f: int, *, processors: int = 132) -> Tile:
+    """The tile with the shortest estimate, among the sizes that were measured.
 
-    >>> tile, splits = choose(8192, 1024, 4096)
+    >>> tile = choose(8192, 1024, 4096)
     >>> tile.rows * tile.columns * 132 > 1024 * 4096
     True
     """
     measured = ranked(tokens, k, f, processors)
-    return next(found for found in measured if _size(found[0]) in MEASURED)
+    return next(tile for tile in measured if _size(tile) in MEASURED)

@@ -10,7 +10,7 @@ from jax.experimental.mosaic.gpu import utils as mutils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, nvvm
 
-from pallas_kernels.mosaic import ops
+from pallas_kernels.mosaic import ops, parts
 
 # One swizzle row wide and untiled, so that TMA may clip at any size of the array in memory.
 SWIZZLED = (plgpu.SwizzleTransform(128),)
@@ -19,6 +19,30 @@ ACC = plgpu.Layout.WGMMA
 
 def acc_type(rows: int, tokens: int):
     return plgpu.ShapeDtypeStruct((rows, tokens), jnp.float32, layout=ACC)
+
+
+def registers(acc) -> parts.Registers:
+    """How a warpgroup holds an accumulator, for `parts`."""
+    rows, columns = acc.shape
+
+    def values_of(acc):
+        return [
+            ops.scalar(register)
+            for register in acc.to_layout(fa.WGMMA_LAYOUT_ACC_32BIT).registers.flat
+        ]
+
+    def from_values(values):
+        like = _zeros(rows, columns)
+        vector = ir.VectorType.get((1,), ir.F32Type.get())
+        found = np.empty(like.registers.shape, dtype=object)
+        for index, value in zip(np.ndindex(found.shape), values, strict=True):
+            undefined = llvm.mlir_undef(vector)
+            found[index] = llvm.insertelement(undefined, value, ops.const(0))
+        return fa.FragmentedArray(_registers=found, _layout=like.layout, _is_signed=None).to_layout(
+            fa.WGMMA_LAYOUT
+        )
+
+    return parts.Registers(ACC, acc_type(rows, columns), values_of, from_values)
 
 
 def multiply_sparse(acc, w_ref, e_ref, x_ref, dtype: str, *, ragged: bool):

@@ -1,4 +1,4 @@
-"""Which processor of the GPU works on what in `nm_sddmm`: arithmetic alone, in or out of a kernel."""
+"""Which processor of the GPU works on which tile: arithmetic alone, in or out of a kernel."""
 
 import dataclasses
 
