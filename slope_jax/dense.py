@@ -9,9 +9,10 @@ from flax import linen as nn
 from pallas_kernels import CompressedMatrix, Pattern, compress, compressed_shapes
 from pallas_kernels.epilogue import ACTIVATIONS, check_activation
 from slope_jax import masks
-from slope_jax.matmul import slope_matmul
+from slope_jax.matmul import Working, slope_matmul
 
 MASKS = "masks"
+WORKING = "working"  # copies of kernels in the compute dtype, see slope_jax.working_copies
 MASK_INITS = ("magnitude", "random")
 ADAPTER_L, ADAPTER_R = "adapter_l", "adapter_r"
 
@@ -33,6 +34,9 @@ class SparseDense(nn.Dense):
     entries they are is fixed at initialisation and lies in the collection `masks` (uint8, packed),
     which is not differentiated: pass it beside `params`. The backward pass is the double-pruned one
     of `slope_matmul`.
+
+    Where the collection `working` is given as well, its copies of the kernel are multiplied, and the
+    kernel gets the gradient. See `slope_jax.working_copies`.
 
     All attributes of `flax.linen.Dense`, and:
 
@@ -104,12 +108,23 @@ class SparseDense(nn.Dense):
         return slope_matmul(
             inputs,
             kernel,
+            working=self._working(),
             bias=bias,
             activation=self.activation,
             adapter=adapter,
             precision=self.precision,
             implementation=self.implementation,
         )
+
+    @nn.nowrap
+    def param(self, name: str, init_fn: Callable, *init_args, **init_kwargs):
+        # `nn.Dense` asks for its kernel here, to cast it: a dense layer's copy steps in.
+        value = super().param(name, init_fn, *init_args, **init_kwargs)
+        working = self._working() if name == "kernel" and self.pattern is None else None
+        return value if working is None else _cast_already(value, working.values)
+
+    def _working(self) -> Working | None:
+        return self.get_variable(WORKING, "kernel")
 
     def _kernel(self, in_features: int) -> CompressedMatrix:
         shape = (in_features, self.features)
@@ -174,3 +189,15 @@ class SparseDense(nn.Dense):
 
     def _where(self) -> str:
         return "/".join(self.path) or type(self).__name__
+
+
+@jax.custom_vjp
+def _cast_already(value: jax.Array, cast: jax.Array) -> jax.Array:
+    """`value.astype(cast.dtype)`, of which the result is there: gradients as of the cast."""
+    return cast
+
+
+_cast_already.defvjp(
+    lambda value, cast: (cast, jnp.zeros((0,), value.dtype)),
+    lambda like, dy: (dy.astype(like.dtype), None),
+)

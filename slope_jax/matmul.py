@@ -1,6 +1,7 @@
 """The sparse linear map and its double-pruned gradient, as one `jax.custom_vjp`."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,23 @@ from pallas_kernels import CompressedMatrix, nm_matmul, nm_sddmm, nm_transpose
 from pallas_kernels.epilogue import ACTIVATIONS
 
 
+class Working(NamedTuple):
+    """What is multiplied in the place of a weight, made once for many products.
+
+    Attributes:
+      values: the weight's values in x's dtype; None casts them in each forward pass.
+      transpose: `nm_transpose` of the weight, in x's dtype; None makes it in each backward pass.
+    """
+
+    values: jax.Array | None = None
+    transpose: CompressedMatrix | None = None
+
+
 def slope_matmul(
     x: jax.Array,
     w: CompressedMatrix,
     *,
+    working: Working | None = None,
     bias: jax.Array | None = None,
     activation: str | None = None,
     adapter: tuple[jax.Array, jax.Array] | None = None,
@@ -35,6 +49,8 @@ def slope_matmul(
         float32.
       w: (in, out), compressed along the input axis, in any of these dtypes; in and out are
         multiples of m. The double pruning selects before w is cast to x's dtype.
+      working: copies of w, which is then neither read nor kept for the backward pass; it gets the
+        same gradient, in its own dtype, and the copies get none. They must be those of w.
       bias: (out,). adapter: l (in, rank), r (rank, out). In any of these dtypes as well.
       activation: None, "relu", "gelu" (exact), "gelu_tanh" or "silu".
       precision: of the products, as in `jax.lax.dot_general`.
@@ -55,24 +71,33 @@ def slope_matmul(
     """
     w.pattern.check_divides(w.shape[1], f"output axis of shape {w.shape}")
     _check_adapter(adapter, w.shape)
-    return _slope_matmul(x, w, bias, adapter, activation, (precision, implementation))
+    working = Working() if working is None else working
+    _check_working(working, x, w)
+    options = _Options(precision, implementation, w.dtype)
+    return _slope_matmul(x, w, working, bias, adapter, activation, options)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _slope_matmul(x, w, bias, adapter, activation, options):
-    return _product(x, w, bias, adapter, activation, options)[0]
+class _Options(NamedTuple):
+    precision: jax.lax.PrecisionLike
+    implementation: str | None
+    dtype: jnp.dtype  # of the weight, hence of its gradient
 
 
-def _product(x, w, bias, adapter, activation, options, save_preactivation=False):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _slope_matmul(x, w, working, bias, adapter, activation, options):
+    return _product(x, w, working, bias, adapter, activation, options)[0]
+
+
+def _product(x, w, working, bias, adapter, activation, options, save_preactivation=False):
     """y, z if it is to be saved, and x @ l."""
-    precision, implementation = options
+    precision, implementation, _ = options
     low_rank = None
     if adapter is not None:
         left, right = (a.astype(x.dtype) for a in adapter)
         low_rank = (jnp.matmul(x, left, precision=precision), right)
     y = nm_matmul(
         x,
-        w.with_values(w.values.astype(x.dtype)),
+        w.with_values(w.values.astype(x.dtype) if working.values is None else working.values),
         bias=bias,
         activation=activation,
         low_rank=low_rank,
@@ -84,15 +109,18 @@ def _product(x, w, bias, adapter, activation, options, save_preactivation=False)
     return y, z, None if low_rank is None else low_rank[0]
 
 
-def _forward(x, w, bias, adapter, activation, options):
+def _forward(x, w, working, bias, adapter, activation, options):
     save = activation not in (None, "relu")  # where relu is flat, its y says
-    y, z, t = _product(x, w, bias, adapter, activation, options, save_preactivation=save)
-    return y, (x, w, bias, adapter, y if activation == "relu" else z, t)
+    y, z, t = _product(x, w, working, bias, adapter, activation, options, save_preactivation=save)
+    if None not in working:  # the backward pass then reads w's positions alone
+        w = w.with_values(working.values)
+    residuals = (x, w, working.transpose, bias, adapter, y if activation == "relu" else z, t)
+    return y, residuals
 
 
 def _backward(activation, options, residuals, dy):
-    precision, implementation = options
-    x, w, bias, adapter, z, t = residuals
+    precision, implementation, dtype = options
+    x, w, transpose, bias, adapter, z, t = residuals
     dz = dy.astype(jnp.float32)
     if activation is not None:
         dz = jax.vjp(ACTIVATIONS[activation], z.astype(jnp.float32))[1](dz)[0]
@@ -102,17 +130,15 @@ def _backward(activation, options, residuals, dy):
     dadapter, low_rank = None, None
     if adapter is not None:
         dadapter, low_rank = _adapter_backward(x, t, dz, adapter, precision)
+    if transpose is None:
+        transpose = nm_transpose(w, dtype=x.dtype, implementation=implementation)
     dx = nm_matmul(
-        dz,
-        nm_transpose(w, dtype=x.dtype, implementation=implementation),
-        low_rank=low_rank,
-        precision=precision,
-        implementation=implementation,
+        dz, transpose, low_rank=low_rank, precision=precision, implementation=implementation
     )
-    dw = nm_sddmm(x, dz, w, precision=precision, implementation=implementation)
+    dw = nm_sddmm(x, dz, w, out_dtype=dtype, precision=precision, implementation=implementation)
     no_gradient = np.zeros(w.metadata.shape, jax.dtypes.float0)
     dw = CompressedMatrix(dw, no_gradient, w.pattern, w.axis, w.shape)
-    return dx, dw, dbias, dadapter
+    return dx, dw, None, dbias, dadapter
 
 
 def _adapter_backward(x, t, dz, adapter, precision):
@@ -145,4 +171,21 @@ def _check_adapter(adapter, shape: tuple[int, int]) -> None:
         raise ValueError(
             f"adapter has shapes {left.shape} and {right.shape}; for a weight {shape} they must be"
             f" ({shape[0]}, rank) and (rank, {shape[1]})"
+        )
+
+
+def _check_working(working: Working, x: jax.Array, w: CompressedMatrix) -> None:
+    values, transpose = working
+    if values is not None and (values.shape, values.dtype) != (w.values.shape, x.dtype):
+        raise ValueError(
+            f"working.values are {values.dtype}{list(values.shape)}; for this x and w they must be"
+            f" {x.dtype}{list(w.values.shape)}, as slope_jax.working_copies makes them"
+        )
+    if transpose is None:
+        return
+    found = (transpose.shape, transpose.pattern, transpose.axis, transpose.dtype)
+    if found != (w.shape[::-1], w.pattern, 0, x.dtype):
+        raise ValueError(
+            f"working.transpose is {transpose.dtype}, {transpose.pattern}, {transpose.shape}; for"
+            f" this x and w it must be nm_transpose(w, dtype={x.dtype}), of shape {w.shape[::-1]}"
         )
