@@ -4,7 +4,7 @@
 measured on the same machine in the same run, between the shapes of the benchmark. PyTorch and JAX
 in one process would fight for the device's memory. Requests and replies are lines of JSON on stdin
 and stdout. Preheating and turns are as in `pallas_kernels.device_time.sustained`; the times are of
-many calls without a pause, or of the kernels alone where launching them takes longer.
+CUDA graphs of many calls.
 """
 
 import importlib.util
@@ -18,7 +18,8 @@ from typing import Any
 
 ROUNDS = 2
 SWITCH_SECONDS = 0.2
-LAUNCH_SECONDS = 1e-4  # calls shorter than this may take longer to launch than to run
+RECORDED = 8  # calls in a CUDA graph
+SHORT_SECONDS = 1e-4
 WINDOW_SECONDS = 0.02
 LARGEST_ERROR = 0.02  # of the largest entry: a product that is off by more is of something else
 
@@ -153,49 +154,64 @@ def _error(torch, dense, *others) -> float:
 
 
 def _sustained(torch, calls) -> dict[str, float]:
+    """Microseconds of a call among others, replayed without a pause: a call of cuSPARSELt may take
+    longer to launch than to run, and would find a card that has cooled down."""
+    graphs = {name: _recorded(torch, call) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(ROUNDS):
         for name in list(calls) if number % 2 == 0 else list(calls)[::-1]:
-            each = _preheat(torch, calls[name])
-            seen = _between_events if each > LAUNCH_SECONDS else _kernel_microseconds
-            times[name].append(seen(torch, calls[name], max(4, round(WINDOW_SECONDS / each))))
+            each = _preheat(torch, graphs[name].replay)
+            seen = _kernels if each < SHORT_SECONDS * RECORDED else _between_events
+            times[name].append(seen(torch, graphs[name].replay, WINDOW_SECONDS / each))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _preheat(torch, call) -> float:
-    """Runs `call` until the card is hot; returns the seconds of a call."""
+def _recorded(torch, call):
+    """A CUDA graph of `RECORDED` calls."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(RECORDED):
+            call()
+    return graph
+
+
+def _preheat(torch, replay) -> float:
+    """Replays until the card is hot; returns the seconds of a replay."""
     stop, count, start = time.perf_counter() + SWITCH_SECONDS, 0, time.perf_counter()
     while time.perf_counter() < stop:
-        for _ in range(4):
-            call()
+        replay()
         torch.cuda.synchronize()
-        count += 4
+        count += 1
     return (time.perf_counter() - start) / count
 
 
-def _between_events(torch, call, count: int) -> float:
-    """Microseconds of a call among others, with no pause after the preheating."""
+def _between_events(torch, replay, count: float) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    call()
+    count = max(2, round(count))
+    replay()
     begin.record()
     for _ in range(count):
-        call()
+        replay()
     end.record()
     torch.cuda.synchronize()
-    return 1000 * begin.elapsed_time(end) / count
+    return 1000 * begin.elapsed_time(end) / count / RECORDED
 
 
-def _kernel_microseconds(torch, call, count: int) -> float:
+def _kernels(torch, replay, count: float) -> float:
+    """The kernels alone, without the microsecond between two of them."""
     from torch.profiler import ProfilerActivity, profile
 
+    count = max(2, round(2 * count))  # twice, to be hot again after the profiler's start
     with profile(activities=[ProfilerActivity.CUDA]) as found:
-        for _ in range(min(count, 100)):
-            call()
+        for _ in range(count):
+            replay()
         torch.cuda.synchronize()
     total = sum(event.self_device_time_total for event in found.key_averages())
     if total <= 0:
         raise RuntimeError("PyTorch's profiler saw no kernels")
-    return total / min(count, 100)
+    return total / count / RECORDED
 
 
 def _cusparselt_version(torch) -> int | None:

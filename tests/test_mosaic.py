@@ -1,5 +1,8 @@
 """Hopper kernels: their private order on any machine, lowering where JAX can, results on a GPU."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,7 +108,7 @@ def test_every_tile_lowers_and_bad_ones_are_named():
     x = jax.ShapeDtypeStruct((500, 256), jnp.bfloat16)
     values = jax.ShapeDtypeStruct((128, 192), jnp.bfloat16)
     metadata = jax.ShapeDtypeStruct((32, 192), jnp.uint8)
-    for tile in matmul.TILES:
+    for tile in (*matmul.SIZES, matmul.Tile(down=2, splits=8)):
         lowered = jax.jit(matmul.nm_matmul, static_argnums=3).trace(x, values, metadata, tile)
         lowered.lower(lowering_platforms=("cuda",))
     for options, message in [
@@ -115,6 +118,33 @@ def test_every_tile_lowers_and_bad_ones_are_named():
     ]:
         with pytest.raises(ValueError, match=message):
             matmul.Tile(**options)
+
+
+@needs_gpu
+@pytest.mark.parametrize("processors", [132, 6])  # tiles shared by many CTAs, many tiles per CTA
+@pytest.mark.parametrize("splits", [0, 1, 8])
+def test_every_tile_is_exact_on_integers_and_equal_on_repeats(splits, processors):
+    from pallas_kernels.mosaic import matmul
+
+    x, t, r = integers(0, (1300, 1416)), integers(1, (1300, 40)), integers(2, (40, 1096))
+    w, bias = compress(integers(3, (1416, 1096)), "2:4"), integers(4, (1096,), jnp.float32)
+    exact = np.asarray(x, np.float32) @ np.asarray(decompress(w), np.float32)
+    exact += np.asarray(t, np.float32) @ np.asarray(r, np.float32) + np.asarray(bias)
+    for size in matmul.SIZES:
+        tile = dataclasses.replace(size, splits=splits)
+        run = jax.jit(
+            functools.partial(
+                matmul.nm_matmul,
+                tile=tile,
+                processors=processors,
+                activation="relu",
+                save_preactivation=True,
+            )
+        )
+        for _ in range(3):
+            y, z = run(x, w.values, w.metadata, bias=bias, low_rank=(t, r))
+            np.testing.assert_array_equal(y, np.maximum(exact, 0).astype(jnp.bfloat16), str(tile))
+            np.testing.assert_array_equal(z, exact.astype(jnp.bfloat16), str(tile))
 
 
 @needs_gpu

@@ -88,20 +88,27 @@ class Tile:
         return self.stages * stage + CONSUMERS * self.slots * self.slot_tokens * 128
 
 
-# Microseconds of a stage and of an epilogue per tile, on an H100 under sustained load, from
-# 8192 x 4096 x 14336 and 8192 x 768 x 3072 (tokens x in x out). They only rank tiles.
-TILES = {
+# Microseconds of a stage and of an epilogue, of an H100 under sustained load, from some 100 times of
+# 17 shapes. They only rank tiles.
+SIZES = {
     Tile(): (0.740, 1.5),
+    Tile(down=2): (0.730, 1.5),
     Tile(tokens=128, slot_tokens=64, stages=5): (0.543, 0.7),
+    Tile(tokens=128, slot_tokens=64, stages=5, across=2): (0.505, 0.7),
     Tile(blocks=1, tokens=256, slot_tokens=64): (0.565, 0.7),
+    Tile(blocks=1, tokens=256, slot_tokens=64, down=2): (0.500, 0.7),
     Tile(blocks=1, stages=5): (0.449, 0.7),
     Tile(blocks=1, tokens=128, slot_tokens=64, stages=6): (0.385, 0.5),
 }
+SHARERS = (1, 8)  # of a tile of the last wave, at most
+TILES = tuple(dataclasses.replace(tile, splits=n) for tile in SIZES for n in SHARERS)
+IDLE = 0.4  # of a busy processor's power: what idle ones leave makes the others faster
+SHARING = 8.0  # microseconds that parts of 256 x 192 outputs take on their way
 
 
 def choose(tokens: int, k: int, f: int, *, processors: int = 132) -> Tile:
-    """The tile with the shortest time in whole waves of CTAs: full waves at small outputs, the
-    fewest bytes per product at large ones.
+    """The tile with the shortest estimate: full waves at small outputs, the fewest bytes per
+    product at large ones.
 
     >>> choose(65536, 4096, 14336).tokens, choose(2048, 768, 768).tokens
     (192, 128)
@@ -111,13 +118,19 @@ def choose(tokens: int, k: int, f: int, *, processors: int = 132) -> Tile:
 
 def candidates(tokens: int, k: int, f: int, *, processors: int = 132) -> list[Tile]:
     """All tiles worth timing, the shortest estimate first."""
+    plans = {tile: tile.schedule(tokens, k, f, processors) for tile in TILES}
+    differ = [tile for tile, plan in plans.items() if tile.splits == 1 or plan.slots]
+    return sorted(differ, key=lambda tile: estimate(tile, plans[tile], pl.cdiv(k, STEP)))
 
-    def time(tile: Tile) -> float:
-        stage, epilogue = TILES[tile]
-        waves = pl.cdiv(math.prod(tile.grid(tokens, f)), processors // tile.cluster)
-        return waves * (stage * pl.cdiv(k, STEP) + epilogue)
 
-    return sorted(TILES, key=time)
+def estimate(tile: Tile, plan: Schedule, stages: int) -> float:
+    """Microseconds of a product of so many stages a tile, to rank tiles by."""
+    stage, epilogue = SIZES[dataclasses.replace(tile, splits=1)]
+    work = plan.tiles / plan.processors
+    longest = plan.waves + (plan.share / plan.steps if plan.left else 0)
+    sharing = SHARING * tile.rows * tile.tokens / (256 * 192) if plan.slots else 0
+    waves = plan.waves + bool(plan.left)
+    return stage * stages * (work + IDLE * (longest - work)) + epilogue * waves + sharing
 
 
 def nm_matmul(
