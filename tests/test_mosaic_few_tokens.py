@@ -131,7 +131,8 @@ def test_it_is_exact_on_integers_for_any_number_of_tokens(tokens):
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("shape", [(8, 8), (136, 72), (64, 1032), (3080, 520)])
 def test_every_way_to_cut_is_exact_on_ragged_sizes(config, shape):
-    x, w = integers(0, (20, shape[0])), sparse(integers(1, shape))
+    tokens = 12 if config[1] == 16 else 20  # what fits beside so many warps
+    x, w = integers(0, (tokens, shape[0])), sparse(integers(1, shape))
     exact = float64(x) @ float64(dense(w))
     np.testing.assert_array_equal(run(x, w, config, out_dtype=jnp.float32), exact)
 
@@ -170,7 +171,8 @@ def test_activations_are_within_twice_the_error_of_plain_jax(name):
     y, z = run(x, w, bias=bias, activation=name, save_preactivation=True)
 
     def formula(x, w, bias, dtype):
-        z = jnp.matmul(x.astype(dtype), w.astype(dtype), precision="highest") + bias.astype(dtype)
+        z = jnp.matmul(x.astype(dtype), w.astype(dtype), precision="highest")
+        z = z + bias[None].astype(dtype)
         return ACTIVATIONS[name](z), z
 
     exact = [float64(a) for a in formula(x, dense(w), bias, jnp.float32)]
