@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import CompressedMatrix, Pattern, compress, compressed_shapes
 from pallas_kernels.epilogue import ACTIVATIONS, check_activation
@@ -12,6 +13,7 @@ from slope_jax import masks
 from slope_jax.matmul import Working, slope_matmul
 
 MASKS = "masks"
+PRODUCT = "product"  # the name of results, for policies of jax.checkpoint
 WORKING = "working"  # copies of kernels in the compute dtype, see slope_jax.working_copies
 MASK_INITS = ("magnitude", "random")
 ADAPTER_L, ADAPTER_R = "adapter_l", "adapter_r"
@@ -83,7 +85,11 @@ class SparseDense(nn.Dense):
         """(..., in) to (..., features)."""
         inputs = jnp.asarray(inputs)
         self._check(inputs)
-        return self._dense(inputs) if self.pattern is None else self._sparse(inputs)
+        if self.pattern is None:
+            return self._dense(inputs)
+        y = self._sparse(inputs)
+        # With an activation in it the product is needed again to know what entered that.
+        return y if self.activation else checkpoint_name(y, PRODUCT)
 
     def _dense(self, inputs: jax.Array) -> jax.Array:
         y = super().__call__(inputs)
@@ -92,7 +98,8 @@ class SparseDense(nn.Dense):
             x, left, right = (a.astype(y.dtype) for a in (inputs, *adapter))
             hidden = jnp.matmul(x, left, precision=self.precision)
             y = y + jnp.matmul(hidden, right, precision=self.precision)
-        return y if self.activation is None else ACTIVATIONS[self.activation](y)
+        y = checkpoint_name(y, PRODUCT)
+        return y if self.activation is None else _activate(y, self.activation)
 
     def _sparse(self, inputs: jax.Array) -> jax.Array:
         kernel = self._kernel(inputs.shape[-1])
@@ -189,6 +196,13 @@ class SparseDense(nn.Dense):
 
     def _where(self) -> str:
         return "/".join(self.path) or type(self).__name__
+
+
+def _activate(y: jax.Array, activation: str) -> jax.Array:
+    if activation == "relu":  # keeps one byte a number
+        return ACTIVATIONS[activation](y)
+    # The backward pass recomputes it, or it would keep several arrays of y's size.
+    return jax.checkpoint(ACTIVATIONS[activation], prevent_cse=False)(y)
 
 
 @jax.custom_vjp

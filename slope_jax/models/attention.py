@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from slope_jax.models.config import TransformerConfig
 from slope_jax.models.layers import linear
+from slope_jax.models.rope import rotate
 
 
 class AttentionPath(NamedTuple):
@@ -66,6 +67,18 @@ def _default_device() -> jax.Device:
     return chosen or jax.local_devices()[0]
 
 
+class Context(NamedTuple):
+    """What a call of a model tells the attention of every layer; None where it does not apply.
+
+    Attributes:
+      lengths: int32 (B,), valid tokens of right-padded rows.
+      rotary: `rope.rotary_tables` of the tokens' positions.
+    """
+
+    lengths: jax.Array | None = None
+    rotary: tuple[jax.Array, jax.Array] | None = None
+
+
 def _attend(config: TransformerConfig, query, key, value, causal: bool, lengths):
     device = _default_device()
     best = attention_path(query.dtype, config.head_dim, device=device)
@@ -76,12 +89,15 @@ def _attend(config: TransformerConfig, query, key, value, causal: bool, lengths)
         # A CPU multiplies 16-bit numbers in float32 anyway, and the gradient of JAX's XLA attention
         # mixes 16 and 32 bits, which jax_numpy_dtype_promotion="strict" forbids.
         query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
+    # A window as long as the sequence is none. JAX counts the tokens to the left, without one's own.
+    narrow = config.window is not None and config.window < key.shape[1]
     mixed = jax.nn.dot_product_attention(
         query,
         key,
         value,
         is_causal=causal,
         key_value_seq_lengths=lengths,
+        local_window_size=(config.window - 1, 0) if narrow else None,
         implementation=config.attention or best.implementation,
     )
     return mixed.astype(dtype)
@@ -90,8 +106,9 @@ def _attend(config: TransformerConfig, query, key, value, causal: bool, lengths)
 class Attention(nn.Module):
     """Self-attention with one fused linear for queries, keys and values.
 
-    The columns of `qkv` are [queries | keys | values], each (heads, head_dim). No dropout acts on
-    the attention probabilities, because fused attention never forms them.
+    The columns of `qkv` are [queries | keys | values], each (heads, head_dim); keys and values have
+    `num_kv_heads`. No dropout acts on the attention probabilities, because fused attention never
+    forms them.
 
     Attributes:
       config: the model's.
@@ -106,13 +123,17 @@ class Attention(nn.Module):
     output_init: nn.initializers.Initializer
 
     @nn.compact
-    def __call__(self, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
-        """(B, S, hidden), and None or int32 (B,) valid tokens of each row, to (B, S, hidden)."""
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        """(B, S, hidden) to (B, S, hidden)."""
         config, patterns = self.config, dict(self.patterns)
-        qkv = linear(config, patterns["attention/qkv"], 3 * config.hidden_size, name="qkv")(x)
-        heads = (*x.shape[:2], config.num_heads, config.head_dim)
-        query, key, value = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))
-        mixed = _attend(config, query, key, value, self.causal, lengths)
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        width = (heads + 2 * kv_heads) * config.head_dim
+        qkv = linear(config, patterns["attention/qkv"], width, name="qkv")(x)
+        qkv = qkv.reshape(*x.shape[:2], heads + 2 * kv_heads, config.head_dim)
+        query, key, value = jnp.split(qkv, (heads, heads + kv_heads), axis=2)
+        if context.rotary is not None:
+            query, key = (rotate(part, context.rotary) for part in (query, key))
+        mixed = _attend(config, query, key, value, self.causal, context.lengths)
         output = linear(
             config,
             patterns["attention/output"],

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from slope_jax.models.attention import Attention
+from slope_jax.models.attention import Attention, Context
 from slope_jax.models.config import Linear, TransformerConfig
 from slope_jax.models.layers import (
     Mlp,
@@ -87,11 +87,11 @@ class BertLayer(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, lengths: jax.Array | None) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, None]:
         config, patterns = self.config, self.patterns
         dropout = functools.partial(nn.Dropout, config.dropout, deterministic=self.deterministic)
         attention = Attention(config, patterns, False, normal_init, name="attention")
-        x = norm(config, "attention_norm")(x + dropout()(attention(x, lengths)))
+        x = norm(config, "attention_norm")(x + dropout()(attention(x, context)))
         mlp = Mlp(config, patterns, "gelu", normal_init, name="mlp")
         x = norm(config, "mlp_norm")(x + dropout()(mlp(x)))
         return x, None
@@ -186,7 +186,7 @@ class Bert(nn.Module):
         embeddings = Embeddings(config, name="embeddings")
         x = embeddings(input_ids, token_type_ids)
         x = nn.Dropout(config.dropout, deterministic=deterministic)(x)
-        hidden = run_layers(BertLayer, config, x, lengths, deterministic)
+        hidden = run_layers(BertLayer, config, x, Context(lengths), deterministic)
 
         pooler = linear(config, config.patterns["pooler"], config.hidden_size, name="pooler")
         pooled = jnp.tanh(pooler(hidden[:, 0]))

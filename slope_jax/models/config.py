@@ -1,4 +1,4 @@
-"""What both models are configured by: sizes, sparsity, precision, memory."""
+"""What all models are configured by: sizes, sparsity, precision, memory."""
 
 import dataclasses
 import functools
@@ -17,6 +17,7 @@ REMAT_POLICIES = (
     "everything_saveable",
     "dots_saveable",
     "dots_with_no_batch_dims_saveable",
+    "linears_saveable",
 )
 _COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -55,10 +56,13 @@ class TransformerConfig:
       adapter_rank: rank of the low-rank adapters of the pruned linears; 0 for none. Below 1 it is
         a fraction of the hidden size, to the nearest integer and at least 1 (0.0156 of 1024 is 16).
       mask_init: how masks are chosen at initialisation, passed on to `SparseDense`.
-      dtype: compute dtype: float32, bfloat16 or float16. LayerNorm computes in float32 whatever it is.
+      dtype: compute dtype: float32, bfloat16 or float16. Norms compute in float32 whatever it is.
       param_dtype: dtype of the stored parameters.
-      remat: False keeps all activations for the backward pass, True recomputes whole layers, or a
-        name of `jax.checkpoint_policies` (see `REMAT_POLICIES`).
+      remat: False keeps what the backward pass needs, norms and gates apart, which are recomputed
+        always; True keeps the inputs of layers alone; or one of `REMAT_POLICIES`: a name of
+        `jax.checkpoint_policies` (to which sparse kernels are no dots), or "linears_saveable", which
+        keeps what linears give: attention, norms and gates are computed twice, and of products
+        those alone that are sparse and have their activation in them.
       scan: stack consecutive layers of equal patterns and `scan` over them (short compilation).
         False unrolls: the same function, parameters per layer (`slope_jax.models.unstack_layers`).
       implementation: of the sparse products, passed on to `SparseDense`; None is the best.
@@ -94,6 +98,12 @@ class TransformerConfig:
         "num_heads",
         "mlp_size",
     )
+
+    # Constants of a model family.
+    init_std: ClassVar[float] = 0.02
+    use_bias: ClassVar[bool] = True
+    rms_norm: ClassVar[bool] = False
+    window: ClassVar[int | None] = None
 
     def __post_init__(self):
         for name in self.sizes:
@@ -168,6 +178,11 @@ class TransformerConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_heads
 
     @property
     def rank(self) -> int:

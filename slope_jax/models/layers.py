@@ -1,9 +1,12 @@
-"""The pieces both models are made of: linears by pattern, embeddings, norm, vocabulary logits."""
+"""The pieces all models are made of: linears by pattern, embeddings, norm, vocabulary logits."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from pallas_kernels.epilogue import ACTIVATIONS
 from slope_jax.dense import SparseDense
 from slope_jax.models.config import TransformerConfig
 from slope_jax.policy import DENSE
@@ -17,33 +20,52 @@ def linear(
     features: int,
     *,
     name: str | None,
-    kernel_init: nn.initializers.Initializer = normal_init,
+    kernel_init: nn.initializers.Initializer | None = None,
     activation: str | None = None,
 ) -> SparseDense:
-    """A `SparseDense` as the model's configuration asks; adapters belong to pruned ones only."""
+    """A `SparseDense` as the model's configuration asks; adapters belong to pruned ones only.
+
+    `kernel_init` None is N(0, init_std).
+    """
     pruned = pattern != DENSE
     return SparseDense(
         features,
+        use_bias=config.use_bias,
         sparsity=pattern if pruned else None,
         adapter_rank=config.rank if pruned else 0,
         mask_init=config.mask_init,
         implementation=config.implementation,
         dtype=config.dtype,
         param_dtype=config.param_dtype,
-        kernel_init=kernel_init,
+        kernel_init=kernel_init or nn.initializers.normal(config.init_std),
         activation=activation,
         name=name,
     )
 
 
 class Norm(nn.LayerNorm):
-    """LayerNorm with parameters and arithmetic in float32, returned in the dtype of its input."""
+    """LayerNorm with parameters and arithmetic in float32, returned in the dtype of its input.
 
+    The backward pass recomputes it: of its arrays in float32 none is kept, just the input.
+    """
+
+    @functools.partial(nn.remat, prevent_cse=False)
     def __call__(self, x: jax.Array) -> jax.Array:
         return super().__call__(x.astype(jnp.float32)).astype(x.dtype)
 
 
-def norm(config: TransformerConfig, name: str) -> Norm:
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm, computed like `Norm`."""
+
+    @functools.partial(nn.remat, prevent_cse=False)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x.astype(jnp.float32)).astype(x.dtype)
+
+
+def norm(config: TransformerConfig, name: str | None) -> Norm | RMSNorm:
+    """The norm of the model's family."""
+    if config.rms_norm:
+        return RMSNorm(epsilon=config.norm_epsilon, dtype=jnp.float32, name=name)
     # The two-pass variance: E[x^2] - E[x]^2 cancels where the mean is large.
     return Norm(
         epsilon=config.norm_epsilon,
@@ -53,14 +75,14 @@ def norm(config: TransformerConfig, name: str) -> Norm:
     )
 
 
-def embedding(config: TransformerConfig, rows: int, name: str) -> nn.Embed:
-    """A table of `rows` x hidden, N(0, 0.02)."""
+def embedding(config: TransformerConfig, rows: int, name: str | None) -> nn.Embed:
+    """A table of `rows` x hidden, N(0, init_std)."""
     return nn.Embed(
         rows,
         config.hidden_size,
         dtype=config.dtype,
         param_dtype=config.param_dtype,
-        embedding_init=normal_init,
+        embedding_init=nn.initializers.normal(config.init_std),
         name=name,
     )
 
@@ -68,15 +90,20 @@ def embedding(config: TransformerConfig, rows: int, name: str) -> nn.Embed:
 def vocabulary_logits(
     x: jax.Array, table: nn.Embed, config: TransformerConfig, bias: jax.Array | None = None
 ) -> jax.Array:
-    """Products of (..., hidden) with the tied token table, the padded columns masked out.
-
-    The result keeps the padded width, a multiple of 8, because slicing would copy the largest array
-    of the model; its padded columns are the most negative finite number of the dtype.
-    """
+    """Products of (..., hidden) with the tied token table, the padded columns masked out."""
     logits = table.attend(x)
     if bias is not None:
         bias = bias.astype(logits.dtype)
         logits = logits + bias.reshape((1,) * (logits.ndim - 1) + (-1,))
+    return mask_padding(logits, config)
+
+
+def mask_padding(logits: jax.Array, config: TransformerConfig) -> jax.Array:
+    """Logits whose padded columns are the most negative finite number of the dtype.
+
+    They keep the padded width, a multiple of 8, because slicing would copy the largest array of the
+    model.
+    """
     if config.padded_vocab_size == config.vocab_size:
         return logits
     token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
@@ -126,3 +153,36 @@ class Mlp(nn.Module):
             name="down",
         )
         return down(up(x))
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=1)
+def gated(gate_up: jax.Array, activation: str) -> jax.Array:
+    """activation(gate) * up of (..., 2 * mlp), in float32, returned in the dtype of the input.
+
+    The backward pass recomputes it, so that nothing but `gate_up` is kept.
+    """
+    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+    return (ACTIVATIONS[activation](gate) * up).astype(gate_up.dtype)
+
+
+class GatedMlp(nn.Module):
+    """activation(gate) * up, then `down`; gate and up are the columns [gate | up] of one linear."""
+
+    config: TransformerConfig
+    patterns: tuple[tuple[str, str], ...]
+    activation: str
+    output_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, S, hidden) to (B, S, hidden)."""
+        config, patterns = self.config, dict(self.patterns)
+        gate_up = linear(config, patterns["mlp/gate_up"], 2 * config.mlp_size, name="gate_up")
+        down = linear(
+            config,
+            patterns["mlp/down"],
+            config.hidden_size,
+            kernel_init=self.output_init,
+            name="down",
+        )
+        return down(gated(gate_up(x), self.activation))

@@ -6,12 +6,15 @@ import math
 
 import jax
 
-from slope_jax.models import bert, gpt2
+from slope_jax.models import bert, gpt2, llama, opt
 from slope_jax.models.config import TransformerConfig
+from slope_jax.models.decoder import Decoder
 
 _FAMILIES = (
     (bert.Bert, bert.BertConfig, bert.VARIANTS),
     (gpt2.GPT2, gpt2.GPT2Config, gpt2.VARIANTS),
+    (opt.OPT, opt.OPTConfig, opt.VARIANTS),
+    (llama.Llama, llama.LlamaConfig, llama.VARIANTS),
 )
 
 VARIANTS = tuple(name for _, _, variants in _FAMILIES for name in variants)
@@ -32,7 +35,7 @@ def variant_config(name: str, **overrides) -> TransformerConfig:
     )
 
 
-def build(name: str, **overrides) -> bert.Bert | gpt2.GPT2:
+def build(name: str, **overrides) -> bert.Bert | Decoder:
     """The model of a named variant.
 
     >>> build("bert-base", sparsity="2:4,2:8", adapter_rank=0.0156).config.rank
@@ -40,7 +43,8 @@ def build(name: str, **overrides) -> bert.Bert | gpt2.GPT2:
 
     Args:
       name: one of `VARIANTS`.
-      **overrides: fields of `BertConfig` or `GPT2Config` that differ from the variant's.
+      **overrides: fields of the variant's configuration (`BertConfig`, `GPT2Config`, `OPTConfig`,
+        `LlamaConfig`) that differ from it.
 
     Raises:
       ValueError: an unknown variant or field (with the choices), or a value out of range.
@@ -49,7 +53,7 @@ def build(name: str, **overrides) -> bert.Bert | gpt2.GPT2:
     return next(model for model, kind, _ in _FAMILIES if isinstance(config, kind))(config)
 
 
-def count_parameters(model: bert.Bert | gpt2.GPT2) -> int:
+def count_parameters(model: bert.Bert | Decoder) -> int:
     """Numbers stored in the `params` of a model, survivors and padded vocabulary rows included.
 
     Nothing is allocated.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from slope_jax.dense import MASKS, WORKING
+from slope_jax.dense import MASKS, PRODUCT, WORKING
 from slope_jax.models.config import Segment, TransformerConfig
 
 _NAME = re.compile(r"layers_(\d+)(?:_to_(\d+))?")
@@ -18,7 +18,7 @@ def run_layers(
     layer: type[nn.Module],
     config: TransformerConfig,
     x: jax.Array,
-    lengths: jax.Array | None,
+    context: Any,
     deterministic: bool,
 ) -> jax.Array:
     """All layers, one after the other; called inside a compact method.
@@ -27,11 +27,12 @@ def run_layers(
     named "layers_1_to_11"; a single layer has none and is named "layers_0".
 
     Args:
-      layer: module class with fields config, patterns, deterministic, whose call maps (x, lengths)
+      layer: module class with fields config, patterns, deterministic, whose call maps (x, context)
         to (x, None).
+      context: a pytree that every layer gets, such as `attention.Context`.
     """
     for segment in config.segments:
-        x, _ = _segment(layer, config, segment, deterministic)(x, lengths)
+        x, _ = _segment(layer, config, segment, deterministic)(x, context)
     return x
 
 
@@ -40,12 +41,11 @@ def _segment(
 ) -> nn.Module:
     count = segment.stop - segment.start
     if config.remat:
-        policy = config.remat
         layer = nn.remat(
             layer,
             # A scan separates the two passes already; without one XLA would merge them again.
             prevent_cse=count == 1,
-            policy=None if policy is True else getattr(jax.checkpoint_policies, policy),
+            policy=None if config.remat is True else _policy(config.remat),
         )
     if count > 1:
         layer = nn.scan(
@@ -56,6 +56,12 @@ def _segment(
             length=count,
         )
     return layer(config, segment.patterns, deterministic, name=segment.name)
+
+
+def _policy(name: str):
+    if name == "linears_saveable":
+        return jax.checkpoint_policies.save_only_these_names(PRODUCT)
+    return getattr(jax.checkpoint_policies, name)
 
 
 def unstack_layers(variables: Mapping[str, Any]) -> dict[str, Any]:
