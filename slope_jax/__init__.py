@@ -6,6 +6,7 @@ from slope_jax.adapters import adapter_labels, add_adapters, lazy_adapters
 from slope_jax.dense import WORKING, SparseDense
 from slope_jax.explain import Explanation, explain
 from slope_jax.matmul import Working, slope_matmul
+from slope_jax.memory import Memory, memory
 from slope_jax.state import TrainState
 from slope_jax.working import find_layers, working_copies
 
@@ -13,6 +14,7 @@ __all__ = [
     "WORKING",
     "CompressedMatrix",
     "Explanation",
+    "Memory",
     "Pattern",
     "SparseDense",
     "TrainState",
@@ -25,6 +27,7 @@ __all__ = [
     "find_layers",
     "lazy_adapters",
     "masks",
+    "memory",
     "slope_matmul",
     "working_copies",
 ]

@@ -1,0 +1,328 @@
+"""What training holds in memory, item by item, from shapes alone."""
+
+import dataclasses
+import functools
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import optax
+from flax import linen as nn
+from flax import traverse_util
+
+from slope_jax.adapters import example_inputs
+from slope_jax.dense import ADAPTER_L, ADAPTER_R, MASKS, SparseDense
+from slope_jax.working import find_layers, working_copies
+
+PRUNED, KERNELS, HEADS = "pruned kernels", "dense kernels", "heads"
+PARTS = (PRUNED, KERNELS, HEADS, "embeddings", "biases", "norms", "adapters", "other")
+PARAMETERS, METADATA, GRADIENTS = "parameters", "metadata", "gradients"
+CAST, TRANSPOSED, ACTIVATIONS = "cast copies", "transposed copies", "activations"
+_LAYERS = "layers_"  # how the models' stacks of layers are named
+
+Bytes = dict[tuple[str, str], int]  # by kind and part
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryRow:
+    """Bytes of one kind (such as "mu") for one part of the model (such as "embeddings").
+
+    `dense_nbytes` are those of the dense model in the same precisions, None if it is not known.
+    """
+
+    kind: str
+    part: str
+    nbytes: int
+    dense_nbytes: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """The rows of `memory`; printing it gives a table of kinds by parts."""
+
+    rows: tuple[MemoryRow, ...]
+
+    @property
+    def state(self) -> tuple[MemoryRow, ...]:
+        """All rows but the activations."""
+        return tuple(row for row in self.rows if row.kind != ACTIVATIONS)
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(row.nbytes for row in self.state)
+
+    @property
+    def dense_state_bytes(self) -> int | None:
+        return _sum(row.dense_nbytes for row in self.state)
+
+    @property
+    def ratio(self) -> float | None:
+        """State over dense state; None where there is no dense model to compare with."""
+        dense = self.dense_state_bytes
+        return self.state_bytes / dense if dense else None
+
+    def total(self, kind: str | None = None, part: str | None = None) -> int:
+        """Bytes of a kind, of a part, or of both; of everything, activations included."""
+        return sum(row.nbytes for row in self._select(kind, part))
+
+    def dense_total(self, kind: str | None = None, part: str | None = None) -> int | None:
+        """As `total`, of the dense model."""
+        return _sum(row.dense_nbytes for row in self._select(kind, part))
+
+    def _select(self, kind, part):
+        return [r for r in self.rows if kind in (None, r.kind) and part in (None, r.part)]
+
+    def __str__(self) -> str:
+        parts = [part for part in PARTS if any(row.part == part for row in self.state)]
+        kinds = dict.fromkeys(row.kind for row in self.rows)
+        lines = [("", *parts, "all", "share", "dense", "of dense")]
+        for kind in kinds:
+            cells = [_size(self.total(kind, part)) for part in parts]
+            if kind == ACTIVATIONS:
+                lines.append(self._line("state", [""] * len(parts), self.state))
+                cells = [""] * len(parts)
+            lines.append(self._line(kind, cells, self._select(kind, None)))
+        if ACTIVATIONS not in kinds:
+            cells = [_size(self.total(part=part)) for part in parts]
+            lines.append(self._line("state", cells, self.state))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.rjust(width) if i else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+    def _line(self, name: str, cells: list[str], rows: Iterable[MemoryRow]) -> tuple[str, ...]:
+        ours, dense = sum(row.nbytes for row in rows), _sum(row.dense_nbytes for row in rows)
+        share = f"{ours / self.state_bytes:.1%}" if name != ACTIVATIONS else ""
+        ratio = f"{ours / dense:.3f}" if dense else "-"
+        return (name, *cells, _size(ours), share, "-" if dense is None else _size(dense), ratio)
+
+
+def memory(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    tx: optax.GradientTransformation | None = None,
+    *args,
+    dense: nn.Module | None = None,
+    accumulation: int = 1,
+    **kwargs,
+) -> Memory:
+    """Itemises what a training step holds, sparse and dense, in bytes. Allocates nothing.
+
+    Sizes are those of the actual arrays: parameters and masks as given, the optimizer's state as
+    `tx.init` makes it, gradients in the parameters' dtypes. Kinds of rows:
+
+    * "parameters", "metadata" (positions of the survivors), "gradients";
+    * each field of the optimizer's state that follows the parameters, by its own name ("mu", "nu",
+      "trace", ...), and "optimizer counters";
+    * "cast copies" and "transposed copies", which products multiply: with `accumulation` > 1 those
+      of `working_copies`, held for the whole step; else those of one layer, the largest, because
+      each layer makes its own when it runs and drops them;
+    * "activations": what JAX saves in one forward pass of these inputs for the backward pass, and
+      the outputs. XLA may keep less; it adds what a layer needs while it runs. With
+      `jax.checkpoint` over layers that is their inputs. Not part of the state; exact numbers are in
+      `compiled.memory_analysis()`.
+
+    Parts are kinds of parameters; "heads" are dense kernels outside of the stacked layers.
+
+    Args:
+      model: a Flax module with `SparseDense` layers.
+      variables: from `model.init`, or shapes from `jax.eval_shape(model.init, ...)`.
+      tx: the optimizer; None leaves out what only training holds.
+      *args, **kwargs: example inputs (arrays or shapes) as `model.apply` takes them; by default
+        `model.example_inputs()`, which are small.
+      dense: the same model without sparsity; found by itself for the models of `slope_jax.models`
+        and a lone `SparseDense`. Without one, nothing is compared.
+      accumulation: micro-batches in a step.
+
+    Raises:
+      ValueError: no example inputs, variables that are not those of the model, `accumulation`
+        below 1, or a `dense` model with other kernels.
+
+    >>> import jax.numpy as jnp
+    >>> layer = SparseDense(64)
+    >>> x = jax.ShapeDtypeStruct((8, 64), jnp.float32)
+    >>> account = memory(layer, jax.eval_shape(layer.init, jax.random.key(0), x), optax.adam(1e-3), x)
+    >>> account.total("mu", "pruned kernels"), account.total("metadata")
+    (8192, 512)
+    >>> print(f"{account.ratio:.3f}")  # a lone layer's transposed copy is there as a whole
+    0.646
+    """
+    if isinstance(accumulation, bool) or not isinstance(accumulation, int) or accumulation < 1:
+        raise ValueError(f"accumulation={accumulation!r} must be a positive integer: micro-batches")
+    if "params" not in variables:
+        raise ValueError(
+            f"variables hold {', '.join(variables) or 'nothing'}; pass what model.init returns, or"
+            " its shapes: {'params': ..., 'masks': ...}"
+        )
+    args, kwargs = example_inputs(model, args, kwargs)
+    account = functools.partial(_account, tx=tx, accumulation=accumulation, inputs=(args, kwargs))
+    ours = account(model, variables)
+    if (twin := dense or _dense_twin(model)) is None:
+        theirs = None
+    else:
+        shapes = jax.eval_shape(twin.init, jax.random.key(0), *args, **kwargs)
+        theirs = _aligned(account(twin, shapes), ours)
+    kinds = dict.fromkeys(kind for kind, _ in (*ours, *(theirs or ())))
+    order = sorted(kinds, key=lambda kind: kind == ACTIVATIONS)
+    return Memory(
+        tuple(
+            MemoryRow(kind, part, ours.get((kind, part), 0), theirs and theirs.get((kind, part), 0))
+            for kind in order
+            for part in PARTS
+            if (kind, part) in ours or (kind, part) in (theirs or ())
+        )
+    )
+
+
+def _account(model, variables, *, tx, accumulation: int, inputs) -> Bytes:
+    args, kwargs = inputs
+    params, masks = variables["params"], variables.get(MASKS, {})
+    parts = _parts(params, masks)
+    found: Bytes = Counter()
+    for path, leaf in traverse_util.flatten_dict(params).items():
+        found[PARAMETERS, parts[path]] += _nbytes(leaf)
+    for leaf in jax.tree.leaves(masks):
+        found[METADATA, PRUNED] += _nbytes(leaf)
+    if tx is None:
+        return found
+    for path, leaf in traverse_util.flatten_dict(params).items():
+        found[GRADIENTS, parts[path]] += _nbytes(leaf)
+    found.update(_optimizer(jax.eval_shape(tx.init, params), parts))
+    found.update(_copies(model, variables, args, kwargs, parts, held=accumulation > 1))
+    found[ACTIVATIONS, "other"] = _activations(model, variables, args, kwargs)
+    return found
+
+
+def _parts(params: Any, masks: Any) -> dict[tuple[str, ...], str]:
+    """The part of the model that each parameter belongs to, by its path."""
+    flat, pruned = traverse_util.flatten_dict(params), set(traverse_util.flatten_dict(masks))
+    stacked = any(path[0].startswith(_LAYERS) for path in flat)
+    names = {"embedding": "embeddings", "scale": "norms"}
+    names |= {ADAPTER_L: "adapters", ADAPTER_R: "adapters"}
+    found = {}
+    for path in flat:
+        if path in pruned:
+            found[path] = PRUNED
+        elif path[-1] == "kernel":
+            head = stacked and not path[0].startswith(_LAYERS)
+            found[path] = HEADS if head else KERNELS
+        elif path[-1] == "bias":
+            found[path] = "norms" if (*path[:-1], "scale") in flat else "biases"
+        else:
+            found[path] = names.get(path[-1], "other")
+    return found
+
+
+def _optimizer(state: Any, parts: Mapping[tuple[str, ...], str]) -> Bytes:
+    """Leaves whose path ends in that of a parameter are of the kind that stands before it."""
+    found: Bytes = Counter()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        names = tuple(map(_name, path))
+        ends = [i for i in range(1, len(names)) if names[i:] in parts]
+        key = (
+            (names[ends[0] - 1], parts[names[ends[0] :]])
+            if ends
+            else ("optimizer counters", "other")
+        )
+        found[key] += _nbytes(leaf)
+    return found
+
+
+def _copies(model, variables, args, kwargs, parts, *, held: bool) -> Bytes:
+    try:
+        layers = find_layers(model.apply, variables, *args, **kwargs)
+    except ValueError:
+        if jax.tree.leaves(variables.get(MASKS, {})):
+            raise
+        return {}  # a dense model without any SparseDense casts as Flax does
+    flat = traverse_util.flatten_dict(variables["params"])
+    made = jax.eval_shape(lambda v: working_copies(v, layers), dict(variables))
+    groups: dict[str, Bytes] = {}
+    for path, copies in traverse_util.flatten_dict(made).items():
+        kernel = flat[path]
+        count = 1 if held else math.prod(kernel.shape[:-2])
+        group = groups.setdefault("" if held else path[0], Counter())
+        if copies.values.dtype != kernel.dtype:
+            group[CAST, parts[path]] += _nbytes(copies.values) // count
+        if copies.transpose is not None:
+            nbytes = sum(map(_nbytes, jax.tree.leaves(copies.transpose)))
+            group[TRANSPOSED, parts[path]] += nbytes // count
+    return max(groups.values(), key=lambda group: sum(group.values()), default={})
+
+
+def _activations(model, variables, args, kwargs) -> int:
+    def saved(variables, args, kwargs):
+        rest = {name: tree for name, tree in variables.items() if name != "params"}
+        outputs, backward = jax.vjp(
+            lambda params: model.apply({"params": params, **rest}, *args, **kwargs),
+            variables["params"],
+        )
+        given = {id(x) for x in jax.tree.leaves((variables, args, kwargs))}
+        return {id(x): x for x in jax.tree.leaves((backward, outputs)) if id(x) not in given}
+
+    return sum(map(_nbytes, jax.eval_shape(saved, dict(variables), args, kwargs).values()))
+
+
+def _aligned(theirs: Bytes, ours: Bytes) -> Bytes:
+    """The dense model's bytes, its kernels told apart as they are in the sparse one.
+
+    Those that are dense in both have the same size; the rest are pruned in the sparse model.
+    """
+    found: Bytes = Counter(theirs)
+    for kind in dict.fromkeys(kind for kind, _ in (*theirs, *ours)):
+        if kind in (CAST, TRANSPOSED, ACTIVATIONS):
+            continue
+        kernels = (PRUNED, KERNELS, HEADS)
+        total = sum(found.pop((kind, part), 0) for part in kernels)
+        for part in (KERNELS, HEADS):
+            if kept := ours.get((kind, part), 0):
+                found[kind, part] = kept
+                total -= kept
+        if total < 0:
+            raise ValueError(
+                f"the dense model has {-total} bytes of {kind} less in its kernels than the sparse"
+                " one keeps dense; dense= must be the same model without sparsity"
+            )
+        if total:
+            found[kind, PRUNED] = total
+    return dict(found)
+
+
+def _dense_twin(model: nn.Module) -> nn.Module | None:
+    config = getattr(model, "config", None)
+    if dataclasses.is_dataclass(config) and hasattr(config, "sparsity"):
+        changes = {"sparsity": "dense", "adapter_rank": 0}
+        return model.clone(config=dataclasses.replace(config, **changes))
+    if isinstance(model, SparseDense):
+        return model.clone(sparsity=None, adapter_rank=0)
+    return None
+
+
+def _name(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def _nbytes(leaf: Any) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
+def _sum(numbers: Iterable[int | None]) -> int | None:
+    numbers = list(numbers)
+    return None if None in numbers else sum(numbers)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:,.2f} GiB"
