@@ -160,7 +160,8 @@ def _adapter_backward(x, t, dz, adapter, precision):
     return (over_tokens(x, dt, adapter[0]), over_tokens(t, dz, adapter[1])), (dt, left.T)
 
 
-_slope_matmul.defvjp(_forward, _backward)
+# Where a layer is rematerialised, its first pass then runs `_product` without the preactivation.
+_slope_matmul.defvjp(_forward, _backward, optimize_remat=True)
 
 
 def _check_adapter(adapter, shape: tuple[int, int]) -> None:
