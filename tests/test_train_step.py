@@ -1,13 +1,20 @@
 """The training and evaluation steps against NumPy, and what they must leave alone."""
 
+import re
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import log_softmax
 
+import slope_jax.matmul
+import slope_jax.working
+from pallas_kernels import nm_transpose
+from pallas_kernels.mosaic import support
 from train.recipes import make_config
-from train.state import init_state, join_adapters, make_setup, step_key
+from train.state import abstract_state, init_state, join_adapters, make_setup, step_key
 from train.step import all_finite, eval_step, evaluate, make_train_step
 
 VOCAB, LENGTH = 301, 16  # padded to 304 columns
@@ -112,6 +119,99 @@ def test_accumulation_changes_memory_and_nothing_else(bert):
 
 def first_moments(state):
     return state.opt_state[1].inner_states["base"].inner_state[0].mu
+
+
+def traced(accumulation: int, hold_copies: bool | None = None, **fields):
+    """The traced step of a GPT-2 in bfloat16, its state and its setup; nothing is computed."""
+    fields = {"dtype": "bfloat16", "adapter_rank": 2, "remat": True} | fields
+    config, setup = tiny("gpt2-nano", **fields)
+    state = abstract_state(setup, adapters=config.method != "dense")
+    ids = jax.ShapeDtypeStruct((16 * accumulation, LENGTH), jnp.int32)
+    step = make_train_step(accumulation, setup.schedule, hold_copies=hold_copies)
+    return step.trace(state, {"input_ids": ids, "labels": ids}, setup.key), state
+
+
+def equations(jaxpr, loops=0):
+    """All equations with the number of scans around them."""
+    for equation in jaxpr.eqns:
+        yield equation, loops
+        inner = loops + (equation.primitive.name == "scan")
+        for leaf in jax.tree.leaves(
+            tuple(equation.params.values()),
+            is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"),
+        ):
+            if hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr"):
+                yield from equations(getattr(leaf, "jaxpr", leaf), inner)
+
+
+def casts_of_kernels(jaxpr, state) -> Counter:
+    """Casts of kernels, or inside loops of one layer of a stack, by the number of scans around."""
+    kernels = [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
+        if path[-1].key == "kernel"
+    ]
+    shapes = {shape for k in kernels for shape in (k.shape, k.shape[-2:])}
+    return Counter(
+        loops
+        for equation, loops in equations(jaxpr)
+        if equation.primitive.name == "convert_element_type"
+        and equation.params["new_dtype"] == jnp.bfloat16
+        and equation.invars[0].aval.shape in shapes
+        and (loops or equation.invars[0] in jaxpr.jaxpr.invars)  # the transposes are cast as well
+    )
+
+
+@pytest.mark.parametrize("method", ["slope", "dense"])
+def test_micro_batches_share_one_cast_and_one_transpose_of_each_kernel(method, monkeypatch):
+    made: list[str] = []
+    for module in (slope_jax.working, slope_jax.matmul):
+
+        def counted(w, module=module, **options):
+            made.append(module.__name__)
+            return nm_transpose(w, **options)
+
+        monkeypatch.setattr(module, "nm_transpose", counted)
+    sparse = 7 if method == "slope" else 0  # 4 of the stack, 3 of the first layer
+    step, state = traced(2, method=method)
+    assert made == ["slope_jax.working"] * sparse
+    # The dense control scans over all its layers alike: 4 stacks. Here the first layer is apart.
+    assert casts_of_kernels(step.jaxpr, state) == {0: 8 if sparse else 4}
+    made.clear()
+    step, _ = traced(1, method=method)
+    assert made == ["slope_jax.matmul"] * sparse
+    assert casts_of_kernels(step.jaxpr, state)[1] >= 4  # by the scanned layers themselves
+    made.clear()
+    traced(1, hold_copies=True, method=method)
+    assert made == ["slope_jax.working"] * sparse
+
+
+def test_gradients_are_added_where_they_arise():
+    """The loop over micro-batches carries the sums of the loss and no gradients."""
+    step, _ = traced(2)
+    loop = next(e for e, loops in equations(step.jaxpr) if e.primitive.name == "scan")
+    assert loop.params["length"] == 2
+    assert [v.aval.shape for v in loop.outvars] == [()] * 6
+
+
+@pytest.mark.skipif(support.version_obstacle() is not None, reason=str(support.version_obstacle()))
+def test_nothing_dense_is_in_the_step_of_the_kernels(monkeypatch):
+    monkeypatch.setattr(support, "device_obstacle", lambda: None)
+    step, state = traced(2, implementation="mosaic")
+    text = step.lower(lowering_platforms=("cuda",)).as_text()
+    shapes = Counter(
+        tuple(map(int, shape.split("x")))[-2:]
+        for shape in re.findall(r"tensor<([0-9x]+x[0-9]+)x[a-z]+[0-9]+>", text)
+    )
+    assert state.params["layers_1_to_3"]["mlp"]["up"]["kernel"].shape == (3, 64, 512)
+    for k, f in ((128, 512), (512, 128)):  # up and down, nowhere dense
+        assert not shapes[k, f]
+        assert shapes[k // 2, f] > 0  # values
+        assert shapes[k // 8, f] > 0  # metadata
+    before, loop = text.split("stablehlo.while", 1)
+    calls = re.compile(r"custom_call @mosaic_gpu.*nm_transpose")
+    assert len(calls.findall(before)) == 7
+    assert not calls.search(loop)
 
 
 def test_step_moves_parameters_and_leaves_masks_alone(bert):

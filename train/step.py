@@ -1,5 +1,6 @@
 """The compiled functions of the job: one training step, one evaluation step."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -7,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from slope_jax import TrainState
+from slope_jax import WORKING, TrainState, find_layers, working_copies
+from train.loss import cross_entropy
 
 Batch = dict[str, jax.Array]
 
@@ -31,7 +33,7 @@ def loss_sums(apply_fn: Callable, variables: dict, batch: Batch, key: jax.Array 
 
     Args:
       apply_fn: the model's `apply`.
-      variables: {"params": ..., "masks": ...}.
+      variables: {"params": ..., "masks": ...}, and "working" if there are copies.
       batch: arrays as `train.data` gives them.
       key: of the dropout; None evaluates without dropout.
     """
@@ -57,28 +59,41 @@ def loss_sums(apply_fn: Callable, variables: dict, batch: Batch, key: jax.Array 
     )
 
 
-def make_train_step(accumulation: int, schedule: optax.Schedule) -> Callable:
+def make_train_step(
+    accumulation: int, schedule: optax.Schedule, *, hold_copies: bool | None = None
+) -> Callable:
     """The jitted step `(state, batch, key) -> (state, metrics)`; it takes over the state's buffers.
 
     Only `state.params` are differentiated. A batch is split into `accumulation` micro-batches along
     its first axis, run one after another; the loss is the mean over the predictions of the *whole*
     batch, so the split changes nothing but memory.
+
+    Args:
+      accumulation: micro-batches in a batch.
+      schedule: learning rate by step, for the metrics.
+      hold_copies: whether `slope_jax.working_copies` (of dense kernels: their casts) are made once
+        and held for the whole step, or made by each layer anew and dropped; None for the better.
     """
+    hold = _worth_holding(accumulation) if hold_copies is None else hold_copies
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array):
         key = jax.random.fold_in(key, state.step)
         tokens, sequences = _totals(batch)
+        micros = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+        first = jax.tree.map(lambda x: x[0], micros)
+        constants = {"masks": state.masks}
+        if hold:
+            constants[WORKING] = _copies(state, first)
 
-        def objective(params, micro, micro_key):
-            variables = {"params": params, "masks": state.masks}
-            sums = loss_sums(state.apply_fn, variables, micro, micro_key)
+        def objective(params, micro, index):
+            micro_key = jax.random.fold_in(key, index)
+            sums = loss_sums(state.apply_fn, {"params": params, **constants}, micro, micro_key)
             return sums.nll / tokens + sums.nsp_nll / sequences, sums
 
-        grad_fn = jax.grad(objective, has_aux=True)
         if accumulation == 1:
-            grads, sums = grad_fn(state.params, batch, jax.random.fold_in(key, 0))
+            grads, sums = jax.grad(objective, has_aux=True)(state.params, first, 0)
         else:
-            grads, sums = _accumulate(grad_fn, state.params, batch, key, accumulation)
+            grads, sums = _accumulate(objective, state.params, micros, accumulation)
         metrics = _means(sums, pairs="nsp_labels" in batch) | {
             "grad_norm": optax.tree.norm(grads),
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
@@ -119,19 +134,36 @@ def evaluate(state: TrainState, batches: list[Batch]) -> dict[str, float]:
     return metrics
 
 
-def _accumulate(grad_fn: Callable, params, batch: Batch, key: jax.Array, accumulation: int):
-    micros = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+def _worth_holding(accumulation: int) -> bool:
+    """Micro-batches share the copies. A single batch uses each once forward and once backward:
 
-    def body(carry, inputs):
+    holding them would save nothing but the casts of rematerialised layers, and cost their memory.
+    """
+    return accumulation > 1
+
+
+def _copies(state: TrainState, batch: Batch) -> dict:
+    layers = find_layers(functools.partial(loss_sums, state.apply_fn), state.variables, batch, None)
+    return working_copies(state.variables, layers)
+
+
+def _accumulate(objective: Callable, params, micros: Batch, accumulation: int):
+    """Gradients and sums over the micro-batches.
+
+    Backward passes add into one set of buffers, layer by layer: a micro-batch's own gradients are
+    never there as a whole.
+    """
+    totals = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), params)
+
+    def body(sums, inputs):
         index, micro = inputs
-        return jax.tree.map(
-            jnp.add, carry, grad_fn(params, micro, jax.random.fold_in(key, index))
-        ), None
+        _, back, more = jax.vjp(lambda p: objective(p, micro, index), params, has_aux=True)
+        back.with_refs(totals)(jnp.float32(1))
+        return jax.tree.map(jnp.add, sums, more), None
 
-    first = jax.tree.map(lambda x: x[0], micros)
-    shapes = jax.eval_shape(grad_fn, params, first, key)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(body, zeros, (jnp.arange(accumulation), micros))[0]
+    zeros = Sums(*[jnp.zeros((), jnp.float32)] * len(Sums._fields))
+    sums, _ = jax.lax.scan(body, zeros, (jnp.arange(accumulation), micros))
+    return jax.tree.map(jax.freeze, totals), sums
 
 
 def _totals(batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -150,7 +182,6 @@ def _means(sums: Sums, pairs: bool) -> dict[str, jax.Array]:
 
 def _weighted(logits: jax.Array, labels: jax.Array, weights: jax.Array):
     """Summed negative log-likelihood, hits and weights; logits (..., V), the others (...)."""
-    logits = logits.astype(jnp.float32)
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    hits = (logits.argmax(-1) == labels).astype(jnp.float32)
+    nll, best = cross_entropy(logits, labels)
+    hits = (best == labels).astype(jnp.float32)
     return (nll * weights).sum(), (hits * weights).sum(), weights.sum()
