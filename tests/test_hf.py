@@ -305,7 +305,7 @@ def test_the_models_configuration_must_agree(folder):
         ({"activation_function": "relu"}, r"activation_function='relu' \(ours: 'gelu_new'"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
-        ({"model_type": "llama"}, "model_type 'llama'; choose"),
+        ({"model_type": "t5"}, "model_type 't5'; choose"),
         ({"n_head": 5}, "hidden_size=32 is not a multiple of num_heads=5"),
     ],
 )

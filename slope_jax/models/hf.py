@@ -1,8 +1,8 @@
 """Weights from a Hugging Face folder: config.json and safetensors files."""
 
 import dataclasses
-import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,30 @@ from pallas_kernels import compress
 from slope_jax.models import hf_names
 from slope_jax.models.bert import Bert, BertConfig
 from slope_jax.models.config import TransformerConfig
+from slope_jax.models.decoder import Decoder
 from slope_jax.models.gpt2 import GPT2, GPT2Config
-from slope_jax.models.stack import stack_layers
+from slope_jax.models.hf_families import FAMILIES, Source
+from slope_jax.models.hf_files import Tensor, checked_folder, listed, open_tensors, read_json
+from slope_jax.models.llama import Llama, LlamaConfig
+from slope_jax.models.opt import OPT, OPTConfig
 from slope_jax.policy import DENSE
 
-_MODELS = {"bert": (Bert, BertConfig), "gpt2": (GPT2, GPT2Config)}
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_MODELS = {
+    "bert": (Bert, BertConfig),
+    "gpt2": (GPT2, GPT2Config),
+    "opt": (OPT, OPTConfig),
+    "llama": (Llama, LlamaConfig),
+    "mistral": (Llama, LlamaConfig),
+}
 
 
-def load_hf(folder: str | Path, model: Bert | GPT2) -> dict[str, Any]:
+def load_hf(folder: str | Path, model: Bert | Decoder) -> dict[str, Any]:
     """Variables of `model` with the weights of a Hugging Face folder.
 
     Linears that the model's policy prunes are compressed by the magnitude of the weights in the
     folder, whatever `mask_init` says; with sparsity="dense" the function is that of the folder.
-    Rows that pad the vocabulary are zero.
+    Rows that pad the vocabulary are zero. Tensors are read one after the other, so that little more
+    memory is needed than the result takes.
 
     Args:
       folder: holds config.json and model.safetensors, or model.safetensors.index.json and its
@@ -46,43 +56,52 @@ def load_hf(folder: str | Path, model: Bert | GPT2) -> dict[str, Any]:
     >>> model = build("gpt2-small", sparsity="2:4")  # doctest: +SKIP
     >>> variables = load_hf("~/models/gpt2", model)  # doctest: +SKIP
     """
-    folder = _checked_folder(folder)
-    family = "bert" if isinstance(model, Bert) else "gpt2"
+    folder = checked_folder(folder)
     config = model.config
-    _compare(folder, config, hf_names.read_config(_read_json(folder / "config.json"), family))
+    raw = read_json(folder / "config.json")
+    family = _family(raw, model)
+    _compare(folder, config, hf_names.read_config(raw, family))
     if config.rank:
         raise ValueError(
             f"adapter_rank={config.adapter_rank}: a Hugging Face folder has no adapters; load into"
             " a model with adapter_rank=0, then add them with slope_jax.add_adapters"
         )
-    params = _convert(folder, model, hf_names.sources(config, family), _read_tensors(folder))
-    variables: dict[str, Any] = {"params": {}, "masks": {}}
+    shapes = _dense_shapes(model)
+    sources = {source.path: source for source in hf_names.sources(config, family)}
+    if set(shapes) != set(sources):
+        raise AssertionError(f"names do not cover {set(shapes) ^ set(sources)}")
+    tensors = _checked_names(
+        folder, sources.values(), _untied(folder, family, open_tensors(folder))
+    )
+    _check_tensors(folder, config, sources.values(), tensors, shapes)
     pruned = _pruned_kernels(config)
-    for path, array in params.items():
-        leaf = jnp.asarray(array)
-        if path in pruned:
-            compressed = compress(leaf, pruned[path])
-            leaf = compressed.values
-            variables["masks"][path] = compressed.metadata
-        variables["params"][path] = leaf
-    variables = {name: traverse_util.unflatten_dict(v) for name, v in variables.items() if v}
-    return stack_layers(variables, config)
+    variables: dict[str, Any] = {"params": {}, "masks": {}}
+    for path, singles in _stacks(config, sources).items():
+        leaves = [
+            _leaf(sources[single], tensors, shapes[single], pruned.get(single))
+            for single in singles
+        ]
+        for name, parts in zip(("params", "masks"), zip(*leaves, strict=True), strict=True):
+            if parts[0] is not None:
+                variables[name][path] = parts[0] if len(parts) == 1 else jnp.stack(parts)
+    return {name: traverse_util.unflatten_dict(v) for name, v in variables.items() if v}
 
 
-def from_hf(folder: str | Path, **overrides) -> tuple[Bert | GPT2, dict[str, Any]]:
+def from_hf(folder: str | Path, **overrides) -> tuple[Bert | Decoder, dict[str, Any]]:
     """The model that config.json describes, and its variables as of `load_hf`.
 
     >>> model, variables = from_hf("~/models/bert-base", sparsity="2:4")  # doctest: +SKIP
 
     Args:
-      folder: as for `load_hf`; "model_type" in config.json is "bert" or "gpt2".
-      **overrides: fields of `BertConfig` or `GPT2Config`, such as sparsity, dtype, dropout.
+      folder: as for `load_hf`; "model_type" in config.json is "bert", "gpt2", "opt", "llama" or
+        "mistral".
+      **overrides: fields of the model's configuration, such as sparsity, dtype, dropout.
 
     Raises:
       ValueError, ImportError: as `load_hf`, and for an unknown "model_type".
     """
-    folder = _checked_folder(folder)
-    raw = _read_json(folder / "config.json")
+    folder = checked_folder(folder)
+    raw = read_json(folder / "config.json")
     family = raw.get("model_type")
     if family not in _MODELS:
         raise ValueError(
@@ -94,23 +113,14 @@ def from_hf(folder: str | Path, **overrides) -> tuple[Bert | GPT2, dict[str, Any
     return model, load_hf(folder, model)
 
 
-def _checked_folder(folder: str | Path) -> Path:
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; give the one that holds config.json")
-    return folder
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; save the model with save_pretrained") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); copy or download it again") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds a {type(data).__name__}, not an object")
-    return data
+def _family(raw: dict[str, Any], model: Bert | Decoder) -> str:
+    ours = [family for family, (module, _) in _MODELS.items() if type(model) is module]
+    family = raw.get("model_type", ours[0])
+    if family not in ours:
+        raise ValueError(
+            f"config.json: model_type is {family!r}, but the model is a {' or '.join(ours)}"
+        )
+    return family
 
 
 def _compare(folder: Path, config: TransformerConfig, theirs: dict[str, Any]) -> None:
@@ -126,87 +136,67 @@ def _compare(folder: Path, config: TransformerConfig, theirs: dict[str, Any]) ->
         )
 
 
-def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """All tensors by the names that `hf_names` uses, buffers left out."""
-    if (folder / _INDEX).exists():
-        shards = _read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise ValueError(f"{folder / _INDEX} has no 'weight_map'; copy or download it again")
-        files = sorted(set(shards.values()))
-    else:
-        shards, files = {}, [_SINGLE]
-    tensors: dict[str, np.ndarray] = {}
-    for file in files:
-        tensors |= _read_file(folder / file)
-    lost = sorted(set(shards) - set(tensors))
-    if lost:
-        raise ValueError(f"{folder / _INDEX} names tensors that no shard holds: {_listed(lost)}")
-    return {
-        hf_names.canonical(name): tensor
-        for name, tensor in tensors.items()
-        if not hf_names.is_buffer(name)
-    }
+def _untied(folder: Path, family: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the copies of tied tensors, which must be equal to what they copy."""
+    result = dict(tensors)
+    for copy, original in FAMILIES[family].tied.items():
+        if copy not in tensors or original not in tensors:
+            continue
+        if not np.array_equal(result.pop(copy).read(), tensors[original].read()):
+            raise ValueError(
+                f"{folder}: {copy} differs from {original}, but the model ties the two; weights"
+                " with an output table of their own cannot be loaded"
+            )
+    return result
 
 
-def _read_file(path: Path) -> dict[str, np.ndarray]:
-    try:
-        import safetensors
-    except ImportError:
-        raise ImportError(
-            "reading Hugging Face folders needs safetensors: pip install 'slope-jax[hf]'"
-        ) from None
-    if not path.exists():
-        present = _listed(sorted(p.name for p in path.parent.iterdir())) or "nothing"
-        raise ValueError(
-            f"{path} is missing; the folder holds {present}. Weights in another format become"
-            " safetensors by from_pretrained and save_pretrained of Transformers"
-        )
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path} is damaged or cut off ({error}); copy or download it again"
-        ) from None
-
-
-def _convert(folder, model, sources, tensors: dict[str, np.ndarray]) -> dict[tuple, np.ndarray]:
-    """Dense parameters of single layers by path, in the dtypes and shapes of the model."""
-    shapes = _dense_shapes(model)
-    if set(shapes) != {source.path for source in sources}:
-        raise AssertionError(f"names do not cover {set(shapes) ^ {s.path for s in sources}}")
-    tensors = _untied(folder, tensors)
+def _checked_names(
+    folder: Path, sources: Iterable[Source], tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
     wanted = {name for source in sources for name in source.names}
     missing, surplus = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
     if missing or surplus:
         raise ValueError(
-            f"{folder}: tensors missing: {_listed(missing) or 'none'}; surplus:"
-            f" {_listed(surplus) or 'none'}. The folder must hold the model with its pretraining"
-            " heads (BertForPreTraining, GPT2LMHeadModel)"
+            f"{folder}: tensors missing: {listed(missing) or 'none'}; surplus:"
+            f" {listed(surplus) or 'none'}. The folder must hold the model with its pretraining"
+            " heads (BertForPreTraining, GPT2LMHeadModel, OPTForCausalLM, ...)"
         )
-    params, wrong = {}, []
+    return tensors
+
+
+def _check_tensors(folder, config, sources: Iterable[Source], tensors, shapes) -> None:
+    """Shapes and dtypes of all tensors, before any of them is read."""
+    wrong = []
     for source in sources:
-        want = shapes[source.path]
-        parts = [tensors.pop(name) for name in source.names]
-        parts = [part.T if source.transpose else part for part in parts]
-        array = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
-        rows = model.config.vocab_size if source.vocabulary else want.shape[0]
-        if array.shape != (rows, *want.shape[1:]) or array.dtype.name not in _DTYPES:
-            wrong.append(
-                f"{' + '.join(source.names)}: {array.dtype}{list(array.shape)} for"
-                f" {'/'.join(source.path)} {[rows, *want.shape[1:]]}"
-            )
-            continue
-        array = np.pad(array, [(0, want.shape[0] - rows)] + [(0, 0)] * (array.ndim - 1))
-        params[source.path] = array.astype(want.dtype)
+        parts = [tensors[name] for name in source.names]
+        joined = [part.shape[::-1] if source.transpose else part.shape for part in parts]
+        want = list(shapes[source.path].shape)
+        if source.vocabulary is not None:
+            want[source.vocabulary] = config.vocab_size
+        same = all(len(shape) == len(want) and [*shape[:-1]] == want[:-1] for shape in joined)
+        if not (same and sum(shape[-1] for shape in joined) == want[-1]) or not all(
+            part.is_float for part in parts
+        ):
+            found = ", ".join(f"{part.dtype}{list(part.shape)}" for part in parts)
+            wrong.append(f"{' + '.join(source.names)}: {found} for {'/'.join(source.path)} {want}")
     if wrong:
         raise ValueError(
-            f"{folder}: tensors of another shape or dtype than the model's: {_listed(wrong)}"
+            f"{folder}: tensors of another shape or dtype than the model's: {listed(wrong)}"
         )
-    return params
 
 
-_DTYPES = ("float32", "bfloat16", "float16")
+def _leaf(source: Source, tensors, want: jax.ShapeDtypeStruct, pattern: str | None):
+    """A parameter of one layer and its metadata, None where it is dense."""
+    parts = [tensors[name].read() for name in source.names]
+    parts = [part.T if source.transpose else part for part in parts]
+    array = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+    missing = [(0, size - have) for size, have in zip(want.shape, array.shape, strict=True)]
+    array = np.pad(array, missing) if any(map(any, missing)) else array
+    array = jnp.asarray(array.astype(want.dtype))
+    if pattern is None:
+        return array, None
+    compressed = compress(array, pattern)
+    return compressed.values, compressed.metadata
 
 
 def _dense_shapes(model) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
@@ -216,6 +206,21 @@ def _dense_shapes(model) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     return traverse_util.flatten_dict(shapes["params"])
 
 
+def _stacks(
+    config: TransformerConfig, paths: Iterable[tuple[str, ...]]
+) -> dict[tuple, list[tuple]]:
+    """Parameter paths of `config` -> the single layers' paths that each of them stacks."""
+    segment_of = {
+        f"layers_{i}": segment.name
+        for segment in config.segments
+        for i in range(segment.start, segment.stop)
+    }
+    stacks: dict[tuple, list[tuple]] = {}
+    for path in paths:
+        stacks.setdefault((segment_of.get(path[0], path[0]), *path[1:]), []).append(path)
+    return stacks
+
+
 def _pruned_kernels(config: TransformerConfig) -> dict[tuple[str, ...], str]:
     """Parameter path of every pruned kernel, layers apart -> pattern."""
     return {
@@ -223,22 +228,3 @@ def _pruned_kernels(config: TransformerConfig) -> dict[tuple[str, ...], str]:
         for path, pattern in config.patterns.items()
         if pattern != DENSE
     }
-
-
-def _untied(folder: Path, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Without the copies of tied tensors, which must be equal to what they copy."""
-    result = dict(tensors)
-    for copy, original in hf_names.TIED.items():
-        if copy not in tensors or original not in tensors:
-            continue
-        if not np.array_equal(result.pop(copy), tensors[original]):
-            raise ValueError(
-                f"{folder}: {copy} differs from {original}, but the model ties the two; weights"
-                " with an output table of their own cannot be loaded"
-            )
-    return result
-
-
-def _listed(items: list[str], limit: int = 12) -> str:
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more

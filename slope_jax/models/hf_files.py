@@ -1,0 +1,98 @@
+"""Files of a Hugging Face folder: config.json, and tensors that are read when they are asked for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slope_jax.models import hf_names
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_FLOATS = ("F32", "F16", "BF16")
+
+
+class Tensor:
+    """One tensor of a file: its shape and dtype; `read` gives its content."""
+
+    def __init__(self, file: Any, name: str):
+        self._file, self._name = file, name
+        described = file.get_slice(name)
+        self.shape = tuple(described.get_shape())
+        self.dtype = described.get_dtype()  # as the format spells it, such as "BF16"
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it holds floats of 16 or 32 bits."""
+        return self.dtype in _FLOATS
+
+    def read(self) -> np.ndarray:
+        return self._file.get_tensor(self._name)
+
+
+def checked_folder(folder: str | Path) -> Path:
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; give the one that holds config.json")
+    return folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; save the model with save_pretrained") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); copy or download it again") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds a {type(data).__name__}, not an object")
+    return data
+
+
+def open_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors by the names that `hf_families` uses, buffers left out."""
+    if (folder / _INDEX).exists():
+        shards = read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise ValueError(f"{folder / _INDEX} has no 'weight_map'; copy or download it again")
+        files = sorted(set(shards.values()))
+    else:
+        shards, files = {}, [_SINGLE]
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= _open_file(folder / file)
+    lost = sorted(set(shards) - set(tensors))
+    if lost:
+        raise ValueError(f"{folder / _INDEX} names tensors that no shard holds: {listed(lost)}")
+    return {
+        hf_names.canonical(name): tensor
+        for name, tensor in tensors.items()
+        if not hf_names.is_buffer(name)
+    }
+
+
+def _open_file(path: Path) -> dict[str, Tensor]:
+    try:
+        import safetensors
+    except ImportError:
+        raise ImportError(
+            "reading Hugging Face folders needs safetensors: pip install 'slope-jax[hf]'"
+        ) from None
+    if not path.exists():
+        present = listed(sorted(p.name for p in path.parent.iterdir())) or "nothing"
+        raise ValueError(
+            f"{path} is missing; the folder holds {present}. Weights in another format become"
+            " safetensors by from_pretrained and save_pretrained of Transformers"
+        )
+    try:
+        file = safetensors.safe_open(path, framework="numpy")
+        return {name: Tensor(file, name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged or cut off ({error}); copy or download it again"
+        ) from None
+
+
+def listed(items: list[str], limit: int = 12) -> str:
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
