@@ -38,8 +38,10 @@ def _backward(residuals, gradients):
     logits, labels, normalizer = residuals
     probability = jnp.exp(logits.astype(jnp.float32) - normalizer[..., None])
     index = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1)
-    error = jnp.where(index == labels[..., None], probability - 1, probability)
-    return (error * gradients[0][..., None]).astype(logits.dtype), None
+    error = probability - (index == labels[..., None])
+    result = (error * gradients[0][..., None]).astype(logits.dtype)
+    # Two products read it: without a barrier, compilers split it up to repeat its parts in both.
+    return jax.lax.optimization_barrier(result), None
 
 
 def _pick(logits: jax.Array, index: jax.Array) -> jax.Array:
