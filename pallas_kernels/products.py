@@ -67,6 +67,7 @@ def nm_sddmm(
     dy: jax.Array,
     w: CompressedMatrix,
     *,
+    into: jax.Array | None = None,
     out_dtype=None,
     precision: jax.lax.PrecisionLike = None,
     implementation: str | None = None,
@@ -77,7 +78,10 @@ def nm_sddmm(
       x: (..., in), float32, bfloat16 or float16; the leading axes are tokens.
       dy: (..., out), same tokens and dtype.
       w: (in, out); only its positions are read.
-      out_dtype: dtype of the result; None for that of `w.values`.
+      into: an array of the shape of `w.values`, float32 or `out_dtype`, that the product is added
+        to in float32, as when gradients accumulate; None for none. The kernels add in place where
+        it is donated and has `out_dtype`.
+      out_dtype: dtype of the result; None for that of `into`, or else of `w.values`.
       precision: of the product, as in `jax.lax.dot_general`.
       implementation: None for the best, or a name.
 
@@ -86,6 +90,11 @@ def nm_sddmm(
 
     Raises:
       ValueError: shapes or dtypes do not fit.
+
+    >>> from pallas_kernels import compress
+    >>> w = compress(jnp.ones((4, 1)), "2:4")
+    >>> nm_sddmm(jnp.ones((3, 4)), jnp.ones((3, 1)), w, into=10 * jnp.ones((2, 1))).tolist()
+    [[13.0], [13.0]]
     """
     _check_matrix(w)
     _check_rows(x, w.shape[0], "x", "in")
@@ -93,8 +102,10 @@ def nm_sddmm(
     _check_same_dtype(x, dy, "x", "dy")
     if x.shape[:-1] != dy.shape[:-1]:
         raise ValueError(f"x {x.shape} and dy {dy.shape} must have the same tokens")
+    out_dtype = jnp.dtype(out_dtype or (w if into is None else into).dtype)
+    _check_into(into, w, out_dtype)
     choice = dispatch.choose(_query("nm_sddmm", w, x), implementation)
-    return _run(choice).nm_sddmm(x, dy, w, jnp.dtype(out_dtype or w.dtype), precision)
+    return _run(choice).nm_sddmm(x, dy, w, out_dtype, precision, into)
 
 
 def nm_transpose(
@@ -160,4 +171,14 @@ def _check_same_dtype(a: jax.Array, b: jax.Array, a_name: str, b_name: str) -> N
     if a.dtype != b.dtype:
         raise ValueError(
             f"{a_name} is {a.dtype} and {b_name} is {b.dtype}; cast one so that they agree"
+        )
+
+
+def _check_into(into: jax.Array | None, w: CompressedMatrix, out_dtype) -> None:
+    if into is None:
+        return
+    if into.shape != w.values.shape or into.dtype not in (jnp.float32, out_dtype):
+        raise ValueError(
+            f"into is {into.dtype}{list(into.shape)}; it must have the shape of w.values,"
+            f" {list(w.values.shape)}, and be float32 or of out_dtype, {out_dtype}"
         )

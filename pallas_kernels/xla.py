@@ -18,7 +18,9 @@ def nm_matmul(x: jax.Array, w: CompressedMatrix, out_dtype, precision, epilogue:
     return finish(z, epilogue, out_dtype, precision)
 
 
-def nm_sddmm(x: jax.Array, dy: jax.Array, w: CompressedMatrix, out_dtype, precision) -> jax.Array:
+def nm_sddmm(
+    x: jax.Array, dy: jax.Array, w: CompressedMatrix, out_dtype, precision, into=None
+) -> jax.Array:
     tokens = tuple(range(x.ndim - 1))
     dw = jax.lax.dot_general(
         x,
@@ -27,9 +29,12 @@ def nm_sddmm(x: jax.Array, dy: jax.Array, w: CompressedMatrix, out_dtype, precis
         precision=precision,
         preferred_element_type=jnp.float32,
     )
-    groups = compressed.split_groups(dw.astype(out_dtype), w.m, w.axis)
+    groups = compressed.split_groups(dw if into is not None else dw.astype(out_dtype), w.m, w.axis)
     positions = compressed.split_groups(compressed.positions_of(w), w.n, w.axis)
-    return compressed.join_groups(compressed.pick(groups, positions), w.axis)
+    values = compressed.join_groups(compressed.pick(groups, positions), w.axis)
+    if into is not None:
+        values = values + into.astype(jnp.float32)
+    return values.astype(out_dtype)
 
 
 def nm_transpose(w: CompressedMatrix, dtype) -> CompressedMatrix:

@@ -94,6 +94,7 @@ def test_kernels_lower_for_cuda_without_a_gpu(shape, dtype):
         return (
             products.nm_matmul(x, w, x.dtype, None, Epilogue()),
             products.nm_sddmm(x, dy, w, jnp.float32, None),
+            products.nm_sddmm(x, dy, w, jnp.float32, None, w.values.astype(jnp.float32)),
         )
 
     text = jax.jit(both).trace(x, dy, w).lower(lowering_platforms=("cuda",)).as_text()

@@ -141,6 +141,11 @@ X, DY = jnp.ones((3, 8)), jnp.ones((3, 4))
         (lambda: nm_matmul(X, W, implementation="cuda"), "'cuda'.*'xla'"),
         (lambda: nm_sddmm(X, DY[:2], W), "same tokens"),
         (lambda: nm_sddmm(X, X, W), "out, 4"),
+        (lambda: nm_sddmm(X, DY, W, into=W.values[:1]), r"\[1, 4\].*\[4, 4\]"),
+        (
+            lambda: nm_sddmm(X, DY, W, into=W.values.astype(jnp.float16), out_dtype=jnp.bfloat16),
+            "float16.*out_dtype, bfloat16",
+        ),
         (lambda: nm_transpose(compress(jnp.ones((8, 4)), "2:4", axis=1)), "axis 1"),
         (lambda: nm_transpose(compress(jnp.ones((8, 6)), "2:4")), "output axis.*6 entries"),
         (lambda: Query("nm_mul", (8, 4), Pattern(2, 4), "float32"), "nm_mul"),
@@ -156,3 +161,22 @@ def test_choose_says_what_runs_and_why():
     assert choice.implementation in IMPLEMENTATIONS
     assert choice.reason
     assert choose(Query("nm_matmul", (8, 4), Pattern(2, 4), "float32"), "xla").reason == "asked for"
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(
+    ("into_dtype", "out_dtype"),
+    [(jnp.float32, None), (jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.bfloat16)],
+)
+def test_sddmm_adds_into_a_buffer_in_float32(into_dtype, out_dtype, axis):
+    w = weight(0, (32, 48), "2:4", jnp.bfloat16, axis=axis)
+    x, dy = integers(1, (7, 32), jnp.bfloat16), integers(2, (7, 48), jnp.bfloat16)
+    into = 256 * integers(3, w.values.shape, into_dtype)
+    dense = np.asarray(x, np.float32).T @ np.asarray(dy, np.float32) * np.asarray(kept_mask(w))
+    buffer = decompress(w.with_values(into.astype(jnp.float32)))
+    exact = jnp.asarray(dense + np.asarray(buffer)).astype(out_dtype or into_dtype)
+    found = nm_sddmm(x, dy, w, into=into, out_dtype=out_dtype)
+    assert found.dtype == exact.dtype
+    np.testing.assert_array_equal(
+        np.asarray(decompress(w.with_values(found)), np.float32), np.asarray(exact, np.float32)
+    )

@@ -27,12 +27,14 @@ def nm_matmul(x: jax.Array, w: CompressedMatrix, out_dtype, precision, epilogue:
     return run(x, w, epilogue)
 
 
-def nm_sddmm(x: jax.Array, dy: jax.Array, w: CompressedMatrix, out_dtype, precision) -> jax.Array:
+def nm_sddmm(
+    x: jax.Array, dy: jax.Array, w: CompressedMatrix, out_dtype, precision, into=None
+) -> jax.Array:
     del precision
     if w.axis != 0:
         raise NotImplementedError("the kernel keeps along the input axis; axis 1 needs 'xla'")
     run = functools.partial(_nm_sddmm, out_dtype=out_dtype)
-    return batching.one_by_one(run)(x, dy, w.metadata)
+    return batching.one_by_one(run)(x, dy, w.metadata, into)
 
 
 def nm_transpose(w: CompressedMatrix, dtype) -> CompressedMatrix:
@@ -73,10 +75,10 @@ def _measured(op: str, tokens: int, k: int, f: int, dtype) -> tuning.Entry | Non
     return tuning.best(op, tokens, k, f, dtype, jax.devices()[0].device_kind)
 
 
-def _nm_sddmm(x, dy, metadata, *, out_dtype):
+def _nm_sddmm(x, dy, metadata, into, *, out_dtype):
     tokens, k, f = math.prod(x.shape[:-1]), x.shape[-1], dy.shape[-1]
     if tokens == 0:
-        return jnp.zeros((k // 2, f), out_dtype)
+        return jnp.zeros((k // 2, f), out_dtype) if into is None else into.astype(out_dtype)
     entry = _measured("nm_sddmm", tokens, k, f, x.dtype)
     tile = sddmm.choose(tokens, k, f) if entry is None else sddmm.Tile(**entry.config)
     flat_x, flat_dy = x.reshape(tokens, k), dy.reshape(tokens, f)
