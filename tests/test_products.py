@@ -170,7 +170,8 @@ def test_choose_says_what_runs_and_why():
 )
 def test_sddmm_adds_into_a_buffer_in_float32(into_dtype, out_dtype, axis):
     w = weight(0, (32, 48), "2:4", jnp.bfloat16, axis=axis)
-    x, dy = integers(1, (7, 32), jnp.bfloat16), integers(2, (7, 48), jnp.bfloat16)
+    # 17, so that the product alone would be rounded in bfloat16.
+    x, dy = 17 * integers(1, (7, 32), jnp.bfloat16), integers(2, (7, 48), jnp.bfloat16)
     into = 256 * integers(3, w.values.shape, into_dtype)
     dense = np.asarray(x, np.float32).T @ np.asarray(dy, np.float32) * np.asarray(kept_mask(w))
     buffer = decompress(w.with_values(into.astype(jnp.float32)))
