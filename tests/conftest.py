@@ -19,6 +19,16 @@ def strict_dtypes():
 
 
 @pytest.fixture(scope="session")
+def torch():
+    return pytest.importorskip("torch", reason="torch is not installed", exc_type=ImportError)
+
+
+@pytest.fixture(scope="session")
+def transformers(torch):
+    return pytest.importorskip("transformers", reason="transformers is not installed")
+
+
+@pytest.fixture(scope="session")
 def small_text(tmp_path_factory):
     """A folder with 60 documents of made-up sentences in a.txt."""
     folder = tmp_path_factory.mktemp("text")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity import close, logits, pruned_in_place, randomised, same_form
 
 from slope_jax import models
 from slope_jax.models import hf_names
@@ -28,29 +29,6 @@ IDS = RNG.integers(0, 61, (3, 20)).astype(np.int32)
 TYPES = RNG.integers(0, 2, (3, 20)).astype(np.int32)
 LENGTHS = np.array([20, 13, 1], np.int32)
 VALID = np.arange(20)[None, :] < LENGTHS[:, None]
-
-
-@pytest.fixture(scope="module")
-def torch():
-    return pytest.importorskip("torch", reason="torch is not installed", exc_type=ImportError)
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    pytest.importorskip("torch", reason="torch is not installed", exc_type=ImportError)
-    return pytest.importorskip("transformers", reason="transformers is not installed")
-
-
-def randomised(torch, model):
-    """Every parameter random: a bias or scale left at 0 or 1 would hide a wrong mapping."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            scale = 1 + 0.2 * torch.randn(parameter.shape, generator=generator)
-            other = 0.25 * torch.randn(parameter.shape, generator=generator)
-            is_scale = "LayerNorm.weight" in name or (".ln_" in name and name.endswith("weight"))
-            parameter.copy_(scale if is_scale else other)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -84,32 +62,12 @@ def run_bert(torch, model):
     return [x.numpy() for x in result]
 
 
-def run_gpt2(torch, model):
-    with torch.no_grad():
-        return model(input_ids=torch.tensor(IDS)).logits.numpy()
-
-
 def assert_bert_agrees(torch, theirs, model, variables):
     mlm, nsp, hidden = run_bert(torch, theirs)
     ours = jax.jit(model.apply)(variables, IDS, TYPES, LENGTHS)
     close(ours.mlm_logits[..., :61][VALID], mlm[VALID])
     close(ours.nsp_logits, nsp)
     close(ours.hidden[VALID], hidden[VALID])
-
-
-def close(ours, theirs):
-    assert theirs.std() > 0.1  # a thousand times the tolerance
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
-
-
-def same_form(model, variables):
-    """What `init` gives: structure, shapes, dtypes."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), **model.example_inputs())
-    described = [
-        jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), tree)
-        for tree in (dict(shapes), variables)
-    ]
-    assert described[0] == described[1]
 
 
 def test_bert_logits(torch, bert):
@@ -128,7 +86,7 @@ def test_gpt2_logits(torch, gpt2):
     assert model.config.mlp_size == 128
     same_form(model, variables)
     ours = jax.jit(model.apply)(variables, IDS)
-    close(ours[..., :61], run_gpt2(torch, theirs))
+    close(ours[..., :61], logits(torch, theirs, IDS))
 
 
 def test_defaults_are_those_of_transformers(transformers):
@@ -141,21 +99,6 @@ def test_defaults_are_those_of_transformers(transformers):
         expected = hf_names.read_config(raw, family) | {"dropout": hf_names.dropout(raw, family)}
         config = models.build(name).config
         assert {field: getattr(config, field) for field in expected} == expected
-
-
-def pruned_in_place(torch, model, patterns, axis):
-    """Their model with its weights masked by magnitude, groups along `axis` of the tensor."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            pattern = patterns(name)
-            if pattern is None:
-                continue
-            n, m = pattern
-            w = np.moveaxis(parameter.numpy().copy(), axis, -1)
-            groups = w.reshape(*w.shape[:-1], -1, m)
-            drop = np.argsort(np.abs(groups), axis=-1)[..., : m - n]
-            np.put_along_axis(groups, drop, 0, axis=-1)
-            parameter.copy_(torch.tensor(np.moveaxis(groups.reshape(w.shape), -1, axis)))
 
 
 def test_bert_compressed_by_magnitude(torch, transformers, bert, tmp_path):
@@ -187,7 +130,7 @@ def test_gpt2_compressed_by_magnitude(torch, transformers, gpt2):
     model, variables = models.from_hf(folder, sparsity="2:4")
     same_form(model, variables)
     ours = jax.jit(model.apply)(variables, IDS)
-    close(ours[..., :61], run_gpt2(torch, theirs))
+    close(ours[..., :61], logits(torch, theirs, IDS))
 
 
 def equal(a, b):

@@ -1,0 +1,293 @@
+"""LLaMA and Mistral: sizes, the function of Transformers, rotations, grouped heads, windows."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from parity import close, logits, pruned_in_place, randomised, same_form
+
+from slope_jax import TrainState, add_adapters, explain, lazy_adapters, models
+from slope_jax.models import RopeScaling, hf_names, layers, rope
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+TINY = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 24,
+    "rms_norm_eps": 1e-5,
+}
+SMALL = {
+    "hidden_size": 32,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "mlp_size": 48,
+    "num_layers": 3,
+    "vocab_size": 61,
+    "max_positions": 16,
+}
+IDS = np.random.default_rng(0).integers(0, 61, (3, 20)).astype(np.int32)
+# 16 original positions: some frequencies are divided, some are not, some lie between.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 0.5,
+    "high_freq_factor": 2.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def small(**overrides):
+    return models.build("llama-nano", **(SMALL | overrides))
+
+
+# Against Transformers
+
+
+@pytest.mark.parametrize(
+    ("name", "published"), [("llama-3-8b", 8_030_261_248), ("mistral-7b", 7_241_732_096)]
+)
+def test_parameter_counts(name, published):
+    assert models.count_parameters(models.build(name, sparsity="dense")) == published
+    per_layer = 4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336
+    pruned = 32 * per_layer - 4096 * 6144
+    assert models.count_parameters(models.build(name)) == published - pruned // 2
+
+
+def save(torch, model, folder):
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    randomised(torch, model).save_pretrained(folder, safe_serialization=True)
+    return model, folder
+
+
+@pytest.fixture(scope="module")
+def llama(torch, transformers, tmp_path_factory):
+    config = transformers.LlamaConfig(**TINY, rope_parameters=LLAMA3)
+    return save(torch, transformers.LlamaForCausalLM(config), tmp_path_factory.mktemp("llama"))
+
+
+def test_logits(torch, llama):
+    theirs, folder = llama
+    model, variables = models.from_hf(folder, sparsity="dense")
+    assert model.config.rope_scaling == RopeScaling(8.0, 0.5, 2.0, 16)
+    same_form(model, variables)
+    close(jax.jit(model.apply)(variables, IDS)[..., :61], logits(torch, theirs, IDS))
+    assert (variables["params"]["lm_head"]["kernel"][:, 61:] == 0).all()
+
+
+def test_compressed_by_magnitude(torch, transformers, llama):
+    folder = llama[1]
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
+
+    def pattern(name):
+        in_layer = "_proj.weight" in name
+        first = "layers.0.self_attn" in name and "o_proj" not in name
+        return (2, 4) if in_layer and not first else None
+
+    pruned_in_place(torch, theirs, pattern, axis=1)
+    model, variables = models.from_hf(folder, sparsity="2:4")
+    same_form(model, variables)
+    close(jax.jit(model.apply)(variables, IDS)[..., :61], logits(torch, theirs, IDS))
+
+
+def test_mistral_with_a_window(torch, transformers, tmp_path):
+    config = transformers.MistralConfig(**TINY, sliding_window=6)
+    theirs, folder = save(torch, transformers.MistralForCausalLM(config), tmp_path)
+    model, variables = models.from_hf(folder, sparsity="dense")
+    assert model.config.window == 6
+    close(jax.jit(model.apply)(variables, IDS)[..., :61], logits(torch, theirs, IDS))
+
+
+# As published with the weights, the fields that matter.
+LLAMA_3_8B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+}
+MISTRAL_7B = LLAMA_3_8B | {
+    "model_type": "mistral",
+    "vocab_size": 32000,
+    "max_position_embeddings": 32768,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+}
+
+
+@pytest.mark.parametrize(("name", "raw"), [("llama-3-8b", LLAMA_3_8B), ("mistral-7b", MISTRAL_7B)])
+def test_published_configurations_are_the_variants(name, raw):
+    config = models.build(name).config
+    expected = hf_names.read_config(raw, raw["model_type"])
+    assert expected["max_positions"] == raw["max_position_embeddings"]
+    assert {field: getattr(config, field) for field in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tie_word_embeddings": True}, "tie_word_embeddings=True"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"head_dim": 64}, "32 heads of head_dim=64 do not make up hidden_size=4096"),
+        ({"rope_scaling": {"type": "yarn"}}, "the rotary embedding 'yarn'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor, high"),
+        ({"rope_theta": 1e4}, r"rope_theta: folder 10000.0, model 500000.0\. Build"),
+        ({"model_type": "opt"}, "model_type is 'opt', but the model is a llama or mistral"),
+    ],
+)
+def test_folders_that_do_not_fit(tmp_path, change, message):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B | change))
+    with pytest.raises(ValueError, match=message):
+        models.load_hf(tmp_path, models.build("llama-3-8b"))
+
+
+# Configuration
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"num_kv_heads": 3}, "num_heads=4 is not a multiple of num_kv_heads=3"),
+        ({"num_kv_heads": 0}, "num_kv_heads=0 must be a positive integer"),
+        ({"num_heads": 32, "num_kv_heads": 32}, "heads of 1 cannot be rotated in pairs"),
+        ({"rope_theta": 0.0}, "rope_theta=0.0 must be above 1"),
+        ({"rope_scaling": 8.0}, "rope_scaling=8.0 must be None or a RopeScaling"),
+        ({"rope_scaling": RopeScaling(8.0, 4.0, 1.0, 16)}, "low_frequency < high_frequency"),
+        ({"window": 0}, "window=0 must be None or a positive integer"),
+        ({"mlp_size": 42}, "the input of layers/0/mlp/down has 42 entries"),
+    ],
+)
+def test_bad_configuration(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        small(**overrides)
+
+
+def test_gpt2_has_no_window():
+    with pytest.raises(ValueError, match="gpt2-nano has no field 'window'"):
+        models.build("gpt2-nano", window=4)
+
+
+def test_paths_patterns_and_adapters():
+    model = small(sparsity="2:4,2:8", num_layers=2, mlp_size=64)
+    shapes = {linear.path: linear[1:3] for linear in model.config.linears[:4]}
+    assert shapes == {
+        "layers/0/attention/qkv": (32, 64),
+        "layers/0/attention/output": (32, 32),
+        "layers/0/mlp/gate_up": (32, 128),
+        "layers/0/mlp/down": (64, 32),
+    }
+    ids = jnp.asarray(IDS[:, :8])
+    variables = jax.jit(model.init)(jax.random.key(0), ids)
+    rows = {row.path: row.pattern for row in explain(model, variables).rows}
+    assert len(rows) == 9
+    assert rows["layers_0/attention/qkv"] == rows["lm_head"] == "dense"
+    assert (rows["layers_0/mlp/gate_up"], rows["layers_1/mlp/gate_up"]) == ("2:4", "2:8")
+
+    with jax.numpy_dtype_promotion("standard"):
+        tx = lazy_adapters(optax.scale_by_adam())
+        state = TrainState.create(apply_fn=model.apply, tx=tx, **variables)
+        adapted = small(sparsity="2:4,2:8", num_layers=2, mlp_size=64, adapter_rank=2)
+        state, count = add_adapters(state, adapted, jax.random.key(1))
+    assert count == 7
+    assert state.params["layers_1"]["mlp"]["gate_up"]["adapter_r"].shape == (2, 128)
+
+
+def test_the_head_may_be_pruned():
+    model = small(sparsity=r"layers/.*=dense; lm_head=2:4")
+    shapes = jax.eval_shape(model.init, jax.random.key(0), **model.example_inputs())
+    assert shapes["params"]["lm_head"]["kernel"].shape == (16, 64)
+    assert set(shapes["masks"]) == {"lm_head"}
+
+
+# Function
+
+
+def test_rotation_is_multiplication_by_a_complex_number():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(2, 5, 3, 8))
+    positions = np.array([[0, 1, 2, 3, 4], [7, 7, 1, 0, 900]])
+    speed = rope.frequencies(8, 10_000.0)
+    turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[..., None, None] * speed)
+    tables = rope.rotary_tables(jnp.asarray(positions), speed)
+    got = rope.rotate(jnp.asarray(x, jnp.float32), tables)
+    # Angles up to 900 have 24 bits of mantissa.
+    expected = np.concatenate([turned.real, turned.imag], axis=-1)
+    np.testing.assert_allclose(got, expected, atol=4 * 900 * 2**-24)
+    assert rope.rotate(jnp.asarray(x, jnp.bfloat16), tables).dtype == jnp.bfloat16
+
+
+def test_gate_and_norm_are_the_formulas():
+    x = np.random.default_rng(1).normal(size=(2, 3, 8)).astype(np.float32)
+    gate, up = np.split(np.float64(x), 2, axis=-1)
+    np.testing.assert_allclose(
+        layers.gated(x, "silu"), gate / (1 + np.exp(-gate)) * up, rtol=1e-5, atol=1e-6
+    )
+    norm = layers.norm(small().config, None)
+    got = norm.apply({"params": {"scale": jnp.arange(8.0)}}, x)
+    expected = x / np.sqrt((np.float64(x) ** 2).mean(-1, keepdims=True) + 1e-5) * np.arange(8.0)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_causality_by_gradient(window):
+    """Logits at t depend on the tokens 0 .. t, with a window on the last `window` of them."""
+    model = small(num_layers=1, window=window, sparsity="layers/.*=1:2; .*=dense")
+    ids = jnp.arange(12, dtype=jnp.int32)[None, :]  # all different: a row of the table for each
+    variables = jax.jit(model.init)(jax.random.key(0), ids)
+
+    def total(table, t):
+        params = variables["params"] | {"embeddings": {"token": {"embedding": table}}}
+        return jnp.square(model.apply(variables | {"params": params}, ids)[:, t, :61]).sum()
+
+    table = variables["params"]["embeddings"]["token"]["embedding"]
+    grads = jax.jit(jax.vmap(jax.grad(total), (None, 0)))(table, jnp.arange(12))
+    reaches = np.asarray(jnp.abs(grads).max(axis=-1) > 0)[:, :12]
+    np.testing.assert_array_equal(reaches, np.tri(12) - np.tri(12, k=-(window or 12)) == 1)
+
+
+def test_scan_is_the_unrolled_model():
+    options = {"sparsity": "1:2", "adapter_rank": 2}
+    model, unrolled = (small(scan=scan, **options) for scan in (True, False))
+    ids = jnp.asarray(IDS[:, :12])
+    variables = jax.jit(model.init)(jax.random.key(0), ids)
+    # Adapters are born without effect; here they must have one.
+    variables = jax.tree.map(lambda a: a + 0.01 if a.dtype == jnp.float32 else a, variables)
+    single = models.unstack_layers(variables)
+    assert "layers_2" in single["masks"]
+    np.testing.assert_allclose(
+        jax.jit(model.apply)(variables, ids)[..., :61],
+        jax.jit(unrolled.apply)(single, ids)[..., :61],
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def test_half_precision_is_close():
+    """8 bits of mantissa over two layers: within 2^-8 times a dozen roundings."""
+    options = {"num_layers": 2, "sparsity": "layers/.*=2:4; .*=dense"}
+    ids = jnp.asarray(IDS[:, :12])
+    variables = jax.jit(small(**options).init)(jax.random.key(0), ids)
+    exact, half = (
+        jax.jit(small(dtype=dtype, **options).apply)(variables, ids)[..., :61]
+        for dtype in ("float32", "bfloat16")
+    )
+    assert half.dtype == jnp.bfloat16
+    error = np.linalg.norm(np.float64(half) - np.float64(exact)) / np.linalg.norm(exact)
+    assert 0 < error < 12 * 2**-8
