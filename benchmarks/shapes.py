@@ -107,10 +107,10 @@ def epilogues(models: Iterable[str] = MODELS) -> list[tuple[Shape, str]]:
     return [(Shape(key[0], tuple(names[key])), key[1]) for key in order]
 
 
-def adapter_rank(width: int) -> int:
-    """1.56 % of the width, rounded up to a multiple of 8.
+def adapter_rank(width: int, share: float = 0.0156) -> int:
+    """1.56 % (or another share) of the width, rounded up to a multiple of 8.
 
     >>> adapter_rank(768), adapter_rank(4096)
     (16, 64)
     """
-    return 8 * math.ceil(0.0156 * width / 8)
+    return 8 * math.ceil(share * width / 8)

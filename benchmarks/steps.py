@@ -1,0 +1,332 @@
+"""Training steps of known models at a depth that fits on one device, made ready to be run.
+
+The step is that of the job (`train.step` with `train.optimizer`'s AdamW): float32 parameters,
+gradients and moments, bfloat16 products, buffers donated. Parameters and tokens are random.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import shapes
+from pallas_kernels import compress
+from pallas_kernels.samples import CUBLAS
+from slope_jax import TrainState, explain, find_layers, models
+from train.config import Config
+from train.optimizer import make_optimizer, make_schedule
+from train.state import Setup, abstract_state, is_stacked
+from train.step import make_train_step
+
+ADAPTERS = 0.0156  # of the width, the middle one of the paper's ranks
+PREDICTIONS = 80 / 512  # masked positions of BERT's recipe, of the sequence
+AUTOTUNE_OFF = {"xla_gpu_autotune_level": 0}
+WEIGHT_STD = 0.02
+# Dense TFLOP/s in bfloat16, as NVIDIA's data sheets say.
+PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989, "NVIDIA H200": 989}
+
+
+class Setting(NamedTuple):
+    """How a model is measured: tokens in a sequence, sequences in a step, two depths, remat."""
+
+    length: int
+    sequences: int
+    depths: tuple[int, int]
+    remat: bool = False
+
+
+# What the dense model can hold in 78 GiB: all layers if possible. Three and more, because a lone
+# sparse layer beside the first, which is not quite sparse, is not scanned and so off the line.
+MODELS = {
+    "bert-base": Setting(512, 32, (4, 12)),
+    "bert-large": Setting(512, 32, (6, 24)),
+    "gpt2-small": Setting(1024, 16, (4, 12)),
+    "gpt2-medium": Setting(1024, 16, (6, 24)),
+    "gpt2-large": Setting(1024, 16, (6, 36)),
+    "gpt2-xl": Setting(1024, 8, (6, 24)),
+    "opt-2.7b": Setting(2048, 4, (4, 16)),
+    "opt-6.7b": Setting(2048, 4, (3, 9)),
+    "opt-13b": Setting(2048, 4, (3, 7)),
+    "opt-30b": Setting(2048, 2, (3, 5)),
+    "opt-66b": Setting(2048, 1, (3, 4), remat=True),
+    "llama-3-8b": Setting(2048, 4, (3, 7)),
+    "mistral-7b": Setting(2048, 4, (3, 9)),
+}
+
+
+def setting(model: str) -> Setting:
+    """That of `MODELS`, or one for any other model.
+
+    Raises:
+      ValueError: no such model.
+    """
+    if model in MODELS:
+        return MODELS[model]
+    config = models.variant_config(model)
+    depths = (max(1, config.num_layers // 2), config.num_layers)
+    return Setting(min(1024, config.max_positions), 8, depths)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One program: a model cut to `depth` layers, dense or sparse, and what a step trains on.
+
+    `rank` is that of the adapters, below 1 a fraction of the width, to the next multiple of 8.
+    """
+
+    model: str
+    depth: int
+    sequences: int
+    length: int
+    sparsity: str = "2:4"
+    rank: float = 0
+    accumulation: int = 1
+    remat: bool | str = False
+    dropout: float = 0.0
+    implementation: str | None = None
+    dtype: str = "bfloat16"
+
+    @property
+    def name(self) -> str:
+        """ "dense", "sparse", or "adapters"."""
+        return "dense" if self.sparsity == "dense" else "adapters" if self.rank else "sparse"
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.length
+
+    @functools.cached_property
+    def config(self) -> models.TransformerConfig:
+        return self.build().config
+
+    def build(self, **overrides):
+        """The model; `overrides` of its configuration."""
+        width = models.variant_config(self.model).hidden_size
+        rank = shapes.adapter_rank(width, self.rank) if 0 < self.rank < 1 else int(self.rank)
+        options = {
+            "num_layers": self.depth,
+            "sparsity": self.sparsity,
+            "adapter_rank": rank,
+            "remat": self.remat,
+            "dropout": self.dropout,
+            "implementation": self.implementation,
+            "dtype": self.dtype,
+        }
+        return models.build(self.model, **(options | overrides))
+
+    def setup(self) -> Setup:
+        """Model and optimizer, as the job makes them."""
+        config = Config(model=self.model, optimizer="adamw", weight_decay=0.1, beta2=0.95, eps=1e-8)
+        schedule = make_schedule(config.phases, config.schedule)
+        tx = make_optimizer(config, schedule, is_stacked)
+        return Setup(self.build(), None, schedule, tx, jax.random.key(0))
+
+
+@dataclasses.dataclass
+class Lowered:
+    """A case traced and lowered: no device was used."""
+
+    case: Case
+    step: Any
+    make: Any
+    paths: dict[str, int]
+
+    def compile(self, *, autotune: bool = True, options: dict | None = None) -> "Program":
+        """Compiles; with `autotune`, XLA times products of its own on the device."""
+        if jax.default_backend() == "gpu":
+            options = CUBLAS | ({} if autotune else AUTOTUNE_OFF) | (options or {})
+        else:
+            options = None
+        step = self.step.compile(compiler_options=options)
+        return Program(self.case, step, self.make.compile(), self.paths)
+
+
+@dataclasses.dataclass
+class Program:
+    """A compiled step, and what makes its state.
+
+    `paths` counts the sparse linears by what runs and why.
+    """
+
+    case: Case
+    step: Any
+    make: Any
+    paths: dict[str, int]
+
+    @functools.cached_property
+    def xla_bytes(self) -> dict[str, int]:
+        """XLA's own account of the step: arguments, temporaries, what is not donated."""
+        found = self.step.memory_analysis()
+        return {
+            "arguments": found.argument_size_in_bytes,
+            "temporaries": found.temp_size_in_bytes,
+            "outputs": found.output_size_in_bytes - found.alias_size_in_bytes,
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Most bytes at once, by XLA's account."""
+        return sum(self.xla_bytes.values())
+
+    def start(self) -> "Run":
+        """Puts a random state on the device."""
+        return Run(self)
+
+
+class Run:
+    """A state on the device and the step that trains it."""
+
+    def __init__(self, program: Program):
+        self.program = program
+        self.key = jax.random.key(1)
+        self.batch = batch(program.case)
+        self.state = jax.block_until_ready(program.make(jax.random.key(0)))
+        self.metrics: dict[str, jax.Array] = {}
+
+    def steps(self, count: int) -> None:
+        """So many steps, the last one waited for."""
+        for _ in range(count):
+            self.state, self.metrics = self.program.step(self.state, self.batch, self.key)
+        jax.block_until_ready((self.state, self.metrics))
+
+    def loss(self) -> float:
+        """Of the last step.
+
+        Raises:
+          RuntimeError: it is not finite, so that times would be those of no training.
+        """
+        loss = float(self.metrics["loss"])
+        if not math.isfinite(loss):
+            raise RuntimeError(f"the loss of {self.program.case.name} is {loss}")
+        return loss
+
+
+def lower(case: Case) -> Lowered:
+    """Traces and lowers a case's step and the function that makes its state."""
+    setup = case.setup()
+    state = abstract_state(setup, adapters=False)
+    inputs = setup.model.example_inputs(case.sequences // case.accumulation, case.length)
+    explanation = explain(setup.model, state.variables, **inputs)
+    paths: dict[str, int] = {}
+    for row in explanation.rows:
+        if row.pattern != "dense":
+            way = f"{row.implementation}: {row.reason}"
+            paths[way] = paths.get(way, 0) + row.layers
+    patterns = {
+        path: layer.pattern
+        for path, layer in find_layers(setup.model.apply, state.variables, **inputs).items()
+    }
+    make = jax.jit(functools.partial(_random_state, setup, state, patterns))
+    step = make_train_step(case.accumulation, setup.schedule)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    data = jax.eval_shape(functools.partial(batch, case))
+    return Lowered(case, step.lower(state, data, key), make.lower(key), paths)
+
+
+def batch(case: Case) -> dict[str, jax.Array]:
+    """Random tokens, as `train.data` shapes its batches."""
+    config = case.config
+    size = (case.sequences, case.length)
+    keys = iter(jax.random.split(jax.random.key(2), 4))
+    ids = jax.random.randint(next(keys), size, 0, config.vocab_size)
+    if not case.model.startswith("bert"):
+        return {"input_ids": ids, "labels": jnp.roll(ids, -1, axis=1)}
+    masked = (case.sequences, predictions(case.length))
+    stride = case.length // masked[1]
+    return {
+        "input_ids": ids,
+        "token_type_ids": jnp.broadcast_to((jnp.arange(size[1]) >= size[1] // 2).astype(int), size),
+        "lengths": jnp.full((size[0],), size[1], jnp.int32),
+        "mlm_positions": jnp.broadcast_to(stride * jnp.arange(masked[1]), masked),
+        "mlm_labels": jax.random.randint(next(keys), masked, 0, config.vocab_size),
+        "mlm_weights": jnp.ones(masked, jnp.float32),
+        "nsp_labels": jax.random.randint(next(keys), size[:1], 0, 2),
+    }
+
+
+def predictions(length: int) -> int:
+    """Masked positions in a sequence of BERT's."""
+    return max(1, int(PREDICTIONS * length))
+
+
+def flops(case: Case, *, depth: int | None = None) -> float:
+    """Floating-point operations of the dense model's step, nothing recomputed.
+
+    6 for each token and weight of a linear layer that it passes (2 forward, 4 backward), the product
+    with the vocabulary among them, and 12 * length * width of attention for each token and layer,
+    half of it where attention is causal.
+
+    Args:
+      depth: of the model; the case's if not given.
+    """
+    config = case.build(num_layers=depth or case.depth, sparsity="dense", adapter_rank=0).config
+    bert = case.model.startswith("bert")
+    rows = {"mlm": case.sequences * predictions(case.length), "nsp": case.sequences}
+    rows["pooler"] = case.sequences
+    total = 0.0
+    for linear in config.linears:
+        first = linear.path.split("/")[0]
+        total += 6 * rows.get(first, case.tokens) * linear.in_features * linear.out_features
+    attention = 12 * case.length * config.num_heads * config.head_dim * (1 if bert else 0.5)
+    return total + attention * case.tokens * config.num_layers
+
+
+def mfu(flops: float, milliseconds: float, device: str) -> float | None:
+    """The share of the device's peak that `flops` in such a time are; None where it is unknown.
+
+    >>> mfu(989e12 * 0.05, 100.0, "NVIDIA H200")
+    0.5
+    """
+    peak = PEAK_TFLOPS.get(device)
+    return None if peak is None else round(flops / (milliseconds * 1e-3) / (peak * 1e12), 4)
+
+
+def line(depths: tuple[int, int], values: tuple[float, float], depth: int) -> float:
+    """The value at `depth` of the line through those at two depths.
+
+    >>> line((2, 4), (10.0, 14.0), 40)
+    86.0
+    """
+    slope = (values[1] - values[0]) / (depths[1] - depths[0])
+    return values[1] + (depth - depths[1]) * slope
+
+
+def _random_state(setup: Setup, state: TrainState, patterns: dict, key: jax.Array) -> TrainState:
+    """A state of these shapes: quick to compile and to fill, no two numbers in a row alike."""
+    seed = jax.random.bits(key, (), jnp.uint32)
+
+    def parameter(path, leaf):
+        name = str(path[-1].key)
+        if name in ("bias", "scale"):
+            return jnp.full(leaf.shape, name == "scale", leaf.dtype)
+        return _noise(seed, leaf.shape).astype(leaf.dtype)
+
+    def positions(path, leaf):
+        pattern = patterns[tuple(str(key.key) for key in path[:-1])]
+        tile = compress(_noise(seed, (16 * pattern.m, 256)), pattern).metadata
+        repeats = [-(-a // b) for a, b in zip(leaf.shape[-2:], tile.shape, strict=True)]
+        tiled = jnp.tile(tile, repeats)[: leaf.shape[-2], : leaf.shape[-1]]
+        return jnp.broadcast_to(tiled, leaf.shape)
+
+    return TrainState.create(
+        apply_fn=setup.model.apply,
+        params=jax.tree_util.tree_map_with_path(parameter, state.params),
+        masks=jax.tree_util.tree_map_with_path(positions, state.masks),
+        tx=setup.tx,
+    )
+
+
+def _noise(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Uniform numbers of standard deviation `WEIGHT_STD`, each a hash of its place."""
+    place = jnp.broadcast_to(seed, shape)
+    for axis in range(len(shape)):
+        stride = math.prod(shape[axis + 1 :]) % 2**32
+        place += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
+    for multiplier, shift in ((0x9E3779B1, 15), (0x85EBCA77, 13), (0xC2B2AE3D, 16)):
+        place = place * jnp.uint32(multiplier)
+        place ^= place >> shift
+    unit = (place >> 8).astype(jnp.float32) / 2**24  # in [0, 1)
+    return (2 * unit - 1) * (WEIGHT_STD * math.sqrt(3))
