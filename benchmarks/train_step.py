@@ -352,9 +352,9 @@ def _outcome(function: Callable[[], Any]) -> Any:
         return Failed(f"{type(error).__name__}: {error}")
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--models", type=_models, default=list(steps.MODELS), help="a,b,...")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is run, for how long, and where the record goes."""
+    parser.add_argument("--models", type=model_names, default=list(steps.MODELS), help="a,b,...")
     parser.add_argument("--depths", type=_depths, help="A,B; each model's if not given")
     parser.add_argument("--tokens", type=int, help="in a micro-batch; each model's if not given")
     parser.add_argument("--ranks", type=_ranks, default=[0.0, steps.ADAPTERS], help="of adapters")
@@ -362,18 +362,24 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--remat", choices=("none", "layers"), help="each model's if not given")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--minutes", type=float, help="start no model after; what is done is kept")
+    parser.add_argument("--part", help="name of the record, for a part of the list")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the record")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add_arguments(parser)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each variant")
     parser.add_argument("--seconds", type=float, default=0.6, help="of a turn; at least 3 steps")
     parser.add_argument("--preheat", type=float, default=1.0, help="times the usual; 0 for none")
     parser.add_argument("--autotune", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--xla", type=_options, default={}, help="NAME=VALUE,... for the compiler")
-    parser.add_argument("--minutes", type=float, help="start no model after; what is done is kept")
-    parser.add_argument("--part", help="name of the record, for a part of the list")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the record")
     return parser.parse_args()
 
 
-def _models(text: str) -> list[str]:
+def model_names(text: str) -> list[str]:
+    """Parses names of models with commas between them."""
     found = text.split(",")
     if wrong := [name for name in found if name not in models.VARIANTS]:
         raise argparse.ArgumentTypeError(f"{wrong} are not of {', '.join(models.VARIANTS)}")
