@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from train.config import Config, free_fields
+from slope_jax.models import VARIANTS, variant_config
+from train.config import Config, choices, free_fields
 from train.plan import make_plan
 from train.pretrain import main, parse
 from train.recipes import make_config
@@ -14,6 +15,7 @@ BAD = [
     ({"recipe": "fast"}, "choose one of: quickstart, paper"),
     ({"method": "magic"}, "choose one of: slope, dense"),
     ({"optimizer": "sgd"}, "choose one of: adamw, lamb"),
+    ({"moments": "float16"}, "choose one of: float32, bfloat16"),
     ({"schedule": "cosine"}, "choose one of: linear, polynomial"),
     ({"dtype": "int8"}, "choose one of: auto, bfloat16, float32"),
     ({"data": "wikipedia"}, "'wikipedia'.*(?s:.)*docs(?s:.)*tfds:(?s:.)*text:"),
@@ -67,6 +69,34 @@ def test_paper_recipe_of_gpt2_has_the_published_numbers():
     assert (small.weight_decay, small.eps, small.clip) == (0.1, 1e-4, 1.0)
     assert (small.optimizer, small.schedule, phase.warmup) == ("adamw", "linear", 0.01)
     assert config_steps_with_adapters(small) == 4000
+
+
+def test_paper_recipes_of_opt_and_llama_have_the_published_numbers():
+    config = make_config("opt-13b", "paper")
+    (phase,) = config.phases
+    assert (config.lr, phase.seq_len, phase.tokens_per_step) == ((1e-4,), 2048, 2**22)
+    assert (config.beta1, config.beta2, config.weight_decay, config.clip) == (0.9, 0.95, 0.1, 1.0)
+    assert config.total_tokens == pytest.approx(300e9, rel=1e-4)
+    assert phase.warmup_steps * phase.tokens_per_step == pytest.approx(375e6, rel=0.01)
+    assert config.dropout == 0.1
+    assert make_config("opt-125m", "paper").phases[0].tokens_per_step == 2**19
+
+    for model, tokens in (("llama-3-8b", 15e12), ("mistral-7b", 2e12)):
+        config = make_config(model, "paper")
+        (phase,) = config.phases
+        assert (config.lr, phase.seq_len, phase.tokens_per_step) == ((3e-4,), 8192, 2**22)
+        assert (config.beta2, config.eps, config.weight_decay) == (0.95, 1e-5, 0.1)
+        assert (phase.warmup_steps, config.dropout) == (2000, 0.0)
+        assert config.total_tokens == pytest.approx(tokens, rel=1e-6)
+    assert config.vocab_size == 32_000
+
+
+@pytest.mark.parametrize("recipe", choices("recipe"))
+@pytest.mark.parametrize("model", VARIANTS)
+def test_every_model_has_every_recipe(recipe, model):
+    config = make_config(model, recipe)
+    assert config.objective == ("mlm" if model.startswith("bert") else "clm")
+    assert max(config.seq_len) <= variant_config(model).max_positions
 
 
 def config_steps_with_adapters(config: Config) -> int:

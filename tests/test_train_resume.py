@@ -27,7 +27,11 @@ EXACT += ("eval_loss", "eval_perplexity", "eval_mlm_accuracy", "eval_nsp_loss")
 
 
 def options(folder: pathlib.Path, **fields):
-    """Two phases; adapters join inside the second, one step before the last but two."""
+    """Two phases; adapters join inside the second, one step before the last but two.
+
+    Micro-batches and 16-bit moments, because these have most to go wrong: shared copies of the
+    weights, gradients added in place, random bits by step.
+    """
     return {
         "data": f"text:{folder / 'text' / '*.txt'}",
         "cache_dir": str(folder / "cache"),
@@ -36,6 +40,8 @@ def options(folder: pathlib.Path, **fields):
         "seq_len": (16, 24),
         "max_predictions": 3,
         "batch_size": 4,
+        "accumulation": (1, 2),
+        "moments": "bfloat16",
         "steps": (3, 5),
         "adapter_start": (JOIN - 3) / 5,
         "dropout": 0.1,
@@ -160,6 +166,7 @@ def test_changed_text_is_refused_where_the_old_tokens_are_gone(folder, whole):
 def command(folder: pathlib.Path, name: str) -> list[str]:
     fields = options(folder, run_dir=str(folder / name), checkpoint_every=5)
     fields |= {"seq_len": 16, "steps": 40, "adapter_start": 0.5, "dropout": 0.0, "eval_every": 0}
+    fields |= {"accumulation": 1, "moments": "float32"}
     args = [sys.executable, "-m", "train.pretrain", "--model", "bert-tiny", "--no-tensorboard"]
     for key, value in fields.items():
         if key != "tensorboard":

@@ -106,6 +106,8 @@ class Config:
     """Decay of the second moment, in [0, 1)."""
     eps: float = 1e-6
     """Added to the square root of the second moment."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Type in which both moments are kept. bfloat16: half their memory, rounded without bias."""
     clip: float = 1.0
     """Largest global norm of the gradient. 0: no clipping."""
 

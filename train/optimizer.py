@@ -14,6 +14,7 @@ import optax
 
 from slope_jax import lazy_adapters
 from train.config import Config, Phase
+from train.moments import scale_by_adam
 
 POLYNOMIAL_POWER = 0.5
 DECAYED = ("kernel", "embedding", "adapter_l", "adapter_r")
@@ -60,7 +61,7 @@ def make_optimizer(
 
 def _base(config: Config, is_stacked: Callable[[tuple], bool]) -> optax.GradientTransformation:
     adamw = optax.chain(
-        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        _adam(config),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
     )
     if config.optimizer == "adamw":
@@ -74,10 +75,14 @@ def _adapters(config: Config) -> optax.GradientTransformation:
     # No trust ratio: one adapter starts at zero, where a step in proportion to its norm would
     # leave it for the few steps that remain.
     return optax.chain(
-        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        _adam(config),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.scale(config.adapter_lr_scale),
     )
+
+
+def _adam(config: Config) -> optax.GradientTransformation:
+    return scale_by_adam(config.beta1, config.beta2, config.eps, config.moments)
 
 
 def decayed(params: optax.Params) -> optax.Params:
