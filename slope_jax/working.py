@@ -1,5 +1,6 @@
 """Working copies: what kernels are multiplied as, made once for many products."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
-from pallas_kernels import CompressedMatrix, Pattern, nm_transpose
+from pallas_kernels import CompressedMatrix, Pattern, Query, choose, nm_transpose
 from slope_jax.dense import MASKS, SparseDense
 from slope_jax.matmul import Working
 
@@ -96,7 +97,14 @@ def working_copies(
 
 
 def _transposed(w: CompressedMatrix, layer: Layer) -> CompressedMatrix:
-    return nm_transpose(w, dtype=layer.dtype, implementation=layer.implementation)
+    transpose = functools.partial(
+        nm_transpose, dtype=layer.dtype, implementation=layer.implementation
+    )
+    query = Query("nm_transpose", layer.shape, layer.pattern, str(w.dtype))
+    if choose(query, layer.implementation).implementation == "xla":
+        for _ in w.values.shape[:-2]:  # one layer after another, for each is dense for a moment
+            transpose = functools.partial(jax.lax.map, transpose)
+    return transpose(w)
 
 
 def _describe(module: SparseDense, x: jax.Array) -> Layer:

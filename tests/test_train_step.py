@@ -158,7 +158,6 @@ def casts_of_kernels(jaxpr, state) -> Counter:
         if equation.primitive.name == "convert_element_type"
         and equation.params["new_dtype"] == jnp.bfloat16
         and equation.invars[0].aval.shape in shapes
-        and (loops or equation.invars[0] in jaxpr.jaxpr.invars)  # the transposes are cast as well
     )
 
 
@@ -167,9 +166,10 @@ def test_micro_batches_share_one_cast_and_one_transpose_of_each_kernel(method, m
     made: list[str] = []
     for module in (slope_jax.working, slope_jax.matmul):
 
-        def counted(w, module=module, **options):
+        def counted(w, module=module, dtype=None, **options):
             made.append(module.__name__)
-            return nm_transpose(w, **options)
+            turned = nm_transpose(w, **options)  # casts nothing, for casts are counted as well
+            return turned.with_values(jnp.zeros(turned.values.shape, dtype))
 
         monkeypatch.setattr(module, "nm_transpose", counted)
     sparse = 7 if method == "slope" else 0  # 4 of the stack, 3 of the first layer
