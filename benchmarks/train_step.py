@@ -367,14 +367,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the record")
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add_arguments(parser)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each variant")
-    parser.add_argument("--seconds", type=float, default=0.6, help="of a turn; at least 3 steps")
+def add_compiler_arguments(parser: argparse.ArgumentParser) -> None:
+    """How programs are compiled, and how warm the device is when they are timed."""
     parser.add_argument("--preheat", type=float, default=1.0, help="times the usual; 0 for none")
     parser.add_argument("--autotune", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--xla", type=_options, default={}, help="NAME=VALUE,... for the compiler")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add_arguments(parser)
+    add_compiler_arguments(parser)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each variant")
+    parser.add_argument("--seconds", type=float, default=0.6, help="of a turn; at least 3 steps")
     return parser.parse_args()
 
 
