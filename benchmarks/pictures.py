@@ -41,7 +41,7 @@ def drawn(docs: Path, folder: Path = RESULTS) -> dict[Path, str]:
     """The text of every picture, by its path in `docs`."""
     draw = {"speedup": _speedup, "roofline": _roofline, "peers": _peers}
     return {
-        docs / name: _svg(draw[name.partition("-")[0]], device)
+        docs / name: svg(draw[name.partition("-")[0]], device)
         for device in devices(folder)
         for name in names(device).values()
     }
@@ -54,14 +54,15 @@ def intensity(r: dict, *, dense: bool) -> float:
     return 2 * tokens * k * f / (2 * tokens * (k + f) + weight)
 
 
-def _svg(draw, device: Device) -> str:
+def svg(draw, subject) -> str:
+    """What `draw(pyplot, subject)` draws, the same text each time."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
     with matplotlib.rc_context(STYLE):
-        figure = draw(pyplot, device)
+        figure = draw(pyplot, subject)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
         pyplot.close(figure)

@@ -1,8 +1,8 @@
 """Write the tables and pictures: ``python -m benchmarks.report`` (``--check`` only compares).
 
 Measured tables come from the records in benchmarks/results, the others are worked out from shapes.
-Each lies between ``<!-- results:NAME -->`` and ``<!-- /results:NAME -->`` in README.md or
-docs/kernels.md; a test holds both to them. The pictures are drawn from the same records.
+Each lies between ``<!-- results:NAME -->`` and ``<!-- /results:NAME -->`` in README.md or a page of
+docs; a test holds them to it. The pictures are drawn from the same records.
 """
 
 import argparse
@@ -13,14 +13,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks import pictures, report_kernels
+from benchmarks import pictures, report_kernels, report_training
 from benchmarks.record import RESULTS, ROOT
 from benchmarks.tables import markdown, records, sources
 
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 SECTION = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- /results:\2 -->)", re.DOTALL)
-STATE_MODELS = ("bert-base", "bert-large", "gpt2-small", "gpt2-large", "gpt2-xl")
+STATE_MODELS = ("bert-large", "gpt2-small", "gpt2-xl", "opt-2.7b", "opt-13b", "opt-66b", "llama-3-8b", "mistral-7b")  # fmt: skip
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
         old = page.read_text(encoding="utf-8")
         if (new := updated(old, tables, page.name)) != old:
             changed[page] = new
-    for path, new in pictures.drawn(DOCS).items():
+    for path, new in (pictures.drawn(DOCS) | report_training.drawn(DOCS)).items():
         if not path.exists() or path.read_text(encoding="utf-8") != new:
             changed[path] = new
     if arguments.check and changed:
@@ -106,23 +106,19 @@ def input_pipeline(folder: Path = RESULTS) -> str:
 
 def state() -> str:
     """Bytes of the training state by model, from shapes."""
-    from train.plan import make_plan
-    from train.recipes import make_config
+    from benchmarks.memory import account, whole
 
     rows = []
     for model in STATE_MODELS:
-        plan = make_plan(make_config(model, "paper"))
-        stored, dense = plan.parameters
-        ours = sum(amount.nbytes for amount in plan.amounts.values())
-        theirs = sum(amount.dense_nbytes for amount in plan.amounts.values())
+        found = account(whole(model))
         rows.append(
             (
                 model,
-                f"{dense / 1e6:,.0f} M",
-                f"{stored / 1e6:,.0f} M",
-                f"{theirs / 2**30:.2f} GiB",
-                f"{ours / 2**30:.2f} GiB",
-                f"{ours / theirs:.2f}",
+                f"{found.dense_total('parameters') / 4e6:,.0f} M",
+                f"{found.total('parameters') / 4e6:,.0f} M",
+                f"{found.dense_state_bytes / 2**30:,.1f} GiB",
+                f"{found.state_bytes / 2**30:,.1f} GiB",
+                f"{found.ratio:.2f}",
             )
         )
     header = ("model", "parameters, dense", "stored, 2:4", "state, dense", "state, 2:4", "ratio")
@@ -147,10 +143,17 @@ TABLES: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "input-pipeline": input_pipeline,
     "kernels": report_kernels.summary,
+    "train-step": report_training.steps,
 }
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     README: TABLES,
     DOCS / "kernels.md": {"kernels-in-full": partial(report_kernels.full, names=pictures.names)},
+    DOCS / "training.md": {
+        "train-step": report_training.steps,
+        "train-step-depths": report_training.depths,
+        "training-memory": report_training.memory,
+        "step-profile": report_training.profile,
+    },
 }
 
 

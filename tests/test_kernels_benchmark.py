@@ -8,7 +8,17 @@ import types
 import jax
 import pytest
 
-from benchmarks import bench, kernels, peers, pictures, problems, report, report_kernels, shapes
+from benchmarks import (
+    bench,
+    kernels,
+    peers,
+    pictures,
+    problems,
+    report,
+    report_kernels,
+    report_training,
+    shapes,
+)
 from benchmarks.bench import Bench, check_kernels, result
 from benchmarks.problems import Problem
 from pallas_kernels import device_time, kept_mask, samples
@@ -313,7 +323,7 @@ def test_pictures_are_up_to_date():
     (pinned,) = re.findall(r"^matplotlib==([\w.]+)", pins, re.MULTILINE)
     if importlib.metadata.version("matplotlib") != pinned:
         pytest.skip(f"pictures are compared with matplotlib {pinned}")
-    drawn = pictures.drawn(report.DOCS)
+    drawn = pictures.drawn(report.DOCS) | report_training.drawn(report.DOCS)
     assert {path.name for path in drawn} == {path.name for path in report.DOCS.glob("*.svg")}
     for path, text in drawn.items():
         assert path.read_text(encoding="utf-8") == text, "run: make report"
