@@ -7,7 +7,13 @@ import optax
 import pytest
 
 from train.config import Config
-from train.optimizer import decayed, make_optimizer, make_schedule, scale_by_layer_trust_ratio
+from train.optimizer import (
+    clip_by_global_norm,
+    decayed,
+    make_optimizer,
+    make_schedule,
+    scale_by_layer_trust_ratio,
+)
 from train.recipes import make_config
 from train.state import is_stacked
 
@@ -91,6 +97,38 @@ def test_optimizer_follows_its_paper_per_layer(name):
     expected = reference(params, grads, config, lamb=name == "lamb")
     for path, value in flat(w).items():
         np.testing.assert_allclose(value, expected[path], rtol=1e-5, atol=32 * EPS32, err_msg=path)
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e3])
+def test_clipping_is_that_of_optax(limit):
+    grads = params_like(np.random.default_rng(2))
+    (found, _), (expected, _) = (
+        tx(limit).update(grads, optax.EmptyState())
+        for tx in (clip_by_global_norm, optax.clip_by_global_norm)
+    )
+    for path, value in flat(expected).items():
+        np.testing.assert_allclose(flat(found)[path], value, rtol=4 * EPS32, err_msg=path)
+    grads["norm"]["bias"] = grads["norm"]["bias"].at[0].set(jnp.nan)
+    spoilt, _ = clip_by_global_norm(limit).update(grads, optax.EmptyState())
+    assert all(np.isnan(value).all() for value in flat(spoilt).values())
+
+
+def test_the_update_keeps_no_other_gradient():
+    """What the compiled update needs besides its arguments, which it overwrites."""
+    newer = jax.__version_info__ >= (0, 11)  # older XLA drops the barrier on CPU
+    for moments in ("float32", "bfloat16") if newer else ("float32",):
+        config = make_config("bert-tiny", moments=moments)
+        tx = make_optimizer(config, optax.constant_schedule(0.01), is_stacked)
+        w = {"up": {"kernel": jax.ShapeDtypeStruct((512, 512), jnp.float32)}}
+
+        def update(w, state, grads, tx=tx):
+            updates, state = tx.update(grads, state, w)
+            return optax.apply_updates(w, updates), state
+
+        compiled = jax.jit(update, donate_argnums=(0, 1)).lower(w, jax.eval_shape(tx.init, w), w)
+        memory = compiled.compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 512 * 512
+        assert memory.alias_size_in_bytes >= 512 * 512 * (12 if moments == "float32" else 8)
 
 
 def test_trust_ratio_of_a_stack_equals_that_of_its_layers_apart():

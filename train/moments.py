@@ -11,9 +11,11 @@ def scale_by_adam(
     """`optax.scale_by_adam` with both moments kept in `dtype`; the arithmetic is in float32.
 
     A second moment changes by a factor of b2 or so per step. 0.999 is less than half a unit in
-    the last place of bfloat16, so that rounding to nearest would leave it where it is for ever. It is
-    rounded up or down at random instead, the closer number the likelier, so that its mean is right.
-    The random bits are a function of step, leaf and position: runs repeat bit for bit.
+    the last place of bfloat16, so that rounding to nearest would leave it where it is for ever. Both
+    are rounded up or down at random instead, the closer number the likelier, so that their means are
+    right. The random bits are a function of step, leaf and position: runs repeat bit for bit.
+
+    Updates come from the moments as they are kept, so that the old ones are overwritten in place.
 
     Args:
       b1, b2, eps: as in `optax.scale_by_adam`.
@@ -24,36 +26,55 @@ def scale_by_adam(
     if dtype == jnp.float32:
         return adam
 
-    def cast(tree, dtype):
-        return jax.tree.map(lambda x: x.astype(dtype), tree)
-
     def init(params):
         state = adam.init(params)
-        return state._replace(mu=cast(state.mu, dtype), nu=cast(state.nu, dtype))
+        mu, nu = (jax.tree.map(lambda x: x.astype(dtype), m) for m in (state.mu, state.nu))
+        return state._replace(mu=mu, nu=nu)
 
     def update(grads, state, params=None):
-        wide = state._replace(mu=cast(state.mu, jnp.float32), nu=cast(state.nu, jnp.float32))
-        updates, wide = adam.update(grads, wide, params)
-        leaves, tree = jax.tree.flatten(wide.nu)
-        nu = [round_at_random(x, wide.count, number) for number, x in enumerate(leaves)]
-        return updates, wide._replace(mu=cast(wide.mu, dtype), nu=tree.unflatten(nu))
+        leaves, tree = jax.tree.flatten(grads)
+        count = optax.safe_increment(state.count)
+
+        def decayed(moments, decay, power, first_leaf):
+            return [
+                round_at_random(
+                    decay * m.astype(jnp.float32) + (1 - decay) * g**power, count, first_leaf + i
+                )
+                for i, (m, g) in enumerate(zip(jax.tree.leaves(moments), leaves, strict=True))
+            ]
+
+        # The barrier: or compilers compute the step from the old moments, which must be copied then.
+        mu, nu = jax.lax.optimization_barrier(
+            (decayed(state.mu, b1, 1, 0), decayed(state.nu, b2, 2, len(leaves)))
+        )
+        updates = [
+            _step(m, v, 1 - b1**count, 1 - b2**count, eps) for m, v in zip(mu, nu, strict=True)
+        ]
+        state = state._replace(count=count, mu=tree.unflatten(mu), nu=tree.unflatten(nu))
+        return tree.unflatten(updates), state
 
     return optax.GradientTransformation(init, update)
+
+
+def _step(mu, nu, mu_share, nu_share, eps) -> jax.Array:
+    """Adam's step from moments that started at zero, by the shares that they have grown to."""
+    mu, nu = mu.astype(jnp.float32), nu.astype(jnp.float32)
+    return mu / mu_share / (jnp.sqrt(nu / nu_share) + eps)
 
 
 def round_at_random(x: jax.Array, step: jax.Array, leaf: int) -> jax.Array:
     """float32 to one of the two neighbours in bfloat16, with x as the mean of the choice.
 
     Args:
-      x: finite numbers; others are rounded to nearest.
+      x: any shape; infinities and NaN stay what they are.
       step: integer, leaf: index of the array; other bits for each.
     """
     seed = _mixed(_mixed(step.astype(jnp.uint32)) + jnp.uint32(leaf))
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     # A bfloat16 is the upper half of a float32: below it, a carry comes with the right probability.
-    bits = bits + (_mixed(_position(x.shape) + seed) >> 16)
-    rounded = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
-    return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
+    exponent = jnp.uint32(0x7F800000)
+    low = jnp.where(bits & exponent != exponent, _mixed(_position(x.shape) + seed) >> 16, 0)
+    return jax.lax.bitcast_convert_type(((bits + low) >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
 def _position(shape: tuple[int, ...]) -> jax.Array:

@@ -10,6 +10,7 @@ stands inside, where newborn leaves get their own bias correction.
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from slope_jax import lazy_adapters
@@ -53,7 +54,7 @@ def make_optimizer(
       is_stacked: tells from a parameter's key path whether its leading axis counts layers.
     """
     return optax.chain(
-        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
+        clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         lazy_adapters(_base(config, is_stacked), _adapters(config)),
         optax.scale_by_learning_rate(schedule),
     )
@@ -88,6 +89,20 @@ def _adam(config: Config) -> optax.GradientTransformation:
 def decayed(params: optax.Params) -> optax.Params:
     """Which leaves weight decay touches: kernels, embeddings, adapters; not biases, not norms."""
     return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) in DECAYED, params)
+
+
+def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm` as one factor, which joins the pass that updates the moments.
+
+    Optax's divides every entry by the norm; compilers keep the quotients as another gradient.
+    """
+
+    def update_fn(updates, state, params=None):
+        norm = optax.tree.norm(updates)
+        factor = jnp.where(norm < limit, 1.0, limit / norm)
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)
 
 
 def scale_by_layer_trust_ratio(
