@@ -46,7 +46,7 @@ def main() -> None:
     if arguments.shapes:
         for model in arguments.models or steps.MODELS:
             for rank in arguments.ranks:
-                case = whole(model, rank, arguments.accumulation)
+                case = whole(model, rank, arguments.accumulation, arguments.moments)
                 print(
                     f"\n{model}, adapters of rank {case.config.rank}\n{account(case)}", flush=True
                 )
@@ -82,7 +82,7 @@ def main() -> None:
         sys.exit(1)
 
 
-def whole(model: str, rank: float = 0, accumulation: int = 1) -> Case:
+def whole(model: str, rank: float = 0, accumulation: int = 1, moments: str = "float32") -> Case:
     """The whole model, its layers rematerialised, at the tokens it is timed with."""
     chosen = steps.setting(model)
     return Case(
@@ -92,6 +92,7 @@ def whole(model: str, rank: float = 0, accumulation: int = 1) -> Case:
         length=chosen.length,
         rank=rank,
         accumulation=accumulation,
+        moments=moments,
         remat=True,
     )
 
@@ -183,7 +184,7 @@ def result(
 ) -> dict[str, Any]:
     """What the record says: the account from shapes, the whole model's peak, both depths."""
     case = sparse[0]
-    full = account(whole(case.model, case.rank, case.accumulation))
+    full = account(whole(case.model, case.rank, case.accumulation, case.moments))
     layers = models.variant_config(case.model).num_layers
     depths = dense[0].depth, dense[1].depth
 
@@ -201,6 +202,7 @@ def result(
         "length": case.length,
         "accumulation": case.accumulation,
         "remat": case.remat,
+        "moments": case.moments,
         "rank": case.config.rank,
         "dense_state_bytes": full.dense_state_bytes,
         "sparse_state_bytes": full.state_bytes,

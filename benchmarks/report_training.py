@@ -13,7 +13,7 @@ MISSING = {
     "memory": "Not measured yet: `python -m benchmarks.memory`.",
     "step-profile": "Not measured yet: `python -m benchmarks.step_profile`.",
 }
-KEY = ("model", "tokens", "length", "accumulation", "remat")
+KEY = ("model", "tokens", "length", "accumulation", "remat", "moments")
 GIB = 2**30
 COLOURS = ("#2f6f9f", "#5d94bd", "#8fb8d6", "#c6dbeb", "#d98e04", "#7a5195", "#c0392b", "#9a9a9a", "#cfcfcf", "#4d4d4d")  # fmt: skip
 
@@ -260,7 +260,8 @@ def _batch(row: dict[str, Any]) -> str:
     micro = row["tokens"] // row["accumulation"]
     many = f" x {row['accumulation']}" if row["accumulation"] > 1 else ""
     remat = ", remat" if row["remat"] else ""
-    return f"{micro // row['length']} x {row['length']}{many}{remat}"
+    moments = "" if row["moments"] == "float32" else f", {row['moments']} moments"
+    return f"{micro // row['length']} x {row['length']}{many}{remat}{moments}"
 
 
 def _paths(paths: dict[str, int]) -> str:

@@ -21,13 +21,15 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 
 from benchmarks import steps, train_step
 from benchmarks.record import make_record, write_record
-from benchmarks.steps import Case
+from benchmarks.steps import Case, Program
 from train.environment import accelerator
 
 PROFILED = ("opt-13b", "llama-3-8b", "bert-large", "gpt2-xl")
@@ -89,7 +91,9 @@ def main() -> None:
         cases = train_step.cases(model, arguments)
         chosen = [case for case in cases if case.depth == max(c.depth for c in cases)]
         try:
-            profiles = {case: profile(case, arguments) for case in chosen}
+            with ThreadPoolExecutor(len(chosen)) as pool:
+                programs = list(pool.map(partial(compiled, arguments=arguments), chosen))
+            profiles = {p.case: profile(p, arguments.preheat) for p in programs}
         except Exception as error:  # of one model, which must not end the others
             text = f"{type(error).__name__}: {error}"[:500]
             record["failed"].append({"model": model, "error": text})
@@ -107,14 +111,19 @@ def main() -> None:
         sys.exit(1)
 
 
-def profile(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds a step by category and by kernel, and of the step itself, of a case."""
-    program = steps.lower(case).compile(autotune=arguments.autotune, options=arguments.xla)
+def compiled(case: Case, arguments: argparse.Namespace) -> Program:
+    """A case's program."""
+    return steps.lower(case).compile(autotune=arguments.autotune, options=arguments.xla)
+
+
+def profile(program: Program, preheat: float) -> dict[str, Any]:
+    """Milliseconds a step by category and by kernel, and of the step itself."""
+    case = program.case
     found = instructions(program.step.as_text())
     run = program.start()
     run.steps(1)
     begin = time.perf_counter()
-    while time.perf_counter() - begin < train_step.FIRST_SECONDS * arguments.preheat:
+    while time.perf_counter() - begin < train_step.FIRST_SECONDS * preheat:
         run.steps(1)
     begin = time.perf_counter()
     run.steps(STEPS)
@@ -255,6 +264,7 @@ def result(
         "length": sparse.length,
         "accumulation": sparse.accumulation,
         "remat": sparse.remat,
+        "moments": sparse.moments,
         "rank": sparse.config.rank,
         "dense_step_ms": _rounded(theirs["step_ms"]),
         "sparse_step_ms": _rounded(ours["step_ms"]),

@@ -1,7 +1,7 @@
 """Training steps of known models at a depth that fits on one device, made ready to be run.
 
-The step is that of the job (`train.step` with `train.optimizer`'s AdamW): float32 parameters,
-gradients and moments, bfloat16 products, buffers donated. Parameters and tokens are random.
+The step is that of the job (`train.step` with `train.optimizer`'s AdamW): float32 parameters and
+gradients, bfloat16 products, buffers donated. Parameters and tokens are random.
 """
 
 import dataclasses
@@ -86,6 +86,7 @@ class Case:
     accumulation: int = 1
     remat: bool | str = False
     dropout: float = 0.0
+    moments: str = "float32"
     implementation: str | None = None
     dtype: str = "bfloat16"
 
@@ -119,7 +120,14 @@ class Case:
 
     def setup(self) -> Setup:
         """Model and optimizer, as the job makes them."""
-        config = Config(model=self.model, optimizer="adamw", weight_decay=0.1, beta2=0.95, eps=1e-8)
+        config = Config(
+            model=self.model,
+            optimizer="adamw",
+            weight_decay=0.1,
+            beta2=0.95,
+            eps=1e-8,
+            moments=self.moments,
+        )
         schedule = make_schedule(config.phases, config.schedule)
         tx = make_optimizer(config, schedule, is_stacked)
         return Setup(self.build(), None, schedule, tx, jax.random.key(0))

@@ -110,6 +110,7 @@ def cases(model: str, arguments: argparse.Namespace) -> list[Case]:
         "accumulation": arguments.accumulation,
         "remat": remat,
         "dropout": arguments.dropout,
+        "moments": arguments.moments,
         "dtype": arguments.dtype,
     }
     variants = [{"sparsity": "dense"}, *({"rank": rank} for rank in arguments.ranks)]
@@ -121,19 +122,20 @@ class Ahead:
     """Traces the programs of the next model while one is timed, and compiles them.
 
     XLA tries out dense products on the device when it compiles: nothing else may run then. Without
-    (``--no-autotune``) compiling needs no device and goes ahead as well.
+    (``--no-autotune``) compiling needs no device and goes ahead as well, for two models.
     """
 
     def __init__(self, pool: ThreadPoolExecutor, planned, arguments):
         self._pool, self._planned = pool, dict(planned)
         self._autotune = arguments.autotune
+        self._ahead = 1 if self._autotune else 2
         self._options = dict(arguments.xla)
         self._waiting: dict[str, dict[Case, Future]] = {}
         self.paths: dict[Case, dict[str, int]] = {}
         self._start(next(iter(planned)))
 
     def programs(self, model: str) -> dict[Case, Program | Failed]:
-        """The compiled programs of a model, or why one could not be; starts on the next model."""
+        """The compiled programs of a model, or why one could not be; starts on what follows."""
         found = {case: _outcome(future.result) for case, future in self._waiting.pop(model).items()}
         if self._autotune:
             # The first one tries the products that it shares with the others, alone.
@@ -142,10 +144,11 @@ class Ahead:
             rest = {c: self._pool.submit(self._compiled, x) for c, x in found.items() if c != first}
             found |= {case: future.result() for case, future in rest.items()}
         self.paths |= {c: p.paths for c, p in found.items() if isinstance(p, Program)}
-        following = [name for name in self._planned if name not in self._waiting]
-        following = following[following.index(model) + 1 :]
-        if following:
-            self._start(following[0])
+        names = list(self._planned)
+        following = names[names.index(model) + 1 :]
+        for name in following[: self._ahead]:
+            if name not in self._waiting:
+                self._start(name)
         return found
 
     def cancel(self) -> None:
@@ -283,6 +286,7 @@ def result(
         "accumulation": case.accumulation,
         "remat": case.remat,
         "dropout": case.dropout,
+        "moments": case.moments,
         "dtype": case.dtype,
         "sparsity": case.sparsity,
         "rank": case.config.rank,
@@ -361,6 +365,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches in a step")
     parser.add_argument("--remat", choices=("none", "layers"), help="each model's if not given")
     parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--moments", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--minutes", type=float, help="start no model after; what is done is kept")
     parser.add_argument("--part", help="name of the record, for a part of the list")
