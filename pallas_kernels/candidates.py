@@ -19,14 +19,17 @@ class Kernel:
     """One op's kernel.
 
     * `tokens`: the classes of tokens that are tuned.
+    * `make(**config)`: the kernel's own form of a configuration; ValueError if it cannot be.
     * `configs(tokens, k, f)`: configurations that fit, the likeliest first.
     * `run(config, *operands, **options)`: x, values, metadata, or x, dy, metadata for nm_sddmm.
       `processors` may be among the options where the kernel takes it.
     * `cases(config, tokens)`: small ragged shapes (tokens, in, out, options) that it must be right
-      on before a time of it is trusted with so many tokens.
+      on before a time of it is trusted with so many tokens. The same for all configurations, as
+      far as they can be: what they are held against is then compiled only once.
     """
 
     tokens: tuple[int, ...]
+    make: Callable[..., Any]
     configs: Callable[[int, int, int], list[Config]]
     run: Callable[..., jax.Array]
     cases: Callable[[Config, int], list[tuple[int, int, int, dict[str, Any]]]]
@@ -53,16 +56,15 @@ def _nm_matmul() -> Kernel:
         return matmul.nm_matmul(x, values, metadata, matmul.Tile(**config), **options)
 
     def cases(config: Config, tokens: int):
-        tile = matmul.Tile(**config)
         return [
             (1, 8, 8, {}),
-            # partial tiles in every direction, three tiles for each of 4 CTAs
-            (3 * tile.tokens + 8, 200, 2 * tile.rows + 8, {"processors": 4}),
-            # whole tiles and an odd number of stages
-            (2 * tile.tokens, 320, 3 * tile.rows, {"processors": 4}),
+            # partial tiles in every direction, many for each of 4 CTAs
+            (776, 200, 520, {"processors": 4}),
+            # few tiles, which all CTAs may share, and an odd number of stages
+            (512, 320, 768, {}),
         ]
 
-    return Kernel(MANY_TOKENS, configs, run, cases)
+    return Kernel(MANY_TOKENS, matmul.Tile, configs, run, cases)
 
 
 def _few_tokens() -> Kernel:
@@ -83,7 +85,7 @@ def _few_tokens() -> Kernel:
             (most, 1024, 520, {}),
         ]
 
-    return Kernel(FEW_TOKENS, configs, run, cases)
+    return Kernel(FEW_TOKENS, few_tokens.Config, configs, run, cases)
 
 
 def _nm_sddmm() -> Kernel:
@@ -97,15 +99,14 @@ def _nm_sddmm() -> Kernel:
         return sddmm.nm_sddmm(x, dy, metadata, sddmm.Tile(**config), **options)
 
     def cases(config: Config, tokens: int):
-        tile = sddmm.Tile(**config)
-        few = max(4, tile.splits)  # processors; one tile more than twice as many leaves one over
         return [
-            # one tile left over, shared by `splits` processors, and partial tiles
-            (65 * few, tile.columns - 8, 2 * few * tile.rows + 8, {"processors": few}),
-            (64 * few + 1, tile.columns + 8, few * tile.rows + 8, {"processors": 2 * few + 1}),
+            # partial tiles in every direction, many for each of 4 CTAs
+            (520, 248, 2056, {"processors": 4}),
+            # few tiles, which all CTAs may share
+            (257, 136, 520, {}),
         ]
 
-    return Kernel(MANY_TOKENS, configs, run, cases)
+    return Kernel(MANY_TOKENS, sddmm.Tile, configs, run, cases)
 
 
 KERNELS: dict[str, Callable[[], Kernel]] = {

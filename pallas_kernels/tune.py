@@ -21,13 +21,17 @@ import jax
 import jax.numpy as jnp
 from rich import console, progress
 
-from pallas_kernels import candidates, device_time, gate, samples, tuning
+from pallas_kernels import candidates, device_time, gate, samples, tuning, xla
 from pallas_kernels.candidates import Config
+from pallas_kernels.compressed import CompressedMatrix
+from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.files import write_atomically
 from pallas_kernels.mosaic import support
+from pallas_kernels.pattern import Pattern
 from pallas_kernels.tuning import Entry
 
 DTYPE = jnp.bfloat16
+PATTERN = Pattern(2, 4)
 THREADS = 16
 BATCH = 8  # problems that are compiled together
 SIMILAR = 0.01  # times this close are the same: the rule's own choice wins
@@ -99,7 +103,10 @@ class Tuner:
         for problem, found in configs.items():
             right = [c for c in found if self._verdicts[_key(problem, c)] is None]
             if right:
-                yield fastest(problem, right, self._time(problem, right))
+                entry = fastest(problem, right, self._time(problem, right))
+                if entry.sparse_us > entry.dense_us:
+                    entry = dataclasses.replace(entry, xla_us=self._time_without(problem))
+                yield entry
 
     def _check(self, wanted: Mapping[tuple, tuple[Problem, Config]]) -> None:
         new = {key: value for key, value in wanted.items() if key not in self._verdicts}
@@ -122,6 +129,23 @@ class Tuner:
             calls[str(number)] = [functools.partial(compiled, *each) for each, _ in operands]
         times = device_time.measure(calls, rounds=self.rounds, preheating=SWITCH_SECONDS)
         return {name: found.microseconds for name, found in times.items()}
+
+    def _time_without(self, problem: Problem) -> float:
+        """Of what runs where the kernel does not."""
+        operands, _ = _operands(problem)
+        run = samples.compile_for(functools.partial(_with_xla, problem), *operands[0][0])
+        calls = {"xla": [functools.partial(run, *each) for each, _ in operands]}
+        times = device_time.measure(calls, rounds=self.rounds, preheating=SWITCH_SECONDS)
+        return round(times["xla"].microseconds, 2)
+
+
+def _with_xla(problem: Problem, x, second, metadata):
+    if problem.op == "nm_sddmm":
+        values = jax.ShapeDtypeStruct((problem.size[0] // 2, problem.size[1]), x.dtype)  # unread
+        w = CompressedMatrix(values, metadata, PATTERN, 0, problem.size)
+        return xla.nm_sddmm(x, second, w, x.dtype, None)
+    w = CompressedMatrix(second, metadata, PATTERN, 0, problem.size)
+    return xla.nm_matmul(x, w, x.dtype, None, Epilogue())
 
 
 def fault(problem: Problem, config: Config) -> str | None:

@@ -1,5 +1,6 @@
 """Tables of measured configurations, the tuner's choices, and the gate that configurations pass."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,7 +9,16 @@ import numpy as np
 import pytest
 
 from benchmarks import shapes
-from pallas_kernels import candidates, device_time, gate, nm_matmul, nm_sddmm, tune, tuning
+from pallas_kernels import (
+    candidates,
+    compress,
+    device_time,
+    gate,
+    nm_matmul,
+    nm_sddmm,
+    tune,
+    tuning,
+)
 from pallas_kernels.device_time import Kernel
 from pallas_kernels.mosaic import support
 from pallas_kernels.tuning import Entry
@@ -148,7 +158,7 @@ def test_a_file_that_is_no_table_is_named(tmp_path, text, message):
 def test_committed_tables_hold_configurations_that_kernels_take(path):
     table = tuning.load(path.stem, path.parent)
     for found in table.entries:
-        assert candidates.kernel(found.op).cases(found.config, found.tokens)
+        candidates.kernel(found.op).make(**found.config)
 
 
 def test_the_fastest_wins_and_the_rule_where_times_are_alike():
@@ -168,6 +178,29 @@ def test_the_fastest_wins_and_the_rule_where_times_are_alike():
 
 def test_the_tuner_knows_the_shapes_of_the_benchmark():
     assert set(tune.default_sizes()) == {shape.size for shape in shapes.unique()}
+
+
+def test_where_the_kernel_is_slower_what_runs_instead_decides(tmp_path):
+    slower = entry(8192, sparse=5.0, dense=4.0)
+    for xla_us, use_sparse in ((None, False), (4.5, False), (5.5, True)):
+        folder = tmp_path / str(xla_us)
+        folder.mkdir()
+        write(folder, [dataclasses.replace(slower, xla_us=xla_us)])
+        found = tuning.verdict(slower.op, 8192, *slower.size, jnp.bfloat16, DEVICE, folder=folder)
+        assert found.use_sparse == use_sparse
+        assert xla_us is None or f"dense from compressed {xla_us} us" in found.reason
+
+
+@pytest.mark.parametrize("op", ["nm_matmul", "nm_sddmm"])
+def test_what_runs_instead_computes_the_same(op):
+    w = compress(jax.random.normal(jax.random.key(0), (16, 24)), "2:4")
+    x, dy = (jax.random.normal(jax.random.key(i), (6, n)) for i, n in ((1, 16), (2, 24)))
+    problem = tune.Problem(op, 6, w.shape)
+    if op == "nm_sddmm":
+        found, expected = tune._with_xla(problem, x, dy, w.metadata), xla_sddmm(x, dy, w)
+    else:
+        found, expected = tune._with_xla(problem, x, w.values, w.metadata), xla_matmul(x, w)
+    np.testing.assert_array_equal(found, expected)
 
 
 @needs_jax
