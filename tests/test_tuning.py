@@ -186,7 +186,7 @@ def test_where_the_kernel_is_slower_what_runs_instead_decides(tmp_path):
         folder = tmp_path / str(xla_us)
         folder.mkdir()
         write(folder, [dataclasses.replace(slower, xla_us=xla_us)])
-        found = tuning.verdict(slower.op, 8192, *slower.size, jnp.bfloat16, DEVICE, folder=folder)
+        found = tuning.verdict(slower.op, 8192, *slower.size, "bfloat16", DEVICE, folder=folder)
         assert found.use_sparse == use_sparse
         assert xla_us is None or f"dense from compressed {xla_us} us" in found.reason
 
