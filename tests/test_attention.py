@@ -109,8 +109,8 @@ def test_attention_is_the_formula(kv_heads, causal, window, lengths):
     expected = np.einsum("bhqk,bkhd->bqhd", weights, value[:, :, per_query])
 
     arrays = [jnp.asarray(x, jnp.float32) for x in (query, key, value)]
-    lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
-    got = attention._attend(config, *arrays, causal, lengths)
+    context = attention.Context(None if lengths is None else jnp.asarray(lengths, jnp.int32))
+    got = attention._attend(config, *arrays, causal, context)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
 
 

@@ -2,6 +2,7 @@
 
 from slope_jax.models.attention import AttentionPath, attention_path
 from slope_jax.models.bert import Bert, BertConfig, BertOutput
+from slope_jax.models.cache import init_cache
 from slope_jax.models.config import REMAT_POLICIES, Linear, Segment, TransformerConfig
 from slope_jax.models.decoder import Decoder, DecoderConfig
 from slope_jax.models.gpt2 import GPT2, GPT2Config
@@ -35,6 +36,7 @@ __all__ = [
     "build",
     "count_parameters",
     "from_hf",
+    "init_cache",
     "load_hf",
     "stack_layers",
     "unstack_layers",

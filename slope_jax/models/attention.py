@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from slope_jax.models.cache import CACHE
 from slope_jax.models.config import TransformerConfig
 from slope_jax.models.layers import linear
 from slope_jax.models.rope import rotate
@@ -73,13 +74,15 @@ class Context(NamedTuple):
     Attributes:
       lengths: int32 (B,), valid tokens of right-padded rows.
       rotary: `rope.rotary_tables` of the tokens' positions.
+      positions: integers (B, S), where the tokens stand in the cache; None: at its start.
     """
 
     lengths: jax.Array | None = None
     rotary: tuple[jax.Array, jax.Array] | None = None
+    positions: jax.Array | None = None
 
 
-def _attend(config: TransformerConfig, query, key, value, causal: bool, lengths):
+def _attend(config: TransformerConfig, query, key, value, causal: bool, context: Context):
     device = _default_device()
     best = attention_path(query.dtype, config.head_dim, device=device)
     if config.attention == "cudnn" and best.implementation != "cudnn":
@@ -89,6 +92,10 @@ def _attend(config: TransformerConfig, query, key, value, causal: bool, lengths)
         # A CPU multiplies 16-bit numbers in float32 anyway, and the gradient of JAX's XLA attention
         # mixes 16 and 32 bits, which jax_numpy_dtype_promotion="strict" forbids.
         query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
+    if context.positions is not None:
+        mask = _seen(config, context.positions, key.shape[1])
+        mixed = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
+        return mixed.astype(dtype)
     # A window as long as the sequence is none. JAX counts the tokens to the left, without one's own.
     narrow = config.window is not None and config.window < key.shape[1]
     mixed = jax.nn.dot_product_attention(
@@ -96,11 +103,19 @@ def _attend(config: TransformerConfig, query, key, value, causal: bool, lengths)
         key,
         value,
         is_causal=causal,
-        key_value_seq_lengths=lengths,
+        key_value_seq_lengths=context.lengths,
         local_window_size=(config.window - 1, 0) if narrow else None,
         implementation=config.attention or best.implementation,
     )
     return mixed.astype(dtype)
+
+
+def _seen(config: TransformerConfig, positions: jax.Array, slots: int) -> jax.Array:
+    """(B, 1, S, slots): which slots of the cache the tokens at `positions` see."""
+    behind = (
+        positions[:, None, :, None] - jnp.arange(slots, dtype=positions.dtype)[None, None, None]
+    )
+    return (behind >= 0) & (behind < (config.window or slots))
 
 
 class Attention(nn.Module):
@@ -133,7 +148,8 @@ class Attention(nn.Module):
         query, key, value = jnp.split(qkv, (heads, heads + kv_heads), axis=2)
         if context.rotary is not None:
             query, key = (rotate(part, context.rotary) for part in (query, key))
-        mixed = _attend(config, query, key, value, self.causal, context.lengths)
+        key, value = self._remember(key, value, context.positions)
+        mixed = _attend(config, query, key, value, self.causal, context)
         output = linear(
             config,
             patterns["attention/output"],
@@ -142,3 +158,21 @@ class Attention(nn.Module):
             name="output",
         )
         return output(mixed.reshape(x.shape))
+
+    def _remember(self, key: jax.Array, value: jax.Array, positions: jax.Array | None):
+        """The keys and values to attend to: all that the cache holds, if tokens join it later."""
+        if not self.has_variable(CACHE, "key"):
+            if positions is not None:
+                raise ValueError(
+                    "positions are given without a cache to stand in; add the collection 'cache' of"
+                    " slope_jax.models.init_cache to the variables, and mutable=['cache']"
+                )
+            return key, value
+        slots = {name: self.variable(CACHE, name) for name in ("key", "value")}
+        for name, new in (("key", key), ("value", value)):
+            if positions is None:
+                slots[name].value = jax.lax.dynamic_update_slice(slots[name].value, new, (0,) * 4)
+            else:
+                rows = jnp.arange(new.shape[0])[:, None]
+                slots[name].value = slots[name].value.at[rows, positions].set(new)
+        return (key, value) if positions is None else (slots["key"].value, slots["value"].value)

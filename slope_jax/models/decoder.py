@@ -100,11 +100,22 @@ class Decoder(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, input_ids: jax.Array, *, deterministic: bool = True) -> jax.Array:
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        logits_at: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
         """Logits (B, S, V) for the token after each; V is the padded vocabulary.
 
         Args:
           input_ids: (B, S) integers, S <= max_positions.
+          positions: (B, S) integers < max_positions, where the tokens stand after those that the
+            collection `cache` holds (see `init_cache`); None: the first S positions.
+          logits_at: (B, K) integers < S; logits (B, K, V) of these tokens only, so that the product
+            with the vocabulary runs on K rows. None: of all.
           deterministic: False turns dropout on, which needs an rng named "dropout".
 
         Returns:
@@ -116,13 +127,16 @@ class Decoder(nn.Module):
         """
         config = self.config
         check_tokens(config, input_ids)
-        positions = jnp.arange(input_ids.shape[1])[None, :]
+        _check_places(input_ids, positions, logits_at)
+        places = jnp.arange(input_ids.shape[1])[None, :] if positions is None else positions
         embeddings = Embeddings(config, name="embeddings")
-        x = embeddings(input_ids, positions)
+        x = embeddings(input_ids, places)
         if config.embedding_dropout:
             x = nn.Dropout(config.dropout, deterministic=deterministic)(x)
-        context = Context(rotary=config.rotary(positions))
+        context = Context(rotary=config.rotary(places), positions=positions)
         x = run_layers(DecoderLayer, config, x, context, deterministic)
+        if logits_at is not None:
+            x = jnp.take_along_axis(x, logits_at[:, :, None], axis=1)
         x = norm(config, "norm")(x)
         if config.tied_head:
             return vocabulary_logits(x, embeddings.token, config)
@@ -135,3 +149,20 @@ class Decoder(nn.Module):
         """Keyword arguments of a call: ids (batch, length) of zeros."""
         length = min(length, self.config.max_positions)
         return {"input_ids": jnp.zeros((batch, length), jnp.int32)}
+
+
+def _check_places(input_ids, positions, logits_at) -> None:
+    batch, length = input_ids.shape
+    for name, array, wants in (
+        ("positions", positions, (batch, length)),
+        ("logits_at", logits_at, (batch, None)),
+    ):
+        if array is None:
+            continue
+        fits = array.ndim == 2 and array.shape[0] == batch and wants[1] in (None, array.shape[1])
+        if not fits or not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(
+                f"{name} is {array.dtype}{list(array.shape)}; for input_ids of"
+                f" {list(input_ids.shape)} it must be integers"
+                f" {str(list(wants)).replace('None', 'K')}"
+            )

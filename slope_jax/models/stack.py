@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from slope_jax.dense import MASKS, PRODUCT, WORKING
+from slope_jax.models.cache import CACHE
 from slope_jax.models.config import Segment, TransformerConfig
 
 _NAME = re.compile(r"layers_(\d+)(?:_to_(\d+))?")
@@ -50,7 +51,7 @@ def _segment(
     if count > 1:
         layer = nn.scan(
             layer,
-            variable_axes={"params": 0, MASKS: 0, WORKING: 0, "intermediates": 0},
+            variable_axes={"params": 0, MASKS: 0, WORKING: 0, CACHE: 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
             length=count,

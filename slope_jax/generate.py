@@ -1,0 +1,222 @@
+"""Text from a decoder: one pass over the prompts, then a compiled loop over new tokens."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slope_jax.dense import ADAPTER_L, ADAPTER_R
+from slope_jax.models.cache import CACHE, init_cache
+from slope_jax.models.decoder import Decoder
+from slope_jax.models.stack import unstack_layers
+
+_CAST = ("kernel", "embedding", ADAPTER_L, ADAPTER_R)
+
+
+class Generation(NamedTuple):
+    """What `generate` returns.
+
+    Attributes:
+      tokens: int32 (B, max_new_tokens); behind the end of a row, `end_token`.
+      lengths: int32 (B,), new tokens of each row, its end token included.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+
+
+def inference_variables(
+    model: Decoder, variables: Mapping[str, Any]
+) -> tuple[Decoder, dict[str, Any]]:
+    """The same function in the form that generates fastest: (model, variables).
+
+    Kernels, tables and adapters in the compute dtype, as the layers would cast them for each token;
+    and layers apart, as slices of a stack would be copied for each token. Masks, norms and biases
+    stay as they are.
+    """
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.astype(model.config.dtype) if path[-1].key in _CAST else leaf,
+        variables["params"],
+    )
+    single = type(model)(dataclasses.replace(model.config, scan=False, remat=False))
+    return single, unstack_layers({**variables, "params": params})
+
+
+def generate(
+    model: Decoder,
+    variables: Mapping[str, Any],
+    prompts: jax.Array,
+    *,
+    max_new_tokens: int,
+    lengths: jax.Array | None = None,
+    end_token: int | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: jax.Array | None = None,
+) -> Generation:
+    """Continues prompts, greedily or by sampling; compiled once for each shape.
+
+    Args:
+      model: GPT-2, OPT, LLaMA or Mistral.
+      variables: its {"params": ..., "masks": ...}; best both from `inference_variables`.
+      prompts: (B, P) integers, right-padded with anything.
+      max_new_tokens: tokens to add to each row.
+      lengths: (B,) integers in 1 .. P, valid tokens of each prompt; None: all P.
+      end_token: ends a row, and the loop as soon as all rows have ended; None: nothing does.
+      temperature: 0 takes the likeliest token; above it, logits are divided by it and sampled.
+      top_k: sample from the k likeliest tokens only.
+      top_p: sample from the fewest tokens that hold this probability together, in (0, 1].
+      key: PRNG key, needed for sampling.
+
+    Raises:
+      ValueError: a value out of range, or prompts and new tokens together exceed max_positions.
+
+    >>> from slope_jax.models import build
+    >>> model = build("gpt2-nano", vocab_size=64, num_layers=1, hidden_size=32, mlp_size=64)
+    >>> variables = jax.jit(model.init)(jax.random.key(0), **model.example_inputs())
+    >>> prompts = jnp.array([[3, 1, 4, 1], [2, 7, 0, 0]])
+    >>> generate(model, variables, prompts, lengths=jnp.array([4, 2]), max_new_tokens=5).tokens.shape
+    (2, 5)
+    """
+    prompts = jnp.asarray(prompts)
+    _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key)
+    lengths = _checked_lengths(prompts, lengths)
+    return _generate(
+        model,
+        variables,
+        prompts,
+        lengths,
+        jax.random.key(0) if key is None else key,
+        jnp.float32(temperature),
+        None if top_p is None else jnp.float32(top_p),
+        max_new_tokens=max_new_tokens,
+        end_token=end_token,
+        greedy=temperature == 0,
+        top_k=top_k,
+    )
+
+
+class _Loop(NamedTuple):
+    step: jax.Array  # tokens made so far
+    cache: Any
+    tokens: jax.Array
+    lengths: jax.Array
+    ended: jax.Array  # (B,) bool
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "max_new_tokens", "end_token", "greedy", "top_k")
+)
+def _generate(
+    model,
+    variables,
+    prompts,
+    lengths,
+    key,
+    temperature,
+    top_p,
+    *,
+    max_new_tokens,
+    end_token,
+    greedy,
+    top_k,
+) -> Generation:
+    batch, width = prompts.shape
+
+    def run(cache, ids, **options):
+        logits, updated = model.apply({**variables, CACHE: cache}, ids, mutable=[CACHE], **options)
+        return logits[:, 0].astype(jnp.float32), updated[CACHE]
+
+    def choose(logits, step):
+        if greedy:
+            return logits.argmax(-1).astype(jnp.int32)
+        kept = _likely(logits / temperature, top_k, top_p)
+        return jax.random.categorical(jax.random.fold_in(key, step), kept).astype(jnp.int32)
+
+    def add(loop: _Loop, logits, cache) -> _Loop:
+        token = choose(logits, loop.step)
+        if end_token is not None:
+            token = jnp.where(loop.ended, jnp.int32(end_token), token)
+        ended = loop.ended if end_token is None else loop.ended | (token == end_token)
+        grown = loop.lengths + (~loop.ended).astype(jnp.int32)
+        return _Loop(loop.step + 1, cache, loop.tokens.at[:, loop.step].set(token), grown, ended)
+
+    def body(loop: _Loop) -> _Loop:
+        last = jax.lax.dynamic_slice_in_dim(loop.tokens, loop.step - 1, 1, axis=1)
+        return add(loop, *run(loop.cache, last, positions=(lengths + loop.step - 1)[:, None]))
+
+    zeros = jnp.zeros((batch,), jnp.int32)
+    tokens = jnp.zeros((batch, max_new_tokens), jnp.int32)
+    if end_token is not None:
+        tokens = jnp.full_like(tokens, end_token)
+    # The last token is never read.
+    cache = init_cache(model.config, batch, width + max_new_tokens - 1)
+    logits, cache = run(cache, prompts, logits_at=(lengths - 1)[:, None])
+    loop = add(_Loop(jnp.int32(0), cache, tokens, zeros, zeros > 0), logits, cache)
+    loop = jax.lax.while_loop(
+        lambda loop: (loop.step < max_new_tokens) & ~loop.ended.all(), body, loop
+    )
+    return Generation(loop.tokens, loop.lengths)
+
+
+def _likely(logits: jax.Array, top_k: int | None, top_p: jax.Array | None) -> jax.Array:
+    """Logits (B, V) with those of unlikely tokens at -inf: beyond top_k, then beyond top_p."""
+    if top_k is not None:
+        least = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if top_p is not None:
+        falling = -jnp.sort(-logits, axis=-1)
+        shares = jax.nn.softmax(falling, axis=-1)
+        needed = jnp.cumsum(shares, axis=-1) - shares < top_p  # those ahead do not reach top_p
+        least = jnp.where(needed, falling, jnp.inf).min(-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return logits
+
+
+def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key) -> None:
+    if not isinstance(model, Decoder):
+        raise ValueError(f"{type(model).__name__} does not generate; use a GPT-2, OPT or LLaMA")
+    if prompts.ndim != 2 or not jnp.issubdtype(prompts.dtype, jnp.integer) or not prompts.size:
+        raise ValueError(
+            f"prompts are {prompts.dtype}{list(prompts.shape)}; they must be integers"
+            " (batch, tokens), at least one of each"
+        )
+    if isinstance(max_new_tokens, bool) or int(max_new_tokens) != max_new_tokens:
+        raise ValueError(f"max_new_tokens={max_new_tokens!r} must be a positive integer")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be a positive integer")
+    total, most = prompts.shape[1] + max_new_tokens, model.config.max_positions
+    if total > most:
+        raise ValueError(
+            f"prompts of {prompts.shape[1]} tokens and {max_new_tokens} new ones are {total}, more"
+            f" than max_positions={most}; shorten one of them"
+        )
+    if not temperature >= 0:
+        raise ValueError(f"temperature={temperature} must not be negative; 0 is greedy")
+    if top_k is not None and not 1 <= top_k <= model.config.vocab_size:
+        raise ValueError(f"top_k={top_k} must lie between 1 and {model.config.vocab_size} tokens")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be a probability in (0, 1]")
+    if temperature and key is None:
+        raise ValueError(f"temperature={temperature} samples; pass key=jax.random.key(seed)")
+    if not temperature and (top_k is not None or top_p is not None):
+        raise ValueError("top_k and top_p choose what is sampled; set a temperature above 0")
+
+
+def _checked_lengths(prompts: jax.Array, lengths) -> jax.Array:
+    batch, width = prompts.shape
+    if lengths is None:
+        return jnp.full((batch,), width, jnp.int32)
+    given = np.asarray(lengths)
+    fits = given.shape == (batch,) and np.issubdtype(given.dtype, np.integer)
+    if not fits or not ((given >= 1) & (given <= width)).all():
+        raise ValueError(
+            f"lengths={given.tolist()}; for prompts of {list(prompts.shape)} they must be {batch}"
+            f" integers in 1 .. {width}"
+        )
+    return jnp.asarray(given, jnp.int32)

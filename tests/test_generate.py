@@ -1,0 +1,195 @@
+"""Generation with a cache against the same model without one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slope_jax import generate as module
+from slope_jax import models
+from slope_jax.generate import generate, inference_variables
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+SMALL = {
+    "hidden_size": 32,
+    "num_heads": 4,
+    "mlp_size": 64,
+    "num_layers": 3,
+    "vocab_size": 61,
+    "max_positions": 16,
+    "sparsity": "layers/[12]/.*=2:4; .*=dense",
+}
+LLAMA = {"num_kv_heads": 2, "window": 4}
+IDS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (3, 12)), jnp.int32)
+LENGTHS = np.array([6, 1, 4])
+PROMPTS = IDS[:, :6]
+
+
+@functools.cache
+def made(name, **overrides):
+    """A model and variables far from its birth, where all logits are alike."""
+    model = models.build(name, **SMALL, **overrides)
+    variables = jax.jit(model.init)(jax.random.key(0), IDS)
+    params = jax.tree.map(lambda leaf: leaf * 6, variables["params"])
+    return model, variables | {"params": params}
+
+
+@pytest.fixture(params=["gpt2-nano", "opt-nano", "llama-nano"])
+def decoder(request):
+    return made(request.param, **(LLAMA if request.param == "llama-nano" else {}))
+
+
+def test_cached_logits_are_those_of_the_whole_sequence(decoder):
+    """Five tokens at once, then each by itself, in other places in every row."""
+    model, variables = decoder
+    whole = np.asarray(jax.jit(model.apply)(variables, IDS))[..., :61]
+    step = jax.jit(functools.partial(model.apply, mutable=["cache"]))
+    cache = {"cache": models.init_cache(model.config, 3, 12)}
+    first = jnp.asarray([[4], [2], [0]], jnp.int32)
+    logits, cache = step({**variables, **cache}, IDS[:, :5], logits_at=first)
+    rows = np.arange(3)[:, None]
+    np.testing.assert_allclose(logits[..., :61], whole[rows, first], rtol=1e-4, atol=1e-4)
+    for i in range(1, 8):
+        ids = jnp.take_along_axis(IDS, first + i, axis=1)
+        logits, cache = step({**variables, **cache}, ids, positions=first + i)
+        np.testing.assert_allclose(logits[..., :61], whole[rows, first + i], rtol=1e-4, atol=1e-4)
+
+
+def test_greedy_is_the_argmax_of_the_whole_sequence(decoder):
+    model, variables = decoder
+    apply = jax.jit(model.apply)
+    ids = np.pad(np.asarray(PROMPTS), ((0, 0), (0, 6)))
+    expected = np.zeros((3, 6), np.int32)
+    for step in range(6):
+        logits = np.asarray(apply(variables, jnp.asarray(ids)))
+        expected[:, step] = logits[np.arange(3), LENGTHS + step - 1].argmax(-1)
+        ids[np.arange(3), LENGTHS + step] = expected[:, step]
+    assert len(np.unique(expected)) > 4
+    got = generate(model, variables, PROMPTS, lengths=LENGTHS, max_new_tokens=6)
+    np.testing.assert_array_equal(got.tokens, expected)
+    np.testing.assert_array_equal(got.lengths, [6, 6, 6])
+
+
+def test_prepared_variables_say_the_same():
+    model, variables = made("llama-nano", **LLAMA)
+    single, prepared = inference_variables(model, variables)
+    assert "layers_2" in prepared["params"]
+    plain = generate(model, variables, PROMPTS, lengths=LENGTHS, max_new_tokens=6)
+    again = generate(single, prepared, PROMPTS, lengths=LENGTHS, max_new_tokens=6)
+    np.testing.assert_array_equal(plain.tokens, again.tokens)
+
+
+def test_preparing_changes_no_bit_and_halves_the_bytes():
+    """What is cast ahead is what the layers would cast."""
+    model = models.build("gpt2-nano", **SMALL, dtype="bfloat16", scan=False)
+    variables = models.unstack_layers(made("gpt2-nano")[1])
+    single, prepared = inference_variables(model, variables)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(prepared["params"]):
+        wide = path[-1].key in ("bias", "scale")
+        assert leaf.dtype == (jnp.float32 if wide else jnp.bfloat16), path
+    np.testing.assert_array_equal(
+        jax.jit(single.apply)(prepared, IDS), jax.jit(model.apply)(variables, IDS)
+    )
+
+
+def test_an_end_token_ends_its_row():
+    model, variables = made("gpt2-nano")
+    options = {"lengths": LENGTHS, "max_new_tokens": 6}
+    free = np.asarray(generate(model, variables, PROMPTS, **options).tokens)
+    end = int(free[0, 2])
+    got = generate(model, variables, PROMPTS, end_token=end, **options)
+    for row, expected in enumerate(free):
+        hits = np.flatnonzero(expected == end)
+        length = hits[0] + 1 if len(hits) else 6
+        assert got.lengths[row] == length
+        np.testing.assert_array_equal(got.tokens[row, :length], expected[:length])
+        assert (np.asarray(got.tokens[row, length:]) == end).all()
+    assert got.lengths[0] <= 3
+
+
+def test_sampling_follows_the_distribution():
+    model, variables = made("gpt2-nano")
+    count = 4096
+    prompts = jnp.tile(PROMPTS[:1], (count, 1))
+    logits = np.asarray(jax.jit(model.apply)(variables, PROMPTS[:1]), np.float64)[0, -1, :61] / 2
+    shares = np.exp(logits - logits.max())
+    shares /= shares.sum()
+
+    def sample(**options):
+        got = generate(
+            model, variables, prompts, max_new_tokens=1, temperature=2.0, key=KEY, **options
+        )
+        return np.bincount(np.asarray(got.tokens)[:, 0], minlength=64)[:61] / count
+
+    def within(got, expected):
+        sigma = np.sqrt(expected * (1 - expected) / count)
+        assert (np.abs(got - expected) <= 5 * sigma).all()
+
+    within(sample(), shares)
+    best = np.argsort(-shares)
+    within(
+        sample(top_k=3),
+        np.where(np.isin(np.arange(61), best[:3]), shares, 0) / shares[best[:3]].sum(),
+    )
+    needed = np.searchsorted(np.cumsum(shares[best]), 0.5) + 1
+    kept = best[:needed]
+    within(
+        sample(top_p=0.5), np.where(np.isin(np.arange(61), kept), shares, 0) / shares[kept].sum()
+    )
+
+
+KEY = jax.random.key(7)
+
+
+def test_likely_tokens():
+    logits = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3]]))
+
+    def kept(top_k, top_p):
+        return np.isfinite(module._likely(logits, top_k, top_p))[0].tolist()
+
+    assert kept(2, None) == [False, True, False, True]
+    assert kept(None, jnp.float32(0.69)) == [False, True, False, True]
+    assert kept(None, jnp.float32(0.71)) == [False, True, True, True]
+    assert kept(None, jnp.float32(1e-9)) == [False, True, False, False]
+    assert kept(None, jnp.float32(1.0)) == [True] * 4
+    # Of the two that top_k leaves, the first holds 4/7.
+    assert kept(2, jnp.float32(0.55)) == [False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be a positive integer"),
+        ({"max_new_tokens": 11}, "6 tokens and 11 new ones are 17, more than max_positions=16"),
+        ({"lengths": [0, 1, 1]}, r"lengths=\[0, 1, 1\]; .* 3 integers in 1 .. 6"),
+        ({"lengths": [7, 1, 1]}, r"in 1 .. 6"),
+        ({"lengths": [1.0, 1.0, 1.0]}, "integers"),
+        ({"temperature": -1.0}, "temperature=-1.0 must not be negative"),
+        ({"temperature": 1.0}, r"samples; pass key="),
+        ({"temperature": 1.0, "key": KEY, "top_k": 62}, "top_k=62 must lie between 1 and 61"),
+        ({"temperature": 1.0, "key": KEY, "top_p": 0.0}, "top_p=0.0 must be a probability"),
+        ({"top_k": 2}, "set a temperature above 0"),
+    ],
+)
+def test_bad_options(options, message):
+    model = models.build("gpt2-nano", **SMALL)
+    with pytest.raises(ValueError, match=message):
+        generate(model, {}, PROMPTS, **({"max_new_tokens": 2} | options))
+
+
+def test_bad_models_prompts_and_places():
+    with pytest.raises(ValueError, match="Bert does not generate"):
+        generate(models.build("bert-tiny"), {}, PROMPTS, max_new_tokens=1)
+    model = models.build("gpt2-nano", **SMALL)
+    with pytest.raises(ValueError, match=r"prompts are int32\[6\]; they must be integers"):
+        generate(model, {}, PROMPTS[0], max_new_tokens=1)
+    init = functools.partial(jax.eval_shape, model.init, jax.random.key(0), PROMPTS)
+    with pytest.raises(ValueError, match="positions are given without a cache"):
+        init(positions=PROMPTS)
+    with pytest.raises(ValueError, match=r"positions is int32\[3, 2\]; .* integers \[3, 6\]"):
+        init(positions=PROMPTS[:, :2])
+    with pytest.raises(ValueError, match=r"logits_at is int32\[3\]; .* integers \[3, K\]"):
+        init(logits_at=PROMPTS[:, 0])
