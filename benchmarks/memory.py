@@ -46,7 +46,7 @@ def main() -> None:
     if arguments.shapes:
         for model in arguments.models or steps.MODELS:
             for rank in arguments.ranks:
-                case = whole(model, rank, arguments.accumulation, arguments.moments)
+                case = whole(model, rank, arguments.accumulation, arguments.moments or "float32")
                 print(
                     f"\n{model}, adapters of rank {case.config.rank}\n{account(case)}", flush=True
                 )

@@ -30,12 +30,13 @@ PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989, "NVIDIA H200": 989}
 
 
 class Setting(NamedTuple):
-    """How a model is measured: tokens in a sequence, sequences in a step, two depths, remat."""
+    """How a model is measured: tokens in a sequence, sequences in a step, two depths, and so on."""
 
     length: int
     sequences: int
     depths: tuple[int, int]
     remat: bool = False
+    moments: str = "float32"
 
 
 # What the dense model can hold in 78 GiB: all layers if possible. Three and more, because a lone
@@ -51,7 +52,7 @@ MODELS = {
     "opt-6.7b": Setting(2048, 4, (3, 9)),
     "opt-13b": Setting(2048, 4, (3, 7)),
     "opt-30b": Setting(2048, 2, (3, 5)),
-    "opt-66b": Setting(2048, 1, (3, 4), remat=True),
+    "opt-66b": Setting(2048, 4, (3, 4), remat=True, moments="bfloat16"),
     "llama-3-8b": Setting(2048, 4, (3, 7)),
     "mistral-7b": Setting(2048, 4, (3, 9)),
 }

@@ -1,8 +1,9 @@
 """Time and memory of training steps, dense beside sparse: ``python -m benchmarks.train_step``.
 
-The job's own step (`train.step`), AdamW, float32 parameters, gradients and moments, bfloat16
-products, buffers donated, random parameters and tokens. Each model is cut to two depths that fit on
-the device; the line through them gives the cost of a layer, and of the whole model.
+The job's own step (`train.step`), AdamW, float32 parameters, gradients and moments (OPT-66B: 16-bit
+moments, so that four layers fit), bfloat16 products, buffers donated, random parameters and tokens.
+Each model is cut to two depths that fit on the device; the line through them gives the cost of a
+layer, and of the whole model.
 
 Times are wall times of many steps in a row, the last one waited for; the median of rounds, in which
 dense and sparse take turns, if all fit on the device together, else one after the other, each after
@@ -110,7 +111,7 @@ def cases(model: str, arguments: argparse.Namespace) -> list[Case]:
         "accumulation": arguments.accumulation,
         "remat": remat,
         "dropout": arguments.dropout,
-        "moments": arguments.moments,
+        "moments": arguments.moments or chosen.moments,
         "dtype": arguments.dtype,
     }
     variants = [{"sparsity": "dense"}, *({"rank": rank} for rank in arguments.ranks)]
@@ -365,7 +366,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches in a step")
     parser.add_argument("--remat", choices=("none", "layers"), help="each model's if not given")
     parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--moments", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--moments", choices=("float32", "bfloat16"), help="each model's if not given"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--minutes", type=float, help="start no model after; what is done is kept")
     parser.add_argument("--part", help="name of the record, for a part of the list")
