@@ -17,10 +17,10 @@ SMALL = {
     "hidden_size": 32,
     "num_heads": 4,
     "mlp_size": 64,
-    "num_layers": 3,
+    "num_layers": 2,
     "vocab_size": 61,
     "max_positions": 16,
-    "sparsity": "layers/[12]/.*=2:4; .*=dense",
+    "sparsity": "layers/.*=2:4; .*=dense",
 }
 LLAMA = {"num_kv_heads": 2, "window": 4}
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (3, 12)), jnp.int32)
@@ -37,7 +37,12 @@ def made(name, **overrides):
     return model, variables | {"params": params}
 
 
-@pytest.fixture(params=["gpt2-nano", "opt-nano", "llama-nano"])
+@functools.cache
+def applied(model):
+    return jax.jit(model.apply)
+
+
+@pytest.fixture(params=["opt-nano", "llama-nano"])
 def decoder(request):
     return made(request.param, **(LLAMA if request.param == "llama-nano" else {}))
 
@@ -45,7 +50,7 @@ def decoder(request):
 def test_cached_logits_are_those_of_the_whole_sequence(decoder):
     """Five tokens at once, then each by itself, in other places in every row."""
     model, variables = decoder
-    whole = np.asarray(jax.jit(model.apply)(variables, IDS))[..., :61]
+    whole = np.asarray(applied(model)(variables, IDS))[..., :61]
     step = jax.jit(functools.partial(model.apply, mutable=["cache"]))
     cache = {"cache": models.init_cache(model.config, 3, 12)}
     first = jnp.asarray([[4], [2], [0]], jnp.int32)
@@ -58,9 +63,9 @@ def test_cached_logits_are_those_of_the_whole_sequence(decoder):
         np.testing.assert_allclose(logits[..., :61], whole[rows, first + i], rtol=1e-4, atol=1e-4)
 
 
-def test_greedy_is_the_argmax_of_the_whole_sequence(decoder):
-    model, variables = decoder
-    apply = jax.jit(model.apply)
+def test_greedy_is_the_argmax_of_the_whole_sequence():
+    model, variables = made("llama-nano", **LLAMA)
+    apply = applied(model)
     ids = np.pad(np.asarray(PROMPTS), ((0, 0), (0, 6)))
     expected = np.zeros((3, 6), np.int32)
     for step in range(6):
@@ -76,7 +81,7 @@ def test_greedy_is_the_argmax_of_the_whole_sequence(decoder):
 def test_prepared_variables_say_the_same():
     model, variables = made("llama-nano", **LLAMA)
     single, prepared = inference_variables(model, variables)
-    assert "layers_2" in prepared["params"]
+    assert "layers_1" in prepared["params"]
     plain = generate(model, variables, PROMPTS, lengths=LENGTHS, max_new_tokens=6)
     again = generate(single, prepared, PROMPTS, lengths=LENGTHS, max_new_tokens=6)
     np.testing.assert_array_equal(plain.tokens, again.tokens)
@@ -84,8 +89,8 @@ def test_prepared_variables_say_the_same():
 
 def test_preparing_changes_no_bit_and_halves_the_bytes():
     """What is cast ahead is what the layers would cast."""
-    model = models.build("gpt2-nano", **SMALL, dtype="bfloat16", scan=False)
-    variables = models.unstack_layers(made("gpt2-nano")[1])
+    model = models.build("opt-nano", **SMALL, dtype="bfloat16", scan=False)
+    variables = models.unstack_layers(made("opt-nano")[1])
     single, prepared = inference_variables(model, variables)
     for path, leaf in jax.tree_util.tree_leaves_with_path(prepared["params"]):
         wide = path[-1].key in ("bias", "scale")
@@ -96,7 +101,7 @@ def test_preparing_changes_no_bit_and_halves_the_bytes():
 
 
 def test_an_end_token_ends_its_row():
-    model, variables = made("gpt2-nano")
+    model, variables = made("opt-nano")
     options = {"lengths": LENGTHS, "max_new_tokens": 6}
     free = np.asarray(generate(model, variables, PROMPTS, **options).tokens)
     end = int(free[0, 2])
@@ -111,34 +116,18 @@ def test_an_end_token_ends_its_row():
 
 
 def test_sampling_follows_the_distribution():
-    model, variables = made("gpt2-nano")
-    count = 4096
-    prompts = jnp.tile(PROMPTS[:1], (count, 1))
-    logits = np.asarray(jax.jit(model.apply)(variables, PROMPTS[:1]), np.float64)[0, -1, :61] / 2
+    model, variables = made("opt-nano")
+    count = 2048
+    logits = np.asarray(applied(model)(variables, IDS), np.float64)[0, 5, :61] / 2
     shares = np.exp(logits - logits.max())
     shares /= shares.sum()
-
-    def sample(**options):
-        got = generate(
-            model, variables, prompts, max_new_tokens=1, temperature=2.0, key=KEY, **options
-        )
-        return np.bincount(np.asarray(got.tokens)[:, 0], minlength=64)[:61] / count
-
-    def within(got, expected):
-        sigma = np.sqrt(expected * (1 - expected) / count)
-        assert (np.abs(got - expected) <= 5 * sigma).all()
-
-    within(sample(), shares)
-    best = np.argsort(-shares)
-    within(
-        sample(top_k=3),
-        np.where(np.isin(np.arange(61), best[:3]), shares, 0) / shares[best[:3]].sum(),
-    )
-    needed = np.searchsorted(np.cumsum(shares[best]), 0.5) + 1
-    kept = best[:needed]
-    within(
-        sample(top_p=0.5), np.where(np.isin(np.arange(61), kept), shares, 0) / shares[kept].sum()
-    )
+    prompts = jnp.tile(PROMPTS[:1], (count, 1))
+    got = generate(model, variables, prompts, max_new_tokens=1, temperature=2.0, key=KEY)
+    got = np.bincount(np.asarray(got.tokens)[:, 0], minlength=61)
+    often = count * shares > 5
+    chi_squared = ((got - count * shares) ** 2 / (count * shares))[often].sum()
+    assert often.sum() > 10
+    assert chi_squared < often.sum() + 5 * np.sqrt(2 * often.sum())  # mean and deviation
 
 
 KEY = jax.random.key(7)

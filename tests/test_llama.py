@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("strict_dtypes")
 TINY = {
     "vocab_size": 61,
     "hidden_size": 32,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "intermediate_size": 48,
@@ -88,12 +88,10 @@ def test_compressed_by_magnitude(torch, transformers, llama):
     theirs = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
 
     def pattern(name):
-        in_layer = "_proj.weight" in name
-        first = "layers.0.self_attn" in name and "o_proj" not in name
-        return (2, 4) if in_layer and not first else None
+        return (2, 4) if "_proj.weight" in name else None
 
     pruned_in_place(torch, theirs, pattern, axis=1)
-    model, variables = models.from_hf(folder, sparsity="2:4")
+    model, variables = models.from_hf(folder, sparsity="layers/.*=2:4; .*=dense")
     same_form(model, variables)
     close(jax.jit(model.apply)(variables, IDS)[..., :61], logits(torch, theirs, IDS))
 
@@ -193,19 +191,25 @@ def test_paths_patterns_and_adapters():
         "layers/0/mlp/gate_up": (32, 128),
         "layers/0/mlp/down": (64, 32),
     }
-    ids = jnp.asarray(IDS[:, :8])
-    variables = jax.jit(model.init)(jax.random.key(0), ids)
+    variables = jax.eval_shape(model.init, jax.random.key(0), **model.example_inputs())
     rows = {row.path: row.pattern for row in explain(model, variables).rows}
     assert len(rows) == 9
     assert rows["layers_0/attention/qkv"] == rows["lm_head"] == "dense"
     assert (rows["layers_0/mlp/gate_up"], rows["layers_1/mlp/gate_up"]) == ("2:4", "2:8")
 
-    with jax.numpy_dtype_promotion("standard"):
+    adapted = small(sparsity="2:4,2:8", num_layers=2, mlp_size=64, adapter_rank=2)
+    counts = []
+
+    def join(variables):
         tx = lazy_adapters(optax.scale_by_adam())
         state = TrainState.create(apply_fn=model.apply, tx=tx, **variables)
-        adapted = small(sparsity="2:4,2:8", num_layers=2, mlp_size=64, adapter_rank=2)
         state, count = add_adapters(state, adapted, jax.random.key(1))
-    assert count == 7
+        counts.append(count)
+        return state
+
+    with jax.numpy_dtype_promotion("standard"):
+        state = jax.eval_shape(join, variables)
+    assert counts == [7]
     assert state.params["layers_1"]["mlp"]["gate_up"]["adapter_r"].shape == (2, 128)
 
 
@@ -245,49 +249,49 @@ def test_gate_and_norm_are_the_formulas():
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("window", [None, 4])
-def test_causality_by_gradient(window):
-    """Logits at t depend on the tokens 0 .. t, with a window on the last `window` of them."""
-    model = small(num_layers=1, window=window, sparsity="layers/.*=1:2; .*=dense")
-    ids = jnp.arange(12, dtype=jnp.int32)[None, :]  # all different: a row of the table for each
-    variables = jax.jit(model.init)(jax.random.key(0), ids)
-
-    def total(table, t):
-        params = variables["params"] | {"embeddings": {"token": {"embedding": table}}}
-        return jnp.square(model.apply(variables | {"params": params}, ids)[:, t, :61]).sum()
-
-    table = variables["params"]["embeddings"]["token"]["embedding"]
-    grads = jax.jit(jax.vmap(jax.grad(total), (None, 0)))(table, jnp.arange(12))
-    reaches = np.asarray(jnp.abs(grads).max(axis=-1) > 0)[:, :12]
-    np.testing.assert_array_equal(reaches, np.tri(12) - np.tri(12, k=-(window or 12)) == 1)
+ONE_STACK = {"num_layers": 2, "sparsity": "layers/.*=2:4; .*=dense"}
+# A sequence, and the same with another token at each of its places.
+CHANGED = (
+    np.arange(12) + np.concatenate([np.zeros((1, 12), int), 13 * np.eye(12, dtype=int)])
+) % 61
+CHANGED = jnp.asarray(CHANGED, jnp.int32)
 
 
-def test_scan_is_the_unrolled_model():
-    options = {"sparsity": "1:2", "adapter_rank": 2}
-    model, unrolled = (small(scan=scan, **options) for scan in (True, False))
-    ids = jnp.asarray(IDS[:, :12])
-    variables = jax.jit(model.init)(jax.random.key(0), ids)
-    # Adapters are born without effect; here they must have one.
-    variables = jax.tree.map(lambda a: a + 0.01 if a.dtype == jnp.float32 else a, variables)
+@pytest.fixture(scope="module")
+def variables():
+    return jax.jit(small(**ONE_STACK).init)(jax.random.key(0), CHANGED)
+
+
+@pytest.fixture(scope="module")
+def exact(variables):
+    return apply(variables)
+
+
+def apply(variables, **overrides):
+    return jax.jit(small(**ONE_STACK, **overrides).apply)(variables, CHANGED)[..., :61]
+
+
+def test_causality(exact):
+    reaches = np.asarray(jnp.abs(exact[1:] - exact[:1]).max(axis=-1) > 0).T
+    np.testing.assert_array_equal(reaches, np.tri(12, dtype=bool))
+
+
+def test_a_window_bounds_what_two_layers_see(variables):
+    """A layer with a window of 3 sees 2 tokens behind its own, two layers see 4."""
+    seen = apply(variables, window=3)
+    reaches = np.asarray(jnp.abs(seen[1:] - seen[:1]).max(axis=-1) > 0).T
+    np.testing.assert_array_equal(reaches, np.tri(12, dtype=bool) & ~np.tri(12, k=-5, dtype=bool))
+
+
+def test_scan_is_the_unrolled_model(variables, exact):
     single = models.unstack_layers(variables)
-    assert "layers_2" in single["masks"]
-    np.testing.assert_allclose(
-        jax.jit(model.apply)(variables, ids)[..., :61],
-        jax.jit(unrolled.apply)(single, ids)[..., :61],
-        rtol=1e-5,
-        atol=1e-5,
-    )
+    assert "layers_1" in single["masks"]
+    np.testing.assert_allclose(apply(single, scan=False), exact, rtol=1e-5, atol=1e-5)
 
 
-def test_half_precision_is_close():
+def test_half_precision_is_close(variables, exact):
     """8 bits of mantissa over two layers: within 2^-8 times a dozen roundings."""
-    options = {"num_layers": 2, "sparsity": "layers/.*=2:4; .*=dense"}
-    ids = jnp.asarray(IDS[:, :12])
-    variables = jax.jit(small(**options).init)(jax.random.key(0), ids)
-    exact, half = (
-        jax.jit(small(dtype=dtype, **options).apply)(variables, ids)[..., :61]
-        for dtype in ("float32", "bfloat16")
-    )
+    half = apply(variables, dtype="bfloat16")
     assert half.dtype == jnp.bfloat16
     error = np.linalg.norm(np.float64(half) - np.float64(exact)) / np.linalg.norm(exact)
     assert 0 < error < 12 * 2**-8

@@ -32,6 +32,9 @@ _MODELS = {
 }
 
 
+_compress = jax.jit(compress, static_argnums=1)
+
+
 def load_hf(folder: str | Path, model: Bert | Decoder) -> dict[str, Any]:
     """Variables of `model` with the weights of a Hugging Face folder.
 
@@ -195,7 +198,7 @@ def _leaf(source: Source, tensors, want: jax.ShapeDtypeStruct, pattern: str | No
     array = jnp.asarray(array.astype(want.dtype))
     if pattern is None:
         return array, None
-    compressed = compress(array, pattern)
+    compressed = _compress(array, pattern)
     return compressed.values, compressed.metadata
 
 
