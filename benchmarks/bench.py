@@ -21,7 +21,7 @@ COOL_ROUNDS = 3
 THREADS = 16
 # Of preheating: after the pause in which a batch is made ready, before each other problem, and
 # between the variants of a problem.
-FIRST_OF_BATCH_SECONDS, FIRST_SECONDS, SWITCH_SECONDS = 0.5, 0.3, 0.06
+FIRST_OF_BATCH_SECONDS, FIRST_SECONDS, SWITCH_SECONDS = 0.5, 0.2, 0.06
 AUTOTUNE_OFF = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 

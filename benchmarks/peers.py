@@ -156,25 +156,35 @@ def _error(torch, dense, *others) -> float:
 def _sustained(torch, calls) -> dict[str, float]:
     """Microseconds of a call among others, replayed without a pause: a call of cuSPARSELt may take
     longer to launch than to run, and would find a card that has cooled down."""
-    graphs = {name: _recorded(torch, call) for name, call in calls.items()}
+    replays = {name: _recorded(torch, call) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(ROUNDS):
         for name in list(calls) if number % 2 == 0 else list(calls)[::-1]:
-            each = _preheat(torch, graphs[name].replay)
-            seen = _kernels if each < SHORT_SECONDS * RECORDED else _between_events
-            times[name].append(seen(torch, graphs[name].replay, WINDOW_SECONDS / each))
+            replay, is_graph = replays[name]
+            each = _preheat(torch, replay)
+            alone = not is_graph or each < SHORT_SECONDS * RECORDED
+            seen = _kernels if alone else _between_events
+            times[name].append(seen(torch, replay, WINDOW_SECONDS / each))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def _recorded(torch, call):
-    """A CUDA graph of `RECORDED` calls."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    """What makes `RECORDED` calls, and whether it is a CUDA graph, where the call can be in one."""
+
+    def run():
         for _ in range(RECORDED):
             call()
-    return graph
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return run, False
+    return graph.replay, True
 
 
 def _preheat(torch, replay) -> float:
