@@ -18,6 +18,7 @@ COOL_TOKENS = 8192  # and these kinds and sizes: also in bursts after a pause
 COOL_KINDS = ("matmul", "epilogue")
 COOL = {(768, 3072), (3072, 768), (1024, 1024), (1600, 6400), (4096, 4096), (4096, 16384)}
 COOL_ROUNDS = 3
+WITH_KERNEL = ("sparse", "float32", "bare", "whole")  # variants
 THREADS = 16
 # Of preheating: after the pause in which a batch is made ready, before each other problem, and
 # between the variants of a problem.
@@ -192,7 +193,7 @@ def check_kernels(problem: Problem, implementation: str, times) -> None:
         return
     for name, found in times.items():
         ran = any(problem.op in kernel for kernel in found.kernels)
-        if ran != (name in ("sparse", "bare", "whole")):
+        if ran != (name in WITH_KERNEL):
             raise RuntimeError(f"{name} of {problem.op} ran {', '.join(found.kernels)}")
 
 

@@ -203,12 +203,16 @@ def _sddmm(problem: Problem, implementation: str) -> Case:
     def sparse(x, dy, w):
         return nm_sddmm(x, dy, w, out_dtype=x.dtype, implementation=implementation)
 
+    def float32(x, dy, w):
+        return nm_sddmm(x, dy, w, out_dtype=jnp.float32, implementation=implementation)
+
     def dense(x, dy):
         return jnp.matmul(x.T, dy)
 
     pairs = list(zip(xs, dys, strict=True))
     variants = {
         "sparse": Variant(sparse, [(x, dy, w.sparse) for x, dy in pairs]),
+        "float32": Variant(float32, [(x, dy, w.sparse) for x, dy in pairs]),
         "dense": Variant(dense, pairs, CUBLAS),
     }
     return Case(variants, _error_of_gradient, (xs[0], dys[0], w.sparse))

@@ -240,7 +240,12 @@ def _errors(device: Device) -> str:
 
 def _speedups(rows: list[dict[str, Any]]) -> str:
     """Sizes against tokens; a cell is the speed-up and both times in microseconds."""
-    return _grid(rows, lambda r: f"{r['speedup']:.2f}{_mark(r)} ({_us(r, 'dense')} → {_us(r)})")
+
+    def cell(r):
+        exact = f", {_us(r, 'float32')} to float32" if "float32_us" in r else ""
+        return f"{r['speedup']:.2f}{_mark(r)} ({_us(r, 'dense')} → {_us(r)}{exact})"
+
+    return _grid(rows, cell)
 
 
 def _mark(r: dict[str, Any]) -> str:

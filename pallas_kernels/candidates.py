@@ -95,7 +95,6 @@ def _nm_sddmm() -> Kernel:
         return [dataclasses.asdict(tile) for tile in sddmm.candidates(tokens, k, f)]
 
     def run(config: Config, x, dy, metadata, **options):
-        options = {"out_dtype": x.dtype, **options}
         return sddmm.nm_sddmm(x, dy, metadata, sddmm.Tile(**config), **options)
 
     def cases(config: Config, tokens: int):

@@ -143,7 +143,7 @@ def _with_xla(problem: Problem, x, second, metadata):
     if problem.op == "nm_sddmm":
         values = jax.ShapeDtypeStruct((problem.size[0] // 2, problem.size[1]), x.dtype)  # unread
         w = CompressedMatrix(values, metadata, PATTERN, 0, problem.size)
-        return xla.nm_sddmm(x, second, w, x.dtype, None)
+        return xla.nm_sddmm(x, second, w, jnp.float32, None)  # as training does
     w = CompressedMatrix(second, metadata, PATTERN, 0, problem.size)
     return xla.nm_matmul(x, w, x.dtype, None, Epilogue())
 
