@@ -118,7 +118,7 @@ def _steps(device: str, rows: list[dict[str, Any]]) -> str:
                 f"{row['sparse_ms']:,.1f}" if bare else "",
                 f"{row['speedup']:.2f}" if bare else "",
                 f"{adapted['speedup']:.2f}" if adapted else "",
-                f"{row['speedup_per_layer']:.2f}",
+                f"{row['speedup_per_layer']:.2f}" if row["speedup_per_layer"] else "–",
                 _share(row["mfu_dense"]),
                 f"{row['ratio']:.2f}",
             )

@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,21 +67,22 @@ def main() -> None:
     record |= {"failed": [], "left_out": []}
     planned = {model: cases(model, arguments) for model in arguments.models}
     with ThreadPoolExecutor(THREADS) as pool:
-        ready = Ahead(pool, planned, arguments)
         for number, model in enumerate(planned):
             if time.monotonic() > stop:
                 record["left_out"] = list(planned)[number:]
                 break
             begin = time.monotonic()
-            timings, failed = measured(ready.programs(model), arguments)
-            record["results"] += results(planned[model], timings, accelerator(), ready.paths)
+            programs = compiled(planned[model], pool, arguments)
+            paths = {case: p.paths for case, p in programs.items() if isinstance(p, Program)}
+            timings, failed = measured(programs, arguments)
+            del programs
+            record["results"] += results(planned[model], timings, accelerator(), paths)
             record["failed"] += failed
             path = write_record(record, arguments.results)
             print(f"{model}: {time.monotonic() - begin:.0f} s", flush=True)
             for row in record["results"]:
                 if row["model"] == model:
                     print(line(row), flush=True)
-        ready.cancel()
     if record["left_out"]:
         path = write_record(record, arguments.results)
         print(f"left out for want of time: {', '.join(record['left_out'])}")
@@ -119,57 +120,29 @@ def cases(model: str, arguments: argparse.Namespace) -> list[Case]:
     return [Case(**common, depth=depth, **other) for other in variants for depth in depths]
 
 
-class Ahead:
-    """Traces the programs of the next model while one is timed, and compiles them.
+def compiled(
+    planned: Sequence[Case], pool: ThreadPoolExecutor, arguments: argparse.Namespace
+) -> dict[Case, Program | Failed]:
+    """The compiled programs of a model, or why one could not be.
 
-    XLA tries out dense products on the device when it compiles: nothing else may run then. Without
-    (``--no-autotune``) compiling needs no device and goes ahead as well, for two models.
+    Never while another model is timed: tracing holds up the launches of its steps, and XLA tries
+    out dense products on the device.
     """
 
-    def __init__(self, pool: ThreadPoolExecutor, planned, arguments):
-        self._pool, self._planned = pool, dict(planned)
-        self._autotune = arguments.autotune
-        self._ahead = 1 if self._autotune else 2
-        self._options = dict(arguments.xla)
-        self._waiting: dict[str, dict[Case, Future]] = {}
-        self.paths: dict[Case, dict[str, int]] = {}
-        self._start(next(iter(planned)))
+    def lower(case: Case) -> Lowered | Failed:
+        return _outcome(lambda: steps.lower(case))
 
-    def programs(self, model: str) -> dict[Case, Program | Failed]:
-        """The compiled programs of a model, or why one could not be; starts on what follows."""
-        found = {case: _outcome(future.result) for case, future in self._waiting.pop(model).items()}
-        if self._autotune:
-            # The first one tries the products that it shares with the others, alone.
-            first = next(iter(found))
-            found[first] = self._compiled(found[first])
-            rest = {c: self._pool.submit(self._compiled, x) for c, x in found.items() if c != first}
-            found |= {case: future.result() for case, future in rest.items()}
-        self.paths |= {c: p.paths for c, p in found.items() if isinstance(p, Program)}
-        names = list(self._planned)
-        following = names[names.index(model) + 1 :]
-        for name in following[: self._ahead]:
-            if name not in self._waiting:
-                self._start(name)
-        return found
-
-    def cancel(self) -> None:
-        for futures in self._waiting.values():
-            for future in futures.values():
-                future.cancel()
-
-    def _start(self, model: str) -> None:
-        submit = self._pool.submit
-        made = {case: submit(self._made, case) for case in self._planned[model]}
-        self._waiting[model] = made
-
-    def _made(self, case: Case) -> Lowered | Program | Failed:
-        lowered = _outcome(lambda: steps.lower(case))
-        return lowered if self._autotune else self._compiled(lowered)
-
-    def _compiled(self, lowered: Lowered | Failed) -> Program | Failed:
+    def compile_(lowered: Lowered | Failed) -> Program | Failed:
         if isinstance(lowered, Failed):
             return lowered
-        return _outcome(lambda: lowered.compile(autotune=self._autotune, options=self._options))
+        options = dict(arguments.xla)
+        return _outcome(lambda: lowered.compile(autotune=arguments.autotune, options=options))
+
+    found = dict(zip(planned, pool.map(lower, planned), strict=True))
+    first, *rest = found
+    # The first one tries the products that it shares with the others, alone.
+    programs = {first: compile_(found[first])}
+    return programs | dict(zip(rest, pool.map(lambda c: compile_(found[c]), rest), strict=True))
 
 
 def measured(
@@ -300,7 +273,8 @@ def result(
         "mfu_dense": steps.mfu(steps.flops(dense[1], depth=layers), dense_ms, device),
         "dense_ms_per_layer": round(slope(0, ms), 4),
         "sparse_ms_per_layer": round(slope(1, ms), 4),
-        "speedup_per_layer": round(slope(0, ms) / slope(1, ms), 3),
+        # None where noise hides the cost of a layer.
+        "speedup_per_layer": round(slope(0, ms) / slope(1, ms), 3) if slope(1, ms) > 0 else None,
         "dense_bytes_per_layer": round(slope(0, nbytes)),
         "sparse_bytes_per_layer": round(slope(1, nbytes)),
         "at_depths": [
@@ -332,7 +306,7 @@ def line(row: dict[str, Any]) -> str:
     )
     return (
         f"  rank {row['rank']}: {row['speedup']:.2f} of all {row['layers']} layers,"
-        f" {row['speedup_per_layer']:.2f} per layer, memory {row['ratio']:.2f}, dense MFU"
+        f" {row['speedup_per_layer']} per layer, memory {row['ratio']:.2f}, dense MFU"
         f" {row['mfu_dense']}; {at}"
     )
 
