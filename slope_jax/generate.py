@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -83,22 +83,91 @@ def generate(
     >>> generate(model, variables, prompts, lengths=jnp.array([4, 2]), max_new_tokens=5).tokens.shape
     (2, 5)
     """
-    prompts = jnp.asarray(prompts)
-    _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key)
-    lengths = _checked_lengths(prompts, lengths)
-    return _generate(
+    how, given, prompts = _prepared(
         model,
         variables,
         prompts,
+        max_new_tokens,
         lengths,
-        jax.random.key(0) if key is None else key,
-        jnp.float32(temperature),
-        None if top_p is None else jnp.float32(top_p),
-        max_new_tokens=max_new_tokens,
-        end_token=end_token,
-        greedy=temperature == 0,
-        top_k=top_k,
+        end_token,
+        temperature,
+        top_k,
+        top_p,
+        key,
     )
+    return _generate(how, given, prompts)
+
+
+def stream(
+    model: Decoder,
+    variables: Mapping[str, Any],
+    prompts: jax.Array,
+    *,
+    max_new_tokens: int,
+    chunk: int = 8,
+    lengths: jax.Array | None = None,
+    end_token: int | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: jax.Array | None = None,
+) -> Iterator[np.ndarray]:
+    """The tokens of `generate`, as they come: int32 (B, n), the first alone, then `chunk` at once.
+
+    The device makes a chunk in one compiled loop. Behind the end of a row follows `end_token`; the
+    last chunk may be shorter. Arguments and errors are those of `generate`, raised at the call.
+
+    >>> from slope_jax.models import build
+    >>> model = build("gpt2-nano", vocab_size=64, num_layers=1, hidden_size=32, mlp_size=64)
+    >>> variables = jax.jit(model.init)(jax.random.key(0), **model.example_inputs())
+    >>> pieces = stream(model, variables, jnp.array([[3, 1, 4]]), max_new_tokens=6, chunk=4)
+    >>> [piece.shape for piece in pieces]
+    [(1, 1), (1, 4), (1, 1)]
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1 token")
+    how, given, prompts = _prepared(
+        model,
+        variables,
+        prompts,
+        max_new_tokens,
+        lengths,
+        end_token,
+        temperature,
+        top_k,
+        top_p,
+        key,
+    )
+
+    def pieces():
+        loop, done = _start(how, given, prompts), 0
+        while True:
+            step = int(loop.step)
+            yield np.asarray(loop.tokens)[:, done:step]
+            done = step
+            if done >= max_new_tokens or bool(loop.ended.all()):
+                return
+            loop = _advance(how, given, loop, jnp.int32(done + chunk))
+
+    return pieces()
+
+
+class _How(NamedTuple):
+    """What is compiled for."""
+
+    model: Decoder
+    max_new_tokens: int
+    end_token: int | None
+    greedy: bool
+    top_k: int | None
+
+
+class _Given(NamedTuple):
+    variables: Mapping[str, Any]
+    lengths: jax.Array
+    key: jax.Array
+    temperature: jax.Array
+    top_p: jax.Array | None
 
 
 class _Loop(NamedTuple):
@@ -109,59 +178,74 @@ class _Loop(NamedTuple):
     ended: jax.Array  # (B,) bool
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "max_new_tokens", "end_token", "greedy", "top_k")
-)
-def _generate(
-    model,
-    variables,
-    prompts,
-    lengths,
-    key,
-    temperature,
-    top_p,
-    *,
-    max_new_tokens,
-    end_token,
-    greedy,
-    top_k,
-) -> Generation:
-    batch, width = prompts.shape
+def _prepared(
+    model, variables, prompts, max_new_tokens, lengths, end_token, temperature, top_k, top_p, key
+) -> tuple[_How, _Given, jax.Array]:
+    prompts = jnp.asarray(prompts)
+    _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key)
+    given = _Given(
+        variables,
+        _checked_lengths(prompts, lengths),
+        jax.random.key(0) if key is None else key,
+        jnp.float32(temperature),
+        None if top_p is None else jnp.float32(top_p),
+    )
+    return _How(model, max_new_tokens, end_token, temperature == 0, top_k), given, prompts
 
-    def run(cache, ids, **options):
-        logits, updated = model.apply({**variables, CACHE: cache}, ids, mutable=[CACHE], **options)
-        return logits[:, 0].astype(jnp.float32), updated[CACHE]
 
-    def choose(logits, step):
-        if greedy:
-            return logits.argmax(-1).astype(jnp.int32)
-        kept = _likely(logits / temperature, top_k, top_p)
-        return jax.random.categorical(jax.random.fold_in(key, step), kept).astype(jnp.int32)
+@functools.partial(jax.jit, static_argnums=0)
+def _generate(how: _How, given: _Given, prompts: jax.Array) -> Generation:
+    loop = _start(how, given, prompts)
+    loop = _advance(how, given, loop, jnp.int32(how.max_new_tokens))
+    return Generation(loop.tokens, loop.lengths)
 
-    def add(loop: _Loop, logits, cache) -> _Loop:
-        token = choose(logits, loop.step)
-        if end_token is not None:
-            token = jnp.where(loop.ended, jnp.int32(end_token), token)
-        ended = loop.ended if end_token is None else loop.ended | (token == end_token)
-        grown = loop.lengths + (~loop.ended).astype(jnp.int32)
-        return _Loop(loop.step + 1, cache, loop.tokens.at[:, loop.step].set(token), grown, ended)
+
+@functools.partial(jax.jit, static_argnums=0)
+def _start(how: _How, given: _Given, prompts: jax.Array) -> _Loop:
+    """After the pass over the prompts, which gives the first token."""
+    (batch, width), end = prompts.shape, how.end_token
+    zeros = jnp.zeros((batch,), jnp.int32)
+    tokens = jnp.full((batch, how.max_new_tokens), 0 if end is None else end, jnp.int32)
+    # The last token is never read.
+    cache = init_cache(how.model.config, batch, width + how.max_new_tokens - 1)
+    logits, cache = _run(how, given, cache, prompts, logits_at=(given.lengths - 1)[:, None])
+    return _add(how, given, _Loop(jnp.int32(0), cache, tokens, zeros, zeros > 0), logits, cache)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _advance(how: _How, given: _Given, loop: _Loop, until: jax.Array) -> _Loop:
+    """On to `until` tokens, or until all rows have ended."""
+    until = jnp.minimum(until, how.max_new_tokens)
 
     def body(loop: _Loop) -> _Loop:
         last = jax.lax.dynamic_slice_in_dim(loop.tokens, loop.step - 1, 1, axis=1)
-        return add(loop, *run(loop.cache, last, positions=(lengths + loop.step - 1)[:, None]))
+        positions = (given.lengths + loop.step - 1)[:, None]
+        return _add(how, given, loop, *_run(how, given, loop.cache, last, positions=positions))
 
-    zeros = jnp.zeros((batch,), jnp.int32)
-    tokens = jnp.zeros((batch, max_new_tokens), jnp.int32)
-    if end_token is not None:
-        tokens = jnp.full_like(tokens, end_token)
-    # The last token is never read.
-    cache = init_cache(model.config, batch, width + max_new_tokens - 1)
-    logits, cache = run(cache, prompts, logits_at=(lengths - 1)[:, None])
-    loop = add(_Loop(jnp.int32(0), cache, tokens, zeros, zeros > 0), logits, cache)
-    loop = jax.lax.while_loop(
-        lambda loop: (loop.step < max_new_tokens) & ~loop.ended.all(), body, loop
-    )
-    return Generation(loop.tokens, loop.lengths)
+    return jax.lax.while_loop(lambda loop: (loop.step < until) & ~loop.ended.all(), body, loop)
+
+
+def _run(how: _How, given: _Given, cache, ids, **options):
+    """Float32 logits (B, V) of one position of each row, and the cache with these tokens."""
+    variables = {**given.variables, CACHE: cache}
+    logits, updated = how.model.apply(variables, ids, mutable=[CACHE], **options)
+    return logits[:, 0].astype(jnp.float32), updated[CACHE]
+
+
+def _add(how: _How, given: _Given, loop: _Loop, logits, cache) -> _Loop:
+    """With one more token in each row."""
+    if how.greedy:
+        token = logits.argmax(-1).astype(jnp.int32)
+    else:
+        kept = _likely(logits / given.temperature, how.top_k, given.top_p)
+        step_key = jax.random.fold_in(given.key, loop.step)
+        token = jax.random.categorical(step_key, kept).astype(jnp.int32)
+    ended = loop.ended
+    if how.end_token is not None:
+        token = jnp.where(ended, jnp.int32(how.end_token), token)
+        ended = ended | (token == how.end_token)
+    grown = loop.lengths + (~loop.ended).astype(jnp.int32)
+    return _Loop(loop.step + 1, cache, loop.tokens.at[:, loop.step].set(token), grown, ended)
 
 
 def _likely(logits: jax.Array, top_k: int | None, top_p: jax.Array | None) -> jax.Array:

@@ -9,7 +9,7 @@ import pytest
 
 from slope_jax import generate as module
 from slope_jax import models
-from slope_jax.generate import generate, inference_variables
+from slope_jax.generate import generate, inference_variables, stream
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -182,3 +182,25 @@ def test_bad_models_prompts_and_places():
         init(positions=PROMPTS[:, :2])
     with pytest.raises(ValueError, match=r"logits_at is int32\[3\]; .* integers \[3, K\]"):
         init(logits_at=PROMPTS[:, 0])
+
+
+def test_a_stream_is_the_whole_in_pieces():
+    model, variables = made("llama-nano", **LLAMA)
+    options = {"lengths": LENGTHS, "max_new_tokens": 9, "temperature": 1.0, "top_k": 20}
+    options["key"] = jax.random.key(3)
+    whole = generate(model, variables, PROMPTS, **options)
+    pieces = list(stream(model, variables, PROMPTS, chunk=3, **options))
+    assert [piece.shape[1] for piece in pieces] == [1, 3, 3, 2]
+    np.testing.assert_array_equal(np.concatenate(pieces, axis=1), whole.tokens)
+    # It stops where the row ends, with the third token or before.
+    greedy = generate(model, variables, PROMPTS[:1], lengths=[6], max_new_tokens=9)
+    end = int(greedy.tokens[0, 2])
+    ended = generate(model, variables, PROMPTS[:1], lengths=[6], end_token=end, max_new_tokens=9)
+    pieces = list(
+        stream(model, variables, PROMPTS[:1], lengths=[6], end_token=end, max_new_tokens=9)
+    )
+    found = np.concatenate(pieces, axis=1)[0]
+    np.testing.assert_array_equal(found, ended.tokens[0, : len(found)])
+    assert len(found) == ended.lengths[0] <= 3
+    with pytest.raises(ValueError, match="chunk=0"):
+        stream(model, variables, PROMPTS, max_new_tokens=2, chunk=0)
