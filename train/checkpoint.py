@@ -30,9 +30,10 @@ class Checkpoints:
     Args:
       run_dir: the run's folder.
       keep: latest checkpoints to keep; the best by held-out loss stays besides.
+      read_only: changes nothing, so that a run which still trains can be read.
     """
 
-    def __init__(self, run_dir: pathlib.Path, *, keep: int):
+    def __init__(self, run_dir: pathlib.Path, *, keep: int, read_only: bool = False):
         self.folder = run_dir.resolve() / "checkpoints"
         policies = checkpoint_managers.AnyPreservationPolicy(
             [
@@ -50,7 +51,8 @@ class Checkpoints:
             item_names=("state", "run", "tokenizer"),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies,
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
                 # On CPU a saved array can share memory with the buffer that the next step reuses.
                 enable_async_checkpointing=jax.default_backend() != "cpu",
             ),
@@ -112,17 +114,24 @@ class Checkpoints:
 
     def restore(self, step: int, shapes: TrainState) -> tuple[TrainState, jax.Array]:
         """The state and the RNG key of a checkpoint; `shapes` is the abstract state it must have."""
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         key = jax.eval_shape(lambda: jax.random.key(0))
-        target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-            _saved(shapes, jax.eval_shape(jax.random.key_data, key)),
-        )
+        target = placed(_saved(shapes, jax.eval_shape(jax.random.key_data, key)))
         items = self._manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
         )["state"]
         key = jax.random.wrap_key_data(items.pop("key"))
         return shapes.replace(**items), key
+
+    def restore_weights(self, step: int, shapes: TrainState) -> tuple[Any, Any]:
+        """Parameters and masks alone; `shapes` is the abstract state of the checkpoint."""
+        target = placed({"params": shapes.params, "masks": shapes.masks})
+        arguments = ocp.args.PyTreeRestore(
+            item=target,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+            partial_restore=True,
+        )
+        items = self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+        return items["params"], items["masks"]
 
     def close(self) -> None:
         self._manager.close()
@@ -145,6 +154,12 @@ def state_bytes(state: TrainState) -> int:
     """Bytes of parameters, masks and optimizer state."""
     leaves = jax.tree.leaves((state.params, state.masks, state.opt_state))
     return sum(x.size * x.dtype.itemsize for x in leaves)
+
+
+def placed(shapes: Any) -> Any:
+    """Shapes as Orbax wants them, to be restored onto the first device."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
 
 
 def _saved(state: TrainState, key: jax.Array) -> dict[str, Any]:

@@ -205,6 +205,21 @@ def to_json(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def from_json(saved: dict[str, Any]) -> Config:
+    """The configuration that `to_json` gave, also of an earlier version without some fields.
+
+    Raises:
+      ValueError: it has a field that this version does not know.
+    """
+    names = {field.name for field in dataclasses.fields(Config)}
+    if unknown := sorted(saved.keys() - names):
+        raise ValueError(
+            f"the run's configuration has {', '.join(unknown)}, which this version does not know;"
+            " use the version that made the run"
+        )
+    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+
+
 def choices(name: str) -> tuple[str, ...]:
     """The values that a field with fixed choices allows."""
     return get_args(get_type_hints(Config)[name])

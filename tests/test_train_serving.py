@@ -1,0 +1,150 @@
+"""From a run's checkpoint to text: what is loaded, kept, written and refused."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slope_jax.generate import generate, inference_variables
+from train import serving
+from train.checkpoint import Checkpoints
+from train.config import from_json, to_json
+from train.data.tokenizer import train_tokenizer
+from train.generate import main
+from train.recipes import make_config
+from train.state import init_state, join_adapters, make_setup
+
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
+
+def save_run(folder, texts, model, step, **fields):
+    """A run's checkpoint without the run: its first state, after `step` steps in name."""
+    fields = {"seq_len": (16,), "steps": (10,), "adapter_start": 0.5, **fields}
+    config = make_config(model, dtype="bfloat16", vocab_size=300, **fields)
+    vocabulary = train_tokenizer(texts, config.objective, 300)
+    setup = make_setup(config, vocab_size=vocabulary.size)
+    state, adapted = init_state(setup), config.adapter_step is not None
+    if adapted and step > config.adapter_step:
+        state, _ = join_adapters(setup, state)
+    # Far from the birth of a model, where all logits are alike and adapters add nothing.
+    state = state.replace(
+        step=jnp.int32(step), params=jax.tree.map(lambda x: 4 * x + 0.01, state.params)
+    )
+    checkpoints = Checkpoints(folder, keep=2)
+    tokenizer = json.loads(vocabulary.to_json())
+    checkpoints.save(state, setup.key, {"config": to_json(config)}, tokenizer, None)
+    checkpoints.wait()
+    checkpoints.close()
+    return setup.adapted if adapted and step > config.adapter_step else setup.model, state
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, small_text):
+    folder = tmp_path_factory.mktemp("gpt2")
+    texts = [(small_text / "a.txt").read_text()]
+    save_run(folder, texts, "gpt2-nano", 3)
+    return folder, *save_run(folder, texts, "gpt2-nano", 7)
+
+
+@pytest.fixture(scope="module")
+def served(run):
+    return serving.load(run[0])
+
+
+def test_the_latest_weights_are_loaded_in_the_compute_dtype_and_nothing_else(run, served):
+    _, model, state = run
+    single, expected = inference_variables(model, state.variables)
+    assert served.model == single
+    assert served.about["adapters"]
+    jax.tree.map(np.testing.assert_array_equal, served.variables, expected)
+    kernel = served.variables["params"]["layers_1"]["mlp"]["up"]
+    assert {name: x.dtype.name for name, x in kernel.items()} == {
+        "kernel": "bfloat16",
+        "adapter_l": "bfloat16",
+        "adapter_r": "bfloat16",
+        "bias": "float32",
+    }
+    assert kernel["kernel"].shape == (64, 512)  # half of 128 inputs
+    pruned = 4 * (3 * 128 * 128 + 128 * 128 + 2 * 128 * 512) - 3 * 128 * 128  # not the first qkv
+    masks = sum(x.nbytes for x in jax.tree.leaves(served.variables["masks"]))
+    assert masks == pruned // 8
+    assert served.nbytes == masks + sum(x.nbytes for x in jax.tree.leaves(expected["params"]))
+
+
+def test_an_earlier_checkpoint_has_no_adapters_yet(run):
+    for path, step in ((run[0], 3), (run[0] / "checkpoints" / "3", None)):
+        found = serving.load(path, step=step)
+        assert found.about["step"] == 3
+        assert not found.model.config.adapter_rank
+
+
+def test_what_is_saved_is_loaded_bit_for_bit(served, tmp_path):
+    folder = serving.save(served, tmp_path / "a" / "model")
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "served.json",
+        "tokenizer.json",
+        "variables",
+    ]
+    again = serving.load(folder)
+    assert again.model == served.model
+    assert again.about == served.about
+    assert again.vocabulary.fingerprint == served.vocabulary.fingerprint
+    jax.tree.map(np.testing.assert_array_equal, again.variables, served.variables)
+    with pytest.raises(ValueError, match="exists already"):
+        serving.save(served, folder)
+    assert [p.name for p in folder.parent.iterdir()] == ["model"]
+
+
+def continued(served, text, count):
+    ids = jnp.asarray([served.vocabulary.encode(text)])
+    tokens = generate(served.model, served.variables, ids, max_new_tokens=count).tokens
+    return served.vocabulary.decode(np.asarray(tokens[0]).tolist())
+
+
+def test_the_command_writes_what_is_generated(run, served, capsys):
+    options = [f"--checkpoint={run[0]}", "--max-new-tokens=12"]
+    expected = {text: continued(served, text, 12) for text in ("Sparse kernel", "Mask")}
+    assert main([*options, "--prompt=Sparse kernel"]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"Sparse kernel{expected['Sparse kernel']}\n"
+    assert "first token after" in err
+    stop = expected["Mask"][3:6]
+    assert main([*options, "--prompt=Sparse kernel", "--prompt=Mask", f"--stop={stop}"]) == 0
+    first, second, _ = capsys.readouterr().out.split("\n\n")
+    assert first == f"Sparse kernel{expected['Sparse kernel'].split(stop)[0]}"
+    assert second == f"Mask{expected['Mask'].split(stop)[0]}"
+
+
+def test_a_bert_fills_masks(tmp_path, small_text, capsys):
+    texts = [(small_text / "a.txt").read_text()]
+    save_run(tmp_path, texts, "bert-tiny", 3)
+    options = [f"--checkpoint={tmp_path}", "--top-k=2"]
+    assert main([*options, "--prompt=Sparse [MASK] mask [MASK]."]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "Sparse [MASK] mask [MASK]."
+    assert [line.count("%") for line in out[1:]] == [2, 2]
+    assert main([*options, "--prompt=Sparse kernel"]) == 2
+    assert "has no [MASK]" in capsys.readouterr().err
+
+
+def test_bad_input_is_named(run, tmp_path, capsys):
+    for options, message in [
+        ([f"--checkpoint={tmp_path}", "--prompt=a"], "holds no checkpoints"),
+        ([f"--checkpoint={run[0]}", "--step=5", "--prompt=a"], "no checkpoint of step 5; there are 3, 7"),
+        ([f"--checkpoint={run[0]}"], "give --prompt=TEXT or --save"),
+        ([f"--checkpoint={run[0]}", "--prompt=a", "--max-new-tokens=9999"], "max_positions"),
+    ]:  # fmt: skip
+        assert main(options) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_configurations_survive_json_and_unknown_fields_are_named():
+    config = make_config("gpt2-nano", seq_len=(8, 16), lr=(1e-3, 2e-3))
+    assert from_json(to_json(config)) == config
+    fewer = {name: value for name, value in to_json(config).items() if name != "moments"}
+    assert from_json(fewer) == dataclasses.replace(config, moments="float32")
+    with pytest.raises(ValueError, match="fresh, which this version does not know"):
+        from_json(to_json(config) | {"fresh": 1})

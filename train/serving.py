@@ -1,0 +1,163 @@
+"""Trained models ready to be used: from a run's checkpoint, or a folder of their own.
+
+    FOLDER/served.json      configuration of the run, size of the vocabulary, whether adapters joined
+    FOLDER/tokenizer.json   the tokenizer
+    FOLDER/variables        weights by Orbax: 16-bit (or the run's) values, metadata, adapters
+
+No masters, no transposed copies, no optimizer state.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from flax import linen as nn
+
+from pallas_kernels.files import write_atomically
+from slope_jax.generate import inference_variables
+from train.checkpoint import Checkpoints, placed
+from train.config import from_json, to_json
+from train.data.tokenizer import Vocabulary, vocabulary_from_json
+from train.state import abstract_state, make_setup
+
+SERVED_FILE, TOKENIZER_FILE, VARIABLES = "served.json", "tokenizer.json", "variables"
+
+
+class Served(NamedTuple):
+    """A model for inference.
+
+    Attributes:
+      model: layers apart (`slope_jax.generate.inference_variables`), adapters where they joined.
+      variables: {"params": ..., "masks": ...} in the compute dtype; norms and biases as trained.
+      vocabulary: the run's tokenizer.
+      about: what `served.json` holds.
+    """
+
+    model: nn.Module
+    variables: dict[str, Any]
+    vocabulary: Vocabulary
+    about: dict[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights and metadata."""
+        return sum(x.nbytes for x in jax.tree.leaves(self.variables))
+
+
+def load(path: pathlib.Path | str, *, step: int | None = None) -> Served:
+    """A trained model from a run's folder, one of its checkpoints, or what `save` wrote.
+
+    Args:
+      path: RUN, RUN/checkpoints/STEP, or the folder given to `save`.
+      step: which checkpoint of a run; None: the latest.
+
+    Raises:
+      ValueError: there is no run, no checkpoint, or not this one; says what there is.
+    """
+    path = pathlib.Path(path).expanduser()
+    if (path / SERVED_FILE).is_file():
+        return _load_served(path)
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        path, step = path.parent.parent, int(path.name)
+    if not (path / "checkpoints").is_dir():
+        raise ValueError(
+            f"{path} holds no checkpoints; give the --run-dir of a run, one of its"
+            f" checkpoints/STEP, or a folder with {SERVED_FILE}"
+        )
+    return _from_run(path, step)
+
+
+def save(served: Served, folder: pathlib.Path | str) -> pathlib.Path:
+    """Writes a folder that `load` reads: whole or not at all.
+
+    Raises:
+      ValueError: the folder exists already.
+    """
+    folder = pathlib.Path(folder).expanduser().resolve()
+    if folder.exists():
+        raise ValueError(f"{folder} exists already; name a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(staging / VARIABLES, served.variables)
+        served.vocabulary.save(staging / TOKENIZER_FILE)
+        write_atomically(staging / SERVED_FILE, json.dumps(served.about, indent=1) + "\n")
+        os.rename(staging, folder)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return folder
+
+
+def _from_run(folder: pathlib.Path, step: int | None) -> Served:
+    checkpoints = Checkpoints(folder, keep=1, read_only=True)
+    try:
+        steps = checkpoints.steps()
+        if not steps:
+            raise ValueError(f"{folder} has no finished checkpoint yet; let the run save one")
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            raise ValueError(
+                f"{folder} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}"
+            )
+        record, tokenizer = checkpoints.read_run(step)
+        config = from_json(record["config"])
+        vocabulary = vocabulary_from_json(json.dumps(tokenizer), config.objective)
+        joined = config.adapter_step is not None and step > config.adapter_step
+        about = {
+            "config": to_json(config),
+            "step": step,
+            "vocab_size": vocabulary.size,
+            "adapters": joined,
+        }
+        shapes = _shapes(about)
+        params, masks = checkpoints.restore_weights(step, shapes)
+        return _ready(about, vocabulary, {"params": params, "masks": masks})
+    finally:
+        checkpoints.close()
+
+
+def _load_served(folder: pathlib.Path) -> Served:
+    about = json.loads((folder / SERVED_FILE).read_text(encoding="utf-8"))
+    config = from_json(about["config"])
+    tokenizer = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")
+    vocabulary = vocabulary_from_json(tokenizer, config.objective)
+    model, shapes = _inference_shapes(about)
+    with ocp.StandardCheckpointer() as checkpointer:
+        variables = checkpointer.restore(folder.resolve() / VARIABLES, placed(shapes))
+    return Served(model, variables, vocabulary, about)
+
+
+def _shapes(about: dict[str, Any]):
+    """The training state of a run, as shapes."""
+    setup = make_setup(from_json(about["config"]), vocab_size=about["vocab_size"])
+    return abstract_state(setup, adapters=about["adapters"])
+
+
+def _model(about: dict[str, Any]) -> nn.Module:
+    setup = make_setup(from_json(about["config"]), vocab_size=about["vocab_size"])
+    return setup.adapted if about["adapters"] else setup.model
+
+
+def _inference_shapes(about: dict[str, Any]) -> tuple[nn.Module, Any]:
+    model, made = _model(about), []
+
+    def convert(variables):
+        single, variables = inference_variables(model, variables)
+        made.append(single)
+        return variables
+
+    state = _shapes(about)
+    shapes = jax.eval_shape(convert, {"params": state.params, "masks": state.masks})
+    return made[0], shapes
+
+
+def _ready(about: dict[str, Any], vocabulary: Vocabulary, variables: dict[str, Any]) -> Served:
+    model, variables = inference_variables(_model(about), variables)
+    return Served(model, variables, vocabulary, about)
