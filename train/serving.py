@@ -8,17 +8,14 @@ No masters, no transposed copies, no optimizer state.
 """
 
 import json
-import os
 import pathlib
-import shutil
-import tempfile
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 from flax import linen as nn
 
-from pallas_kernels.files import write_atomically
+from pallas_kernels.files import new_folder, write_atomically
 from slope_jax.generate import inference_variables
 from train.checkpoint import Checkpoints, placed
 from train.config import from_json, to_json
@@ -79,19 +76,11 @@ def save(served: Served, folder: pathlib.Path | str) -> pathlib.Path:
       ValueError: the folder exists already.
     """
     folder = pathlib.Path(folder).expanduser().resolve()
-    if folder.exists():
-        raise ValueError(f"{folder} exists already; name a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with new_folder(folder) as staging:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(staging / VARIABLES, served.variables)
         served.vocabulary.save(staging / TOKENIZER_FILE)
         write_atomically(staging / SERVED_FILE, json.dumps(served.about, indent=1) + "\n")
-        os.rename(staging, folder)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     return folder
 
 

@@ -7,6 +7,7 @@ from slope_jax.models.config import REMAT_POLICIES, Linear, Segment, Transformer
 from slope_jax.models.decoder import Decoder, DecoderConfig
 from slope_jax.models.gpt2 import GPT2, GPT2Config
 from slope_jax.models.hf import from_hf, load_hf
+from slope_jax.models.hf_export import export_hf
 from slope_jax.models.llama import Llama, LlamaConfig
 from slope_jax.models.opt import OPT, OPTConfig
 from slope_jax.models.registry import VARIANTS, build, count_parameters, variant_config
@@ -35,6 +36,7 @@ __all__ = [
     "attention_path",
     "build",
     "count_parameters",
+    "export_hf",
     "from_hf",
     "init_cache",
     "load_hf",

@@ -1,0 +1,141 @@
+"""Export to Hugging Face folders: what Transformers computes with them, and what comes back."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from parity import close
+
+from slope_jax import models
+from slope_jax.models import hf_export
+
+safetensors_numpy = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
+
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_layers": 3,
+    "num_heads": 4,
+    "mlp_size": 64,
+    "max_positions": 24,
+    "sparsity": "2:4",
+}
+SCALED = models.RopeScaling(8.0, 1.0, 4.0, 16)
+FAMILIES = {
+    "bert": ("bert-tiny", {}),
+    "gpt2": ("gpt2-nano", {}),
+    "opt": ("opt-nano", {}),
+    "llama": ("llama-nano", {"num_kv_heads": 2, "rope_scaling": SCALED}),
+    "mistral": ("llama-nano", {"num_kv_heads": 2, "window": 5}),
+}
+IDS = np.random.default_rng(0).integers(0, 61, (3, 20)).astype(np.int32)
+
+
+@functools.cache
+def made(family, rank):
+    """A model whose every parameter is random, as zeros and ones would hide a wrong name."""
+    name, fields = FAMILIES[family]
+    model = models.build(name, **SMALL, **fields, adapter_rank=rank)
+    variables = jax.jit(model.init)(jax.random.key(0), **model.example_inputs())
+    leaves, tree = jax.tree.flatten(variables["params"])
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noise = [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    params = jax.tree.unflatten(tree, [x + n for x, n in zip(leaves, noise, strict=True)])
+    table = params["embeddings"]["token"]
+    table["embedding"] = table["embedding"].at[61:].set(0)
+    if "lm_head" in params:
+        params["lm_head"]["kernel"] = params["lm_head"]["kernel"].at[:, 61:].set(0)
+    if "mlm" in params:
+        params["mlm"]["bias"] = params["mlm"]["bias"].at[61:].set(0)
+    return model, variables | {"params": params}
+
+
+def logits_of_ours(model, variables):
+    found = jax.jit(model.apply)(variables, jnp.asarray(IDS))
+    return np.asarray(getattr(found, "mlm_logits", found))[..., :61]
+
+
+def logits_of_theirs(torch, transformers, folder):
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model, report = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        output = model.eval()(input_ids=torch.tensor(IDS))
+    return getattr(output, "logits", getattr(output, "prediction_logits", None)).numpy()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_computes_the_same_with_the_adapters_merged(
+    torch, transformers, tmp_path, family
+):
+    model, variables = made(family, 3)
+    folder = models.export_hf(tmp_path / "a" / family, model, variables)
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert json.loads((folder / "config.json").read_text())["model_type"] == family
+    close(logits_of_ours(model, variables), logits_of_theirs(torch, transformers, folder))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_written_is_read_back_bit_for_bit(tmp_path, family):
+    model, variables = made(family, 0)
+    folder = models.export_hf(tmp_path / family, model, variables)
+    again, loaded = models.from_hf(folder, sparsity="2:4", dropout=model.config.dropout)
+    assert again.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, loaded, dict(variables))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_lora_files_and_the_kernels_make_up_the_merged_kernels(tmp_path, family):
+    model, variables = made(family, 3)
+    merged = models.export_hf(tmp_path / "merged", model, variables)
+    apart = models.export_hf(tmp_path / "apart", model, variables, adapters="lora")
+    whole, base, lora = (
+        safetensors_numpy.load_file(path)
+        for path in (
+            merged / "model.safetensors",
+            apart / "model.safetensors",
+            apart / "adapter" / "adapter_model.safetensors",
+        )
+    )
+    config = json.loads((apart / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (3, 3)
+    assert len(lora) == 2 * len(config["target_modules"])
+    changed = {name for name in base if (base[name] != whole[name]).any()}
+    assert changed == {f"{module}.weight" for module in config["target_modules"]}
+    for module in config["target_modules"]:
+        stem = f"base_model.model.{module}"
+        added = lora[f"{stem}.lora_B.weight"] @ lora[f"{stem}.lora_A.weight"]
+        added = added.T if config["fan_in_fan_out"] else added
+        total = base[f"{module}.weight"] + added
+        np.testing.assert_allclose(whole[f"{module}.weight"], total, rtol=1e-5, atol=1e-6)
+
+
+def test_large_models_are_written_in_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_export, "SHARD_BYTES", 20_000)
+    model, variables = made("opt", 0)
+    folder = models.export_hf(tmp_path / "opt", model, variables, dtype=jnp.bfloat16)
+    names = sorted(p.name for p in folder.glob("*.safetensors"))
+    assert names[0] == f"model-00001-of-{len(names):05}.safetensors"
+    assert len(names) > 3
+    assert all((folder / name).stat().st_size < 25_000 for name in names)
+    _, loaded = models.from_hf(folder, sparsity="2:4")
+    rounded = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), variables["params"]
+    )
+    jax.tree.map(np.testing.assert_array_equal, loaded["params"], rounded)
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    model, variables = made("opt", 0)
+    with pytest.raises(ValueError, match="'merge' or 'lora'"):
+        models.export_hf(tmp_path / "new", model, variables, adapters="both")
+    models.export_hf(tmp_path / "old", model, variables)
+    with pytest.raises(ValueError, match="exists already"):
+        models.export_hf(tmp_path / "old", model, variables)
+    monkeypatch.setattr(hf_export, "_config", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        models.export_hf(tmp_path / "new", model, variables)
+    assert [p.name for p in tmp_path.iterdir()] == ["old"]
