@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels import CompressedMatrix, Pattern, compress, compressed_shapes
 from pallas_kernels.epilogue import ACTIVATIONS, check_activation
 from slope_jax import masks
-from slope_jax.matmul import Working, slope_matmul
+from slope_jax.matmul import DOUBLE_PRUNED, Working, check_backward, slope_matmul
 
 MASKS = "masks"
 PRODUCT = "product"  # the name of results, for policies of jax.checkpoint
@@ -21,9 +21,11 @@ ADAPTER_L, ADAPTER_R = "adapter_l", "adapter_r"
 Initializer = Callable[..., jax.Array]
 
 
-def inverse_rank_normal(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
-    """N(0, 1) / rank for an adapter_l of shape (in, rank): the paper's N(0, 1) with scale 1/r."""
-    return jax.random.normal(key, shape, dtype) / shape[1]
+def inverse_rank_normal(
+    key: jax.Array, shape: tuple[int, int], dtype=jnp.float32, *, scale: float = 1.0
+) -> jax.Array:
+    """N(0, 1) scale / rank for an adapter_l (in, rank): with scale 1 the paper's N(0, 1) / r."""
+    return jax.random.normal(key, shape, dtype) * (scale / shape[1])
 
 
 class SparseDense(nn.Dense):
@@ -52,6 +54,7 @@ class SparseDense(nn.Dense):
         not to change when adapters join.
       activation: None, "relu", "gelu" (exact), "gelu_tanh" or "silu"; joins the product's kernel.
       implementation: of the sparse products, None for the best. See `slope_jax.explain`.
+      backward: "double-pruned", or "exact" for the derivative itself. See `slope_matmul`.
 
     `precision` and `dtype` work as in `flax.linen.Dense`; dtype None takes the promoted dtype of
     input and parameters. `dot_general` and `dot_general_cls` cannot apply to a compressed kernel.
@@ -73,6 +76,7 @@ class SparseDense(nn.Dense):
     adapter_r_init: Initializer = nn.initializers.zeros_init()
     activation: str | None = None
     implementation: str | None = None
+    backward: str = DOUBLE_PRUNED
 
     @property
     def pattern(self) -> Pattern | None:
@@ -121,6 +125,7 @@ class SparseDense(nn.Dense):
             adapter=adapter,
             precision=self.precision,
             implementation=self.implementation,
+            backward=self.backward,
         )
 
     @nn.nowrap
@@ -185,6 +190,7 @@ class SparseDense(nn.Dense):
                 f"{where}: mask_init {self.mask_init!r} must be one of {MASK_INITS} or a function"
             )
         check_activation(self.activation)
+        check_backward(self.backward)
         if self.pattern is None:
             return
         self.pattern.check_divides(inputs.shape[-1], f"{where}: input axis")

@@ -11,6 +11,7 @@ from flax import linen as nn
 from pallas_kernels import Choice, Query, choose
 from slope_jax.adapters import example_inputs
 from slope_jax.dense import ADAPTER_L, ADAPTER_R, MASKS, SparseDense
+from slope_jax.matmul import EXACT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,10 +154,13 @@ def _choices(module, pattern, shape, x, kernel) -> dict[str, Choice]:
         "dx": ("nm_matmul", shape[::-1]),
         "dw": ("nm_sddmm", shape),
     }
-    return {
+    choices = {
         name: choose(Query(op, size, pattern, dtype, tokens), module.implementation)
         for name, (op, size) in products.items()
     }
+    if module.backward == EXACT:
+        choices["dx"] = Choice("xla", "backward is exact: dx by a dense product with w_r.T")
+    return choices
 
 
 def _tied_row(module: nn.Embed, x: jax.Array, variables: Any) -> Row:

@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import CompressedMatrix, nm_matmul, nm_sddmm, nm_transpose
+from pallas_kernels import CompressedMatrix, decompress, nm_matmul, nm_sddmm, nm_transpose
 from pallas_kernels.epilogue import ACTIVATIONS
+
+DOUBLE_PRUNED, EXACT = "double-pruned", "exact"
+BACKWARDS = (DOUBLE_PRUNED, EXACT)
 
 
 class Working(NamedTuple):
@@ -33,6 +36,7 @@ def slope_matmul(
     adapter: tuple[jax.Array, jax.Array] | None = None,
     precision: jax.lax.PrecisionLike = None,
     implementation: str | None = None,
+    backward: str = DOUBLE_PRUNED,
 ) -> jax.Array:
     """activation(x @ w + (x @ l) @ r + bias), with SLoPe's double-pruned backward pass.
 
@@ -55,13 +59,15 @@ def slope_matmul(
       activation: None, "relu", "gelu" (exact), "gelu_tanh" or "silu".
       precision: of the products, as in `jax.lax.dot_general`.
       implementation: of the products; None for the best. See `pallas_kernels.choose`.
+      backward: "double-pruned", or "exact": dx = dz @ w_r.T + ..., the derivative, by a dense
+        product. For comparisons: it is what the second pruning approximates.
 
     Returns:
       (..., out) in x's dtype. Gradients are in the dtypes of their operands; that of w comes
       straight from float32 accumulators.
 
     Raises:
-      ValueError: shapes or dtypes do not fit, or the activation is unknown.
+      ValueError: shapes or dtypes do not fit, or the activation or `backward` is unknown.
 
     >>> import jax.numpy as jnp
     >>> from pallas_kernels import compress
@@ -73,7 +79,8 @@ def slope_matmul(
     _check_adapter(adapter, w.shape)
     working = Working() if working is None else working
     _check_working(working, x, w)
-    options = _Options(precision, implementation, w.dtype)
+    check_backward(backward)
+    options = _Options(precision, implementation, w.dtype, backward)
     return _slope_matmul(x, w, working, bias, adapter, activation, options)
 
 
@@ -81,6 +88,7 @@ class _Options(NamedTuple):
     precision: jax.lax.PrecisionLike
     implementation: str | None
     dtype: jnp.dtype  # of the weight, hence of its gradient
+    backward: str
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -90,7 +98,7 @@ def _slope_matmul(x, w, working, bias, adapter, activation, options):
 
 def _product(x, w, working, bias, adapter, activation, options, save_preactivation=False):
     """y, z if it is to be saved, and x @ l."""
-    precision, implementation, _ = options
+    precision, implementation = options.precision, options.implementation
     low_rank = None
     if adapter is not None:
         left, right = (a.astype(x.dtype) for a in adapter)
@@ -119,7 +127,7 @@ def _forward(x, w, working, bias, adapter, activation, options):
 
 
 def _backward(activation, options, residuals, dy):
-    precision, implementation, dtype = options
+    precision, implementation, dtype, backward = options
     x, w, transpose, bias, adapter, z, t = residuals
     dz = dy.astype(jnp.float32)
     if activation is not None:
@@ -130,15 +138,24 @@ def _backward(activation, options, residuals, dy):
     dadapter, low_rank = None, None
     if adapter is not None:
         dadapter, low_rank = _adapter_backward(x, t, dz, adapter, precision)
-    if transpose is None:
-        transpose = nm_transpose(w, dtype=x.dtype, implementation=implementation)
-    dx = nm_matmul(
-        dz, transpose, low_rank=low_rank, precision=precision, implementation=implementation
-    )
+    if backward == EXACT:
+        dx = _exact_dx(dz, w, low_rank, precision)
+    else:
+        if transpose is None:
+            transpose = nm_transpose(w, dtype=x.dtype, implementation=implementation)
+        dx = nm_matmul(
+            dz, transpose, low_rank=low_rank, precision=precision, implementation=implementation
+        )
     dw = nm_sddmm(x, dz, w, out_dtype=dtype, precision=precision, implementation=implementation)
     no_gradient = np.zeros(w.metadata.shape, jax.dtypes.float0)
     dw = CompressedMatrix(dw, no_gradient, w.pattern, w.axis, w.shape)
     return dx, dw, None, dbias, dadapter
+
+
+def _exact_dx(dz, w, low_rank, precision):
+    w = decompress(w.with_values(w.values.astype(dz.dtype)))
+    dx = jnp.matmul(dz, w.T, precision=precision)
+    return dx if low_rank is None else dx + jnp.matmul(*low_rank, precision=precision)
 
 
 def _adapter_backward(x, t, dz, adapter, precision):
@@ -162,6 +179,12 @@ def _adapter_backward(x, t, dz, adapter, precision):
 
 # Where a layer is rematerialised, its first pass then runs `_product` without the preactivation.
 _slope_matmul.defvjp(_forward, _backward, optimize_remat=True)
+
+
+def check_backward(backward: str) -> None:
+    """Raises a ValueError unless `backward` is one of `BACKWARDS`."""
+    if backward not in BACKWARDS:
+        raise ValueError(f"backward={backward!r}; choose one of {', '.join(BACKWARDS)}")
 
 
 def _check_adapter(adapter, shape: tuple[int, int]) -> None:

@@ -11,7 +11,7 @@ from flax import traverse_util
 
 from pallas_kernels import CompressedMatrix, Pattern, Query, choose, nm_transpose
 from slope_jax.dense import MASKS, SparseDense
-from slope_jax.matmul import Working
+from slope_jax.matmul import DOUBLE_PRUNED, Working
 
 
 class Layer(NamedTuple):
@@ -21,6 +21,7 @@ class Layer(NamedTuple):
     shape: tuple[int, int]
     dtype: Any
     implementation: str | None
+    backward: str = DOUBLE_PRUNED
 
 
 def find_layers(function: Callable, *args, **kwargs) -> dict[tuple[str, ...], Layer]:
@@ -90,7 +91,8 @@ def working_copies(
         if layer.pattern is not None:
             metadata = _at(variables[MASKS], path)["kernel"]
             w = CompressedMatrix(kernel, metadata, layer.pattern, 0, layer.shape)
-            copies[*path, "kernel"] = Working(cast, _transposed(w, layer) if transpose else None)
+            pruned = transpose and layer.backward == DOUBLE_PRUNED
+            copies[*path, "kernel"] = Working(cast, _transposed(w, layer) if pruned else None)
         elif values:
             copies[*path, "kernel"] = Working(cast)
     return traverse_util.unflatten_dict(copies)
@@ -111,7 +113,8 @@ def _describe(module: SparseDense, x: jax.Array) -> Layer:
     params = [module.get_variable("params", name) for name in ("kernel", "bias")]
     dtype = module.dtype or jnp.result_type(x, *(p for p in params if p is not None))
     shape = (x.shape[-1], module.features)
-    return Layer(module.pattern, shape, jnp.dtype(dtype), module.implementation)
+    dtype = jnp.dtype(dtype)
+    return Layer(module.pattern, shape, dtype, module.implementation, module.backward)
 
 
 def _at(tree: Any, path: tuple[str, ...]) -> Any:

@@ -60,10 +60,15 @@ class Config:
     Heads, embeddings and the first linear after the input stay dense unless a rule says more."""
     mask_init: Literal["magnitude", "random"] = "magnitude"
     """How the static mask is chosen: by magnitude of the initial weights, or at random."""
+    backward: Literal["double-pruned", "exact"] = "double-pruned"
+    """Gradient of the pruned linears' inputs: by weights pruned again along the outputs, which runs
+    sparse, or exact, by a dense product."""
     adapter_rank: int | float = 0.0156
     """Rank of the adapters: an integer, or a fraction (below 1) of the hidden size. 0: none."""
     adapter_start: float = 0.99
     """Fraction of the last phase's steps after which the adapters join, in [0, 1)."""
+    adapter_init_scale: float = 1.0
+    """Spread of the adapters' first factor at birth, times 1 / rank; the second starts at zero."""
     adapter_lr_scale: float = 1.0
     """Learning rate of the adapters relative to that of the other parameters."""
 
@@ -290,7 +295,14 @@ def _check_ranges(config: Config) -> None:
     for name in ("weight_decay", "clip", "eval_every", "checkpoint_every", "max_minutes"):
         if not getattr(config, name) >= 0:
             raise ValueError(f"{name} must not be negative, got {getattr(config, name)}")
-    for name in ("adapter_lr_scale", "eps", "eval_batches", "log_every", "keep_checkpoints"):
+    for name in (
+        "adapter_lr_scale",
+        "adapter_init_scale",
+        "eps",
+        "eval_batches",
+        "log_every",
+        "keep_checkpoints",
+    ):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name} must be above 0, got {getattr(config, name)}")
     if not 0 < config.valid_fraction <= 0.5:

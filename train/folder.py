@@ -62,6 +62,7 @@ def check_config(saved: dict[str, Any], config: Config, folder: pathlib.Path) ->
       ValueError: lists the fields that differ, both values, and the remedy.
     """
     ours, free = to_json(config), free_fields()
+    saved = to_json(Config()) | saved  # fields that a run is older than have their defaults there
     names = [n for n in {**saved, **ours} if n not in free and saved.get(n) != ours.get(n)]
     if names:
         lines = "\n".join(f"  {n}: {saved.get(n)} there, {ours.get(n)} here" for n in names)

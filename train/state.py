@@ -40,6 +40,7 @@ def make_setup(config: Config, *, vocab_size: int | None = None) -> Setup:
         "dropout": config.dropout,
         "remat": config.remat,
         "mask_init": config.mask_init,
+        "backward": config.backward,
         "implementation": None if config.implementation == "auto" else config.implementation,
     }
     model = models.build(config.model, **options)
@@ -51,7 +52,11 @@ def make_setup(config: Config, *, vocab_size: int | None = None) -> Setup:
         )
     adapted = None
     if config.adapter_step is not None:
-        adapted = models.build(config.model, adapter_rank=config.adapter_rank, **options)
+        adapters = {
+            "adapter_rank": config.adapter_rank,
+            "adapter_scale": config.adapter_init_scale,
+        }
+        adapted = models.build(config.model, **adapters, **options)
     schedule = make_schedule(config.phases, config.schedule)
     tx = make_optimizer(config, schedule, is_stacked)
     return Setup(model, adapted, schedule, tx, jax.random.key(config.seed))

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels import Pattern
+from slope_jax.matmul import DOUBLE_PRUNED, check_backward
 from slope_jax.policy import DENSE, SparsityPolicy
 
 VOCAB_MULTIPLE = 8
@@ -55,6 +56,7 @@ class TransformerConfig:
       sparsity: a `SparsityPolicy` or what `SparsityPolicy.parse` reads ("2:4", "2:4,2:8", "dense").
       adapter_rank: rank of the low-rank adapters of the pruned linears; 0 for none. Below 1 it is
         a fraction of the hidden size, to the nearest integer and at least 1 (0.0156 of 1024 is 16).
+      adapter_scale: factor on the initial adapter_l, whose entries are N(0, (adapter_scale / rank)^2).
       mask_init: how masks are chosen at initialisation, passed on to `SparseDense`.
       dtype: compute dtype: float32, bfloat16 or float16. Norms compute in float32 whatever it is.
       param_dtype: dtype of the stored parameters.
@@ -66,6 +68,7 @@ class TransformerConfig:
       scan: stack consecutive layers of equal patterns and `scan` over them (short compilation).
         False unrolls: the same function, parameters per layer (`slope_jax.models.unstack_layers`).
       implementation: of the sparse products, passed on to `SparseDense`; None is the best.
+      backward: of the sparse products, "double-pruned" or "exact", passed on to `SparseDense`.
       attention: "xla", "cudnn", or None for the best (see `attention_path`).
 
     Raises:
@@ -82,12 +85,14 @@ class TransformerConfig:
     dropout: float = 0.1
     sparsity: Any = "2:4"
     adapter_rank: int | float = 0
+    adapter_scale: float = 1.0
     mask_init: str | Callable = "magnitude"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: bool | str = False
     scan: bool = True
     implementation: str | None = None
+    backward: str = DOUBLE_PRUNED
     attention: str | None = None
 
     sizes: ClassVar[tuple[str, ...]] = (
@@ -122,6 +127,12 @@ class TransformerConfig:
             raise ValueError(f"remat={self.remat!r}; choose a bool or one of {REMAT_POLICIES}")
         if self.attention not in (None, "xla", "cudnn"):
             raise ValueError(f"attention={self.attention!r}; choose None, 'xla' or 'cudnn'")
+        check_backward(self.backward)
+        if not (math.isfinite(self.adapter_scale) and self.adapter_scale > 0):
+            raise ValueError(
+                f"adapter_scale={self.adapter_scale} must be positive: with both adapters at zero no"
+                " gradient reaches either; for no adapters set adapter_rank=0"
+            )
         for name in ("dtype", "param_dtype"):
             object.__setattr__(self, name, _checked_dtype(name, getattr(self, name)))
         policy = SparsityPolicy.parse(self.sparsity, num_layers=self.num_layers)

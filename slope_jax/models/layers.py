@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pallas_kernels.epilogue import ACTIVATIONS
-from slope_jax.dense import SparseDense
+from slope_jax.dense import SparseDense, inverse_rank_normal
 from slope_jax.models.config import TransformerConfig
 from slope_jax.policy import DENSE
 
@@ -33,8 +33,10 @@ def linear(
         use_bias=config.use_bias,
         sparsity=pattern if pruned else None,
         adapter_rank=config.rank if pruned else 0,
+        adapter_l_init=functools.partial(inverse_rank_normal, scale=config.adapter_scale),
         mask_init=config.mask_init,
         implementation=config.implementation,
+        backward=config.backward,
         dtype=config.dtype,
         param_dtype=config.param_dtype,
         kernel_init=kernel_init or nn.initializers.normal(config.init_std),
