@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import shapes
-from pallas_kernels import compress
+from pallas_kernels import Pattern, compress
 from pallas_kernels.samples import CUBLAS
 from slope_jax import TrainState, explain, find_layers, models
 from train.config import Config
@@ -145,11 +145,7 @@ class Lowered:
 
     def compile(self, *, autotune: bool = True, options: dict | None = None) -> "Program":
         """Compiles; with `autotune`, XLA times products of its own on the device."""
-        if jax.default_backend() == "gpu":
-            options = CUBLAS | ({} if autotune else AUTOTUNE_OFF) | (options or {})
-        else:
-            options = None
-        step = self.step.compile(compiler_options=options)
+        step = self.step.compile(compiler_options=compiler_options(autotune, options))
         return Program(self.case, step, self.make.compile(), self.paths)
 
 
@@ -311,14 +307,11 @@ def _random_state(setup: Setup, state: TrainState, patterns: dict, key: jax.Arra
         name = str(path[-1].key)
         if name in ("bias", "scale"):
             return jnp.full(leaf.shape, name == "scale", leaf.dtype)
-        return _noise(seed, leaf.shape).astype(leaf.dtype)
+        return noise(seed, leaf.shape).astype(leaf.dtype)
 
     def positions(path, leaf):
         pattern = patterns[tuple(str(key.key) for key in path[:-1])]
-        tile = compress(_noise(seed, (16 * pattern.m, 256)), pattern).metadata
-        repeats = [-(-a // b) for a, b in zip(leaf.shape[-2:], tile.shape, strict=True)]
-        tiled = jnp.tile(tile, repeats)[: leaf.shape[-2], : leaf.shape[-1]]
-        return jnp.broadcast_to(tiled, leaf.shape)
+        return random_metadata(seed, leaf.shape, pattern)
 
     return TrainState.create(
         apply_fn=setup.model.apply,
@@ -328,7 +321,21 @@ def _random_state(setup: Setup, state: TrainState, patterns: dict, key: jax.Arra
     )
 
 
-def _noise(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def compiler_options(autotune: bool = True, options: dict | None = None) -> dict | None:
+    """For programs to be timed: the dense products by cuBLAS; without `autotune`, not tried out."""
+    if jax.default_backend() != "gpu":
+        return None
+    return CUBLAS | ({} if autotune else AUTOTUNE_OFF) | (options or {})
+
+
+def random_metadata(seed: jax.Array, shape: tuple[int, ...], pattern: Pattern) -> jax.Array:
+    """Metadata of a random weight: that of a small one, again and again."""
+    tile = compress(noise(seed, (16 * pattern.m, 256)), pattern).metadata
+    repeats = [-(-a // b) for a, b in zip(shape[-2:], tile.shape, strict=True)]
+    return jnp.broadcast_to(jnp.tile(tile, repeats)[: shape[-2], : shape[-1]], shape)
+
+
+def noise(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Uniform numbers of standard deviation `WEIGHT_STD`, each a hash of its place."""
     place = jnp.broadcast_to(seed, shape)
     for axis in range(len(shape)):

@@ -130,13 +130,13 @@ def compiled(
     """
 
     def lower(case: Case) -> Lowered | Failed:
-        return _outcome(lambda: steps.lower(case))
+        return outcome(lambda: steps.lower(case))
 
     def compile_(lowered: Lowered | Failed) -> Program | Failed:
         if isinstance(lowered, Failed):
             return lowered
         options = dict(arguments.xla)
-        return _outcome(lambda: lowered.compile(autotune=arguments.autotune, options=options))
+        return outcome(lambda: lowered.compile(autotune=arguments.autotune, options=options))
 
     found = dict(zip(planned, pool.map(lower, planned), strict=True))
     first, *rest = found
@@ -160,7 +160,7 @@ def measured(
     for depth in dict.fromkeys(case.depth for case in programs):
         left = {c: p for c, p in programs.items() if c.depth == depth and c not in errors}
         for group in groups(left, limit):
-            found = _outcome(lambda group=group: timed(group, arguments))
+            found = outcome(lambda group=group: timed(group, arguments))
             gc.collect()
             if not isinstance(found, Failed):
                 timings |= found
@@ -168,7 +168,7 @@ def measured(
             for case in group:  # together they did not fit, or one failed
                 alone = found
                 if len(group) > 1:
-                    alone = _outcome(lambda case=case: timed({case: programs[case]}, arguments))
+                    alone = outcome(lambda case=case: timed({case: programs[case]}, arguments))
                     gc.collect()
                 if isinstance(alone, Failed):
                     errors[case] = alone
@@ -323,7 +323,7 @@ def _seconds(function: Callable[[int], None], count: int) -> float:
     return time.perf_counter() - begin
 
 
-def _outcome(function: Callable[[], Any]) -> Any:
+def outcome(function: Callable[[], Any]) -> Any:
     """The result, or why there is none: in words, because an exception's frames hold arrays."""
     try:
         return function()
@@ -334,9 +334,9 @@ def _outcome(function: Callable[[], Any]) -> Any:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is run, for how long, and where the record goes."""
     parser.add_argument("--models", type=model_names, default=list(steps.MODELS), help="a,b,...")
-    parser.add_argument("--depths", type=_depths, help="A,B; each model's if not given")
+    parser.add_argument("--depths", type=two_depths, help="A,B; each model's if not given")
     parser.add_argument("--tokens", type=int, help="in a micro-batch; each model's if not given")
-    parser.add_argument("--ranks", type=_ranks, default=[0.0, steps.ADAPTERS], help="of adapters")
+    parser.add_argument("--ranks", type=ranks, default=[0.0, steps.ADAPTERS], help="of adapters")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches in a step")
     parser.add_argument("--remat", choices=("none", "layers"), help="each model's if not given")
     parser.add_argument("--dropout", type=float, default=0.0)
@@ -373,14 +373,16 @@ def model_names(text: str) -> list[str]:
     return found
 
 
-def _depths(text: str) -> tuple[int, int]:
+def two_depths(text: str) -> tuple[int, int]:
+    """Parses two depths, the smaller first."""
     found = numbers(text)
     if len(found) != 2 or found[0] >= found[1]:
         raise argparse.ArgumentTypeError(f"{text!r}: give two depths, the smaller first: 3,5")
     return found[0], found[1]
 
 
-def _ranks(text: str) -> list[float]:
+def ranks(text: str) -> list[float]:
+    """Parses ranks of adapters with commas between them."""
     try:
         found = [float(part) for part in text.split(",")]
     except ValueError:
