@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks import pictures, report_kernels, report_training
+from benchmarks import pictures, report_inference, report_kernels, report_training
 from benchmarks.record import RESULTS, ROOT
 from benchmarks.tables import markdown, records, sources
 
@@ -144,6 +144,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "input-pipeline": input_pipeline,
     "kernels": report_kernels.summary,
     "train-step": report_training.steps,
+    "inference": report_inference.summary,
 }
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     README: TABLES,
@@ -153,6 +154,11 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "train-step-depths": report_training.depths,
         "training-memory": report_training.memory,
         "step-profile": report_training.profile,
+    },
+    DOCS / "inference.md": {
+        "inference": report_inference.summary,
+        "inference-weights": report_inference.weights,
+        "inference-times": report_inference.times,
     },
 }
 

@@ -1,0 +1,126 @@
+"""What the records of prefill and decode say: speed, tokens a second, and bytes of the weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import RESULTS
+from benchmarks.tables import markdown, records, sources
+
+MISSING = "Not measured yet: `python -m benchmarks.inference`."
+KEY = ("model", "phase", "batch", "prompt")
+IMPORTANT = (("prefill", 1, 2048), ("prefill", 8, 512), ("decode", 1, 512), ("decode", 16, 512))
+
+
+def summary(folder: Path = RESULTS) -> str:
+    """A line for each model and rank: the speed-ups that matter most, and the weights."""
+    return _by_device(folder, _summary)
+
+
+def times(folder: Path = RESULTS) -> str:
+    """Every point: whole models by the line through two depths, and the depths."""
+    return _by_device(folder, _times)
+
+
+def weights(folder: Path = RESULTS) -> str:
+    """Bytes of the weights, as the device and as their shapes say."""
+    return _by_device(folder, _weights)
+
+
+def _by_device(folder: Path, text: Callable[[list[dict], list[dict]], str]) -> str:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in records("inference", folder):
+        found.setdefault(record["device"], []).append(record)
+    pages = []
+    for device, parts in sorted(found.items()):
+        rows = _once((r for p in parts for r in p["results"]), (*KEY, "rank"))
+        weighed = _once((r for p in parts for r in p["weights"]), ("model", "rank"))
+        page = [f"{device}:", text(rows, weighed), *_troubles(parts)]
+        pages.append("\n\n".join(page) + sources(parts))
+    return "\n\n".join(pages) or MISSING
+
+
+def _once(rows, names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Rows of which several parts may hold the same: the last of each."""
+    return list({tuple(row[name] for name in names): row for row in rows}.values())
+
+
+def _troubles(parts: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for record in parts:
+        for failed in record["failed"]:
+            where = f"{failed['model']}, {failed['depth']} layers, {failed['what']}"
+            lines.append(f"Failed: {where}: {failed['error'].splitlines()[0]}")
+        lines += [f"Left out for want of time: {left}." for left in record["left_out"]]
+    return lines
+
+
+def _summary(rows: list[dict[str, Any]], weighed: list[dict[str, Any]]) -> str:
+    known = list(dict.fromkeys((r["phase"], r["batch"], r["prompt"]) for r in rows))
+    works = [work for work in IMPORTANT if work in known] or known
+    header = ("model", "rank", *(_title(work) for work in works), "weights")
+    ratios = {(row["model"], row["rank"]): f"{row['ratio']:.3f}" for row in weighed}
+    lines: dict[tuple[str, int], dict[tuple, str]] = {}
+    for row in rows:
+        cells = lines.setdefault((row["model"], row["rank"]), {})
+        cells[row["phase"], row["batch"], row["prompt"]] = f"{row['speedup']:.2f}"
+    return markdown(
+        header,
+        [
+            (model, f"{rank}", *(cells.get(w, "–") for w in works), ratios.get((model, rank), "–"))
+            for (model, rank), cells in lines.items()
+        ],
+    )
+
+
+def _title(work: tuple[str, int, int]) -> str:
+    phase, batch, prompt = work
+    return f"decode {batch}" if phase == "decode" else f"prefill {batch} x {prompt}"
+
+
+def _times(rows: list[dict[str, Any]], _) -> str:
+    header = ("model", "work", "rank", "dense, ms", "2:4, ms", "speed-up", "of a layer", "2:4, tokens/s", "at depths", "runs")  # fmt: skip
+    lines = [
+        (
+            row["model"],
+            f"{row['phase']} {row['batch']} x {row['prompt']}",
+            f"{row['rank']}",
+            f"{row['dense_ms']:,.3f}",
+            f"{row['sparse_ms']:,.3f}",
+            f"{row['speedup']:.2f}",
+            f"{row['speedup_per_layer']:.2f}" if row["speedup_per_layer"] else "–",
+            f"{row['sparse_tokens_per_s']:,.0f}",
+            "; ".join(
+                f"{at['depth']}: {at['dense_ms']:.3f} → {at['sparse_ms']:.3f}"
+                for at in row["at_depths"]
+            ),
+            _paths(row["paths"]),
+        )
+        for row in rows
+    ]
+    return markdown(header, lines)
+
+
+def _weights(_, weighed: list[dict[str, Any]]) -> str:
+    header = ("model", "rank", "dense, GB", "2:4, GB", "ratio", "by", "shapes' ratio")
+    lines = [
+        (
+            row["model"],
+            f"{row['rank']}",
+            f"{row['dense_bytes'] / 1e9:.3f}",
+            f"{row['sparse_bytes'] / 1e9:.3f}",
+            f"{row['ratio']:.4f}",
+            row["source"],
+            f"{row['shape_ratio']:.4f}",
+        )
+        for row in weighed
+    ]
+    return markdown(header, lines)
+
+
+def _paths(paths: dict[str, int]) -> str:
+    counts: dict[str, int] = {}
+    for path, count in paths.items():
+        name = path.partition(":")[0]
+        counts[name] = counts.get(name, 0) + count
+    return ", ".join(f"{name} ({count})" for name, count in counts.items())

@@ -1,0 +1,164 @@
+"""The benchmark of prefill and decode: what is run, what is made of given times, and the report."""
+
+import argparse
+import doctest
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import inference, report_inference, serving_steps
+from benchmarks.inference import Timing
+from benchmarks.serving_steps import DECODE, ITERATIONS, PREFILL, Cut, Work
+from pallas_kernels.samples import CACHE_BYTES
+from slope_jax.generate import generate
+
+TINY = Cut("gpt2-nano", 3, dtype="float32")
+
+
+def test_examples_of_the_docstrings():
+    assert doctest.testmod(serving_steps).failed == 0
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return serving_steps.random_variables(TINY)
+
+
+def test_decoding_is_that_of_generate(variables):
+    """A prompt passed over by the model, then the timed loop: the tokens that `generate` gives."""
+    work, model = Work(DECODE, 2, 8), TINY.ready[0]
+    run = serving_steps.lower(TINY, work).compile().start(variables)
+    prompts = jax.random.randint(jax.random.key(3), (2, 8), 0, 50257)
+    steps = ITERATIONS[DECODE]
+    tokens = generate(model, variables, prompts, max_new_tokens=steps + 1).tokens
+    whole = {**variables, "cache": run.cache}
+    _, filled = model.apply(whole, prompts, mutable=["cache"])
+    run.cache, run.ids = filled["cache"], tokens[:, :1]
+    run.loops(1)
+    run.check()
+    np.testing.assert_array_equal(run.ids[:, 0], tokens[:, steps])
+
+
+def test_fewer_layers_are_among_more(variables):
+    few = serving_steps.first_layers(variables, 2)
+    shapes = Cut("gpt2-nano", 2, dtype="float32").ready[1]
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), few) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), shapes
+    )
+    assert TINY.nbytes == sum(x.nbytes for x in jax.tree.leaves(variables))
+
+
+def test_weights_of_the_least_depth_are_more_than_the_cache():
+    for model in ("opt-13b", "gpt2-small"):
+        first, second = serving_steps.depths(model)
+        assert first < second
+        assert Cut(model, first).layer_bytes > CACHE_BYTES
+    layer = (
+        12 * 5120**2 * (2 * 0.5 + 1 / 8) + 4 * (9 + 4) * 5120
+    )  # values, positions; biases, norms
+    more = Cut("opt-13b", 3).layer_bytes - Cut("opt-13b", 2).layer_bytes
+    assert more == layer
+
+
+def options(**other) -> argparse.Namespace:
+    given = {"models": ["opt-13b", "gpt2-small"], "prompts": inference.PROMPTS, "context": 512}
+    return argparse.Namespace(**given, batches=(1, 16, 4), ranks=[0.0, 0.0156, 0.0625], **other)
+
+
+def test_what_matters_most_comes_first_and_nothing_twice():
+    stages = inference.stages(options())
+    first = stages[0]
+    assert (first.model, first.ranks) == ("opt-13b", (0.0, 0.0156))
+    assert first.works == (
+        Work(PREFILL, 1, 2048),
+        Work(PREFILL, 8, 512),
+        Work(DECODE, 1, 512),
+        Work(DECODE, 16, 512),
+    )
+    points = [(s.model, w, r) for s in stages for w in s.works for r in s.ranks]
+    assert len(points) == len(set(points)) == 2 * 7 * 3
+    assert {w.prompt for m, w, _ in points if m == "gpt2-small"} == {512, 1024}
+
+
+def test_whole_models_follow_from_two_depths():
+    work = Work(DECODE, 16, 512)
+    dense = [Cut("opt-13b", depth, "dense") for depth in (2, 4)]
+    sparse = [Cut("opt-13b", depth, rank=0.0156) for depth in (2, 4)]
+    ms = dict(zip((*dense, *sparse), (0.6, 1.0, 0.45, 0.65), strict=True))
+    timings = {(cut, work): Timing((t, 0.9 * t, 2 * t)) for cut, t in ms.items()}
+    row = inference.result(work, dense, sparse, timings)
+    assert (row["dense_ms"], row["sparse_ms"]) == (8.2, 4.25)
+    assert row["speedup"] == round(8.2 / 4.25, 3)
+    assert (row["speedup_per_layer"], row["rank"]) == (2.0, 80)
+    assert row["dense_tokens_per_s"] == round(16 / 8.2e-3, 1)
+    assert row["weights_exceed_cache"]
+    given = (10_000, 30_000), (6_000, 16_000)
+    weights = inference.weight_row(dense, sparse, *given)
+    assert (weights["dense_bytes"], weights["sparse_bytes"]) == (390_000, 196_000)
+    assert (weights["ratio"], weights["source"]) == (round(196 / 390, 4), "device")
+    silent = inference.weight_row(dense, sparse, None, None)
+    assert (silent["ratio"], silent["source"]) == (silent["shape_ratio"], "shapes")
+    assert silent["dense_bytes"] == pytest.approx(2 * 12.853e9, rel=1e-3)
+    json.dumps([row, weights, silent])
+
+
+def test_a_run_writes_its_record_and_the_report_reads_it(monkeypatch, tmp_path, capsys):
+    arguments = ["--models=gpt2-nano", "--batches=2", "--prompts=1x8", "--context=8", "--ranks=8"]
+    arguments += ["--depths=1,2", "--seconds=0", "--preheat=0", "--dtype=float32", "--part=trial"]
+    monkeypatch.setattr("sys.argv", ["inference", *arguments, f"--results={tmp_path}"])
+    inference.main()
+    (path,) = tmp_path.glob("*.json")
+    record = json.loads(path.read_text())
+    assert path.name.startswith("inference-trial-")
+    assert [(r["phase"], r["batch"], r["rank"]) for r in record["results"]] == [
+        (PREFILL, 1, 8),
+        (DECODE, 2, 8),
+    ]
+    assert not record["failed"]
+    assert not record["results"][0]["weights_exceed_cache"]
+    assert [row["source"] for row in record["weights"]] == ["shapes"]
+    for table in (report_inference.summary, report_inference.times, report_inference.weights):
+        text = table(tmp_path)
+        assert "gpt2-nano" in text
+        assert "python -m benchmarks.inference" in text
+    assert "decode 2" in report_inference.summary(tmp_path)
+    assert report_inference.times(tmp_path / "none") == report_inference.MISSING
+
+
+def test_what_fails_is_named_and_the_rest_is_timed(monkeypatch, tmp_path, capsys):
+    lower = serving_steps.lower
+
+    def failing(cut, work):
+        if work.phase == PREFILL and cut.dense:
+            raise RuntimeError("no such kernel")
+        return lower(cut, work)
+
+    monkeypatch.setattr(serving_steps, "lower", failing)
+    arguments = ["--models=gpt2-nano", "--batches=1", "--prompts=1x8", "--context=8", "--ranks=0"]
+    arguments += ["--depths=1,2", "--seconds=0", "--preheat=0", "--dtype=float32"]
+    monkeypatch.setattr("sys.argv", ["inference", *arguments, f"--results={tmp_path}"])
+    with pytest.raises(SystemExit, match="1"):
+        inference.main()
+    (path,) = tmp_path.glob("*.json")
+    record = json.loads(path.read_text())
+    assert [r["phase"] for r in record["results"]] == [DECODE]
+    assert {f["error"] for f in record["failed"]} == {"RuntimeError: no such kernel"}
+    assert "no such kernel" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--models=bert-base", "no decoder"),
+        ("--prompts=8", "as in 1x2048"),
+        ("--ranks=-1", "fractions of the width"),
+        ("--depths=4,2", "the smaller first"),
+    ],
+)
+def test_bad_options_are_explained(argument, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["inference", argument])
+    with pytest.raises(SystemExit):
+        inference.main()
+    assert message in capsys.readouterr().err
