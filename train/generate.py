@@ -25,7 +25,7 @@ CHUNK = 8  # tokens that are made between two looks at them
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command; 0 if it is done, 2 for bad input."""
     arguments = _arguments(args)
-    _quiet()
+    quiet()
     try:
         _run(arguments)
     except (ValueError, NotImplementedError) as error:
@@ -166,7 +166,8 @@ def _fill(served: "Served", arguments: argparse.Namespace) -> None:
             print(f"  {number}: {', '.join(words)}")
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """Keeps libraries from writing into what is generated."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.getLogger("absl").setLevel(logging.ERROR)
 

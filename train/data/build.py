@@ -145,7 +145,7 @@ def _tokenise(task: _Task) -> dict[str, Any]:
             for split in SPLITS
         }
         for text in task.unit.documents():
-            tokens, ends = _encode(text, vocabulary)
+            tokens, ends = encode_document(text, vocabulary)
             if len(tokens) < segment.MIN_SENTENCE_TOKENS:
                 continue
             score = held_out_score(text)
@@ -162,7 +162,7 @@ def _vocabulary(text: str, objective: str) -> Vocabulary:
     return vocabulary_from_json(text, objective)
 
 
-def _encode(text: str, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
+def encode_document(text: str, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of a document and the offsets at which its sentences end.
 
     A causal document ends with the end-of-text token, which belongs to its last sentence.

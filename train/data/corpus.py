@@ -129,6 +129,19 @@ def prepare(
         return preparation.corpus(vocabulary, run, arguments)
 
 
+def read_documents(spec: str, *, cache_dir: Path | str | None = None) -> Iterator[str]:
+    """The documents of a source, one after the other, as `prepare` reads them.
+
+    Raises:
+      ValueError: unknown or empty sources, at the call.
+    """
+    cache = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+    cache.mkdir(parents=True, exist_ok=True)
+    sources = [_source(kind, argument) for kind, argument in split_spec(spec)]
+    units = [u for source in sources for u in source.units(cache, build.usable_cores())]
+    return (text for unit in units for text in unit.documents())
+
+
 def _source(kind: str, argument: str) -> Source:
     if kind == "docs":
         return DocsSource(int(argument)) if argument else DocsSource()

@@ -1,0 +1,174 @@
+"""Perplexity in windows against loops in NumPy, and the harness's requests without the harness."""
+
+import functools
+import json
+import math
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slope_jax import models
+from slope_jax.generate import generate
+from train.data.tokenizer import train_tokenizer
+from train.evaluate import main, perplexity
+from train.harness import Harness
+from train.scoring import score, strided_windows
+from train.serving import Served
+
+LONGEST = 24
+
+
+@pytest.fixture(scope="module")
+def served(small_text):
+    text = (small_text / "a.txt").read_text()
+    vocabulary = train_tokenizer([text], "clm", 300)
+    model = models.build(
+        "gpt2-nano",
+        vocab_size=vocabulary.size,
+        num_layers=2,
+        hidden_size=32,
+        num_heads=2,
+        mlp_size=64,
+        max_positions=LONGEST,
+    )
+    variables = jax.jit(model.init)(jax.random.key(0), **model.example_inputs())
+    # Far from birth, where all logits are alike.
+    variables = variables | {"params": jax.tree.map(lambda x: 5 * x, variables["params"])}
+    about = {"config": {"model": "gpt2-nano", "seq_len": [LONGEST], "valid_fraction": 0.2}}
+    return Served(model, variables, vocabulary, about | {"step": 1, "adapters": False})
+
+
+@functools.cache
+def applied(model):
+    return jax.jit(model.apply)
+
+
+def log_probabilities(served, tokens):
+    """(T, V) in float64: row i is of the token after the first i + 1."""
+    ids = np.zeros((1, LONGEST), np.int32)  # one shape; padding is behind what is read
+    ids[0, : len(tokens)] = tokens
+    logits = applied(served.model)(served.variables, ids)[0, : len(tokens)]
+    logits = np.asarray(logits, np.float64)[:, : served.vocabulary.size]
+    high = logits.max(-1, keepdims=True)
+    return logits - high - np.log(np.exp(logits - high).sum(-1, keepdims=True))
+
+
+def test_windows_score_every_token_once_with_the_context_promised():
+    for count in range(2, 40):
+        for window, stride in ((8, 8), (8, 3), (8, 1), (5, 2)):
+            found = strided_windows(count, window, stride)
+            scored = [i for w in found for i in range(w.scored, w.stop)]
+            assert scored == list(range(count - 1))
+            assert all(w.stop - w.start <= window for w in found)
+            assert all(w.scored - w.start >= window - stride for w in found[1:])
+    for wrong in ((1, 8, 4), (9, 8, 0), (9, 8, 9)):
+        with pytest.raises(ValueError, match=r"two or more|between 1 and"):
+            strided_windows(*wrong)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(LONGEST, 12), (10, 10)])
+def test_perplexity_is_that_of_a_loop(served, window, stride):
+    tokens = np.random.default_rng(0).integers(0, served.vocabulary.size, 61).astype(np.int32)
+    total, right = 0.0, 0
+    for target in range(1, len(tokens)):
+        # The first window that reaches this far; windows begin at multiples of the stride.
+        number = max(0, math.ceil((target - window) / stride))
+        found = log_probabilities(served, tokens[number * stride : target])[-1]
+        total -= found[tokens[target]]
+        right += found.argmax() == tokens[target]
+    result = perplexity(served, tokens, window=window, stride=stride, batch_size=4)
+    assert result["tokens"] == 60
+    assert result["nats_per_token"] == pytest.approx(total / 60, rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(total / 60), rel=1e-4)
+    assert result["accuracy"] == right / 60
+    with pytest.raises(ValueError, match="max_positions=24"):
+        perplexity(served, tokens, window=25)
+
+
+def request(*args):
+    return types.SimpleNamespace(args=args)
+
+
+def test_continuations_are_scored_after_their_contexts(served):
+    encode = served.vocabulary.encode
+    cases = [("The sparse ", "kernel"), ("", "mask"), ("rank token " * 30, "dense layer")]
+    found = Harness(served, batch_size=2).loglikelihood([request(*case) for case in cases])
+    for (context, continuation), (nats, greedy) in zip(cases, found, strict=True):
+        after = encode(" " * context.endswith(" ") + continuation)
+        before = encode(context.rstrip()) or [served.vocabulary.specials.end_of_text]
+        tokens = (before + after)[-(LONGEST + 1) :]
+        rows = log_probabilities(served, tokens[:-1])[-len(after) :]
+        assert nats == pytest.approx(sum(rows[range(len(after)), after]), rel=1e-4)
+        assert greedy == (rows.argmax(-1) == after).all()
+
+
+def test_what_is_generated_greedily_is_scored_as_greedy(served):
+    prompt = served.vocabulary.encode("sparse mask")
+    made = generate(served.model, served.variables, jnp.asarray([prompt]), max_new_tokens=5)
+    tokens = np.array([*prompt, *np.asarray(made.tokens[0])], np.int32)
+    assert score(served.model, served.variables, [(tokens, 5)])[0].greedy.all()
+    tokens[-1] = (tokens[-1] + 1) % served.vocabulary.size
+    assert score(served.model, served.variables, [(tokens, 5)])[0].greedy.tolist() == [True] * 4 + [
+        False
+    ]
+
+
+def test_a_whole_text_is_scored_in_windows_side_by_side(served):
+    text = "Dense kernel mask values layer. " * 4
+    tokens = [served.vocabulary.specials.end_of_text, *served.vocabulary.encode(text)]
+    assert len(tokens) > LONGEST + 2
+    expected = 0.0
+    for start in range(0, len(tokens) - 1, LONGEST):
+        piece = tokens[start : start + LONGEST]
+        rows = log_probabilities(served, piece)
+        targets = tokens[start + 1 : start + LONGEST + 1]
+        expected += sum(rows[range(len(targets)), targets])
+    whole, empty = Harness(served).loglikelihood_rolling([request(text), request("")])
+    assert whole == pytest.approx(expected, rel=1e-5)
+    assert empty == 0.0
+
+
+def test_text_is_generated_up_to_a_stop(served):
+    adapter, options = Harness(served), {"max_gen_toks": 8, "do_sample": False}
+    ids = served.vocabulary.encode("sparse mask")
+    made = generate(served.model, served.variables, jnp.asarray([ids]), max_new_tokens=8)
+    whole = served.vocabulary.decode(np.asarray(made.tokens[0]).tolist())
+    stop = whole[len(whole) // 2 :][:2]
+    requests = [request("sparse mask", options), request("sparse mask", options | {"until": stop})]
+    assert adapter.generate_until(requests) == [whole, whole[: whole.index(stop)]]
+    with pytest.raises(NotImplementedError, match="do_sample"):
+        adapter.generate_until([request("a", {"do_sample": True, "temperature": 0.7})])
+
+
+def test_the_command_says_what_is_missing_or_wrong(
+    served, monkeypatch, tmp_path, capsys, small_text
+):
+    monkeypatch.setattr("train.serving.load", lambda path, step=None: served)
+    options = ["--checkpoint=run", f"--cache-dir={tmp_path / 'cache'}"]
+    data = f"--data=text:{small_text}/*.txt"
+    output = tmp_path / "numbers.json"
+    assert main([*options, data, "--max-tokens=200", f"--output={output}"]) == 0
+    found = json.loads(output.read_text())["results"]
+    assert f"perplexity {found['perplexity']:,.3f}" in capsys.readouterr().out
+    assert found["tokens"] >= 199
+    assert main([*options, data, "--held-out"]) == 0
+    held = capsys.readouterr().out
+    assert main([*options, data]) == 0
+    everything = capsys.readouterr().out
+    assert "of 60 documents" in everything
+    assert "of 60 documents" not in held
+    assert main(options) == 2
+    assert "either --data" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert main([*options, "--tasks=hellaswag"]) == 2
+    assert "slope-jax[eval]" in capsys.readouterr().err
+
+
+def test_a_bert_is_refused(served):
+    bert = models.build("bert-tiny")
+    with pytest.raises(ValueError, match="gives no next token"):
+        Harness(served._replace(model=bert))

@@ -1,0 +1,232 @@
+"""Perplexity of a trained GPT-2, OPT, LLaMA or Mistral on text, or tasks of the LM Evaluation Harness:
+
+    python -m train.evaluate --checkpoint=runs/NAME --data='text:held-out/*.txt'
+    python -m train.evaluate --checkpoint=runs/NAME --data=docs --held-out
+    python -m train.evaluate --checkpoint=runs/NAME --tasks=hellaswag,arc_easy
+
+Documents are joined, each with an end-of-text token after it, and read in windows: the first scores
+all its tokens, each later one those that are new in it. `--held-out` keeps to the documents that the
+run did not train on. Tasks need the extra `eval`.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from train.generate import quiet
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from train.serving import Served
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command; 0 if it is done, 2 for bad input."""
+    arguments = _arguments(args)
+    quiet()
+    try:
+        _run(arguments)
+    except (ValueError, NotImplementedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print()
+        return 130
+    return 0
+
+
+def perplexity(
+    served: "Served",
+    tokens: "np.ndarray",
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, Any]:
+    """Perplexity of tokens in strided windows.
+
+    Args:
+      served: what `train.serving.load` gives, a decoder.
+      tokens: integers (T,), T >= 2; each but the first is scored once.
+      window: tokens read at once; None: the longest sequence of the run.
+      stride: tokens from window to window; None: half a window.
+
+    Returns:
+      {"tokens": scored ones, "nats_per_token", "perplexity", "accuracy", "window", "stride"}
+
+    Raises:
+      ValueError: no decoder, too few tokens, or a window or stride out of range.
+    """
+    import numpy as np
+
+    from train.scoring import score, strided_windows
+
+    check_decoder(served)
+    most = served.model.config.max_positions
+    window = window or min(max(served.about["config"]["seq_len"]), most)
+    stride = stride or max(1, window // 2)
+    if not 1 <= window <= most:
+        raise ValueError(f"window={window} must lie between 1 and max_positions={most}")
+    windows = strided_windows(len(tokens), window, stride)
+    pieces = [(tokens[w.start : w.stop + 1], w.stop - w.scored) for w in windows]
+    with _progress(len(pieces)) as advance:
+        scores = score(
+            served.model, served.variables, pieces, batch_size=batch_size, advance=advance
+        )
+    nats = math.fsum(float(s.nats.sum(dtype=np.float64)) for s in scores)
+    count = sum(len(s.nats) for s in scores)
+    return {
+        "tokens": count,
+        "nats_per_token": nats / count,
+        "perplexity": math.exp(min(nats / count, 700.0)),
+        "accuracy": sum(int(s.greedy.sum()) for s in scores) / count,
+        "window": window,
+        "stride": stride,
+    }
+
+
+def check_decoder(served: "Served") -> None:
+    """Raises a ValueError unless the model predicts the next token."""
+    from slope_jax.models.decoder import Decoder
+
+    if not isinstance(served.model, Decoder):
+        name = type(served.model).__name__
+        raise ValueError(f"a {name} gives no next token; evaluate a GPT-2, OPT, LLaMA or Mistral")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from pallas_kernels.files import write_atomically
+    from train import serving
+
+    if (arguments.data is None) == (arguments.tasks is None):
+        raise ValueError("give either --data=SOURCE for perplexity or --tasks=NAME,... for tasks")
+    served = serving.load(arguments.checkpoint, step=arguments.step)
+    check_decoder(served)
+    if arguments.tasks is not None:
+        from train.harness import evaluate_tasks
+
+        names = arguments.tasks.split(",")
+        found = evaluate_tasks(
+            served, names, shots=arguments.shots, limit=arguments.limit, batch_size=arguments.batch
+        )
+        for name, numbers in found.items():
+            for metric, value in numbers.items():
+                print(f"{name}  {metric}  {value}")
+    else:
+        found = _text(served, arguments)
+    if arguments.output is not None:
+        about = {"model": served.about["config"]["model"], "step": served.about["step"]}
+        write_atomically(arguments.output, json.dumps(about | {"results": found}, indent=1) + "\n")
+
+
+def _text(served: "Served", arguments: argparse.Namespace) -> dict[str, Any]:
+    from train.data import read_documents
+
+    texts = read_documents(arguments.data, cache_dir=arguments.cache_dir)
+    if arguments.held_out:
+        texts = _held_out(texts, served.about["config"]["valid_fraction"])
+    tokens, nbytes, documents = _tokens(served, texts, arguments.max_tokens)
+    if documents == 0:
+        raise ValueError(
+            f"{arguments.data!r} gives no documents"
+            + (" that the run held out; leave out --held-out" if arguments.held_out else "")
+        )
+    begin = time.perf_counter()
+    found = perplexity(
+        served,
+        tokens,
+        window=arguments.window,
+        stride=arguments.stride,
+        batch_size=arguments.batch,
+    )
+    found["documents"] = documents
+    # The first token is not scored, but its bytes count: of a long text, nothing.
+    found["bits_per_byte"] = found["nats_per_token"] * found["tokens"] / math.log(2) / nbytes
+    found["seconds"] = round(time.perf_counter() - begin, 3)
+    print(
+        f"perplexity {found['perplexity']:,.3f}  ({found['nats_per_token']:.4f} nats a token,"
+        f" {found['bits_per_byte']:.4f} bits a byte, accuracy {found['accuracy']:.4f};"
+        f" {found['tokens']:,} tokens of {documents:,} documents, windows of {found['window']}"
+        f" every {found['stride']})"
+    )
+    return found
+
+
+def _held_out(texts: Iterable[str], fraction: float) -> Iterable[str]:
+    from train.data.build import held_out_score
+
+    return (text for text in texts if held_out_score(text) < fraction)
+
+
+def _tokens(served: "Served", texts: Iterable[str], most: int | None):
+    """The documents' tokens in a row, the bytes of their text, and how many they are."""
+    import numpy as np
+
+    from train.data.build import encode_document
+
+    pieces, nbytes, count, total = [], 0, 0, 0
+    for text in texts:
+        tokens, _ = encode_document(text, served.vocabulary)
+        if not len(tokens):
+            continue
+        pieces.append(tokens.astype(np.int32))
+        nbytes += len(text.encode())
+        count += 1
+        total += len(tokens)
+        if most is not None and total >= most:
+            break
+    return np.concatenate(pieces or [np.zeros(0, np.int32)]), nbytes, count
+
+
+def _progress(total: int):
+    """A bar of windows on a terminal; gives what advances it."""
+    import contextlib
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    @contextlib.contextmanager
+    def shown():
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("windows", total=total)
+            yield lambda count: bar.advance(task, count)
+
+    return shown()
+
+
+def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=pathlib.Path,
+        required=True,
+        help="folder of a run, one of its checkpoints/STEP, or what train.generate --save wrote",
+    )
+    parser.add_argument("--step", type=int, help="checkpoint of a run; the latest if not given")
+    parser.add_argument("--data", help="as of train.pretrain: text:GLOB, tfds:NAME, docs")
+    parser.add_argument("--held-out", action="store_true", help="what the run held out alone")
+    parser.add_argument("--max-tokens", type=int, help="stop reading after the document with these")
+    parser.add_argument("--window", type=int, help="tokens; the run's longest sequence by default")
+    parser.add_argument("--stride", type=int, help="tokens; half a window by default")
+    parser.add_argument("--batch", type=int, default=8, help="windows at a time")
+    parser.add_argument("--tasks", help="of the LM Evaluation Harness, with commas between them")
+    parser.add_argument("--shots", type=int, default=0, help="solved examples ahead of each")
+    parser.add_argument("--limit", type=int, help="examples of each task; all if not given")
+    parser.add_argument("--cache-dir", type=pathlib.Path, help="of the data, as of train.pretrain")
+    parser.add_argument("--output", type=pathlib.Path, help="JSON file for the numbers")
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""Trained models under EleutherAI's LM Evaluation Harness (the extra `eval`)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from slope_jax.generate import generate
+from train.evaluate import check_decoder
+from train.scoring import score, strided_windows
+from train.serving import Served
+
+MAX_NEW_TOKENS = 256  # where a task does not say
+
+
+class Harness:
+    """What the harness asks of a model; `harness_model` makes it one of the harness's own.
+
+    Requests are its `Instance`s, of which only `args` is read. Texts longer than the model's
+    positions lose their beginning.
+
+    Args:
+      served: what `train.serving.load` gives, a decoder.
+      batch_size: requests at a time.
+    """
+
+    def __init__(self, served: Served, batch_size: int = 8):
+        check_decoder(served)
+        self.served, self.size = served, batch_size
+        self.longest = served.model.config.max_positions
+        self.end = served.vocabulary.specials.end_of_text
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False):
+        """For args (context, continuation): nats of the continuation's likelihood, and whether
+        greedy generation gives it."""
+        pieces = []
+        for context, continuation in (request.args for request in requests):
+            before, after = self._pair(context, continuation)
+            if not 1 <= len(after) <= self.longest:
+                raise ValueError(
+                    f"a continuation of {len(after)} tokens; there must be 1 .. {self.longest}"
+                    " (max_positions)"
+                )
+            tokens = np.array([*before, *after], np.int32)[-(self.longest + 1) :]
+            pieces.append((tokens, len(after)))
+        scores = self._score(pieces)
+        return [(-float(s.nats.sum(dtype=np.float64)), bool(s.greedy.all())) for s in scores]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False):
+        """For args (text,): nats of the whole text's likelihood, in windows side by side."""
+        pieces, owners = [], []
+        for number, (text,) in enumerate(request.args for request in requests):
+            tokens = np.array([self.end, *self.served.vocabulary.encode(text)], np.int32)
+            if len(tokens) < 2:
+                continue  # no tokens are certain
+            for w in strided_windows(len(tokens), self.longest, self.longest):
+                pieces.append((tokens[w.start : w.stop + 1], w.stop - w.scored))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for owner, s in zip(owners, self._score(pieces), strict=True):
+            totals[owner] -= float(s.nats.sum(dtype=np.float64))
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """For args (context, options): the greedy continuation ahead of the first stop.
+
+        Options: `until`, a text or several; `max_gen_toks`; sampling is refused.
+        """
+        return [self._generate(*request.args) for request in requests]
+
+    def _generate(self, context: str, options: dict[str, Any]) -> str:
+        if options.get("do_sample") and options.get("temperature", 1.0) > 0:
+            raise NotImplementedError("do_sample: only greedy generation is evaluated here")
+        stops = options.get("until") or []
+        stops = [stops] if isinstance(stops, str) else list(stops)
+        count = min(options.get("max_gen_toks") or MAX_NEW_TOKENS, self.longest - 1)
+        vocabulary = self.served.vocabulary
+        prompt = (vocabulary.encode(context) or [self.end])[-(self.longest - count) :]
+        width = min(self.longest - count, -(-len(prompt) // 64) * 64)  # few shapes to compile
+        ids = np.zeros((1, width), np.int32)
+        ids[0, : len(prompt)] = prompt
+        made = generate(
+            self.served.model,
+            self.served.variables,
+            jnp.asarray(ids),
+            lengths=np.array([len(prompt)]),
+            max_new_tokens=count,
+            end_token=self.end,
+        )
+        tokens = np.asarray(made.tokens[0])[: int(made.lengths[0])].tolist()
+        text = vocabulary.decode([token for token in tokens if token != self.end])
+        found = [text.index(stop) for stop in stops if stop and stop in text]
+        return text[: min(found)] if found else text
+
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens of both, cut where the text of the context ends; its last spaces go along."""
+        encode = self.served.vocabulary.encode
+        if spaces := len(context) - len(context.rstrip()):
+            context, continuation = context[:-spaces], context[-spaces:] + continuation
+        if not context:
+            return [self.end], encode(continuation)
+        before, both = encode(context), encode(context + continuation)
+        return both[: len(before)], both[len(before) :]
+
+    def _score(self, pieces):
+        model, variables = self.served.model, self.served.variables
+        return score(model, variables, pieces, batch_size=self.size)
+
+
+def harness_model(served: Served, batch_size: int = 8):
+    """A `Harness` that is an `lm_eval.api.model.LM`.
+
+    Raises:
+      ValueError: the harness is not installed, or the model is no decoder.
+    """
+    base = _lm_eval("lm_eval.api.model").LM
+
+    class SlopeModel(Harness, base):
+        def __init__(self):
+            base.__init__(self)
+            Harness.__init__(self, served, batch_size)
+
+    return SlopeModel()
+
+
+def evaluate_tasks(
+    served: Served,
+    tasks: Sequence[str],
+    *,
+    shots: int = 0,
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, dict[str, Any]]:
+    """Numbers by task and metric, from the harness.
+
+    Raises:
+      ValueError: the harness is not installed.
+    """
+    harness = _lm_eval("lm_eval")
+    model = harness_model(served, batch_size)
+    found = harness.simple_evaluate(model=model, tasks=list(tasks), num_fewshot=shots, limit=limit)
+    return {
+        name: {metric: value for metric, value in numbers.items() if isinstance(value, float)}
+        for name, numbers in found["results"].items()
+    }
+
+
+def _lm_eval(name: str):
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "lm_eval":
+            raise
+        raise ValueError(
+            "tasks need the LM Evaluation Harness: pip install 'slope-jax[eval]'"
+        ) from error
