@@ -1,0 +1,198 @@
+"""Generation as files that need no model code: prefill and decode by `jax.export`."""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import export as jax_export
+
+from pallas_kernels.files import new_folder
+from slope_jax.models.cache import CACHE, init_cache
+from slope_jax.models.decoder import Decoder
+
+ABOUT_FILE, PREFILL_FILE, DECODE_FILE = "exported.json", "prefill.jax", "decode.jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """Two functions of arrays alone, for one batch size; `slots` are those of the cache.
+
+    Attributes:
+      prefill: (variables, ids (B, P), lengths (B,)) -> (logits (B, V) after each prompt, cache).
+      decode: (variables, cache, ids (B, 1), positions (B, 1)) -> (logits (B, V), cache).
+      batch, prompt, slots: sizes they were made for.
+    """
+
+    prefill: jax_export.Exported
+    decode: jax_export.Exported
+    batch: int
+    prompt: int
+    slots: int
+
+    @property
+    def platforms(self) -> tuple[str, ...]:
+        return self.prefill.platforms
+
+    def greedy(
+        self, variables: Mapping[str, Any], prompts: jax.Array, count: int, lengths=None
+    ) -> jax.Array:
+        """The likeliest next `count` tokens, int32 (B, count), one call of `decode` after another.
+
+        Args:
+          variables: of the model as it was exported.
+          prompts: int32 (batch, prompt), right-padded.
+          lengths: (batch,) integers in 1 .. prompt; None: all.
+
+        Raises:
+          ValueError: more tokens than the cache has slots, or prompts of another shape.
+        """
+        if prompts.shape != (self.batch, self.prompt):
+            raise ValueError(
+                f"prompts are {list(prompts.shape)}; what was exported reads"
+                f" {[self.batch, self.prompt]}"
+            )
+        if not 1 <= count <= self.slots - self.prompt + 1:
+            raise ValueError(
+                f"count={count} must lie between 1 and {self.slots - self.prompt + 1}, for the"
+                f" cache has {self.slots} slots"
+            )
+        lengths = jnp.full((self.batch,), self.prompt) if lengths is None else jnp.asarray(lengths)
+        lengths = lengths.astype(jnp.int32)
+        logits, cache = self.prefill.call(variables, prompts.astype(jnp.int32), lengths)
+        tokens = [logits.argmax(-1).astype(jnp.int32)]
+        for i in range(count - 1):
+            places = (lengths + i)[:, None]
+            logits, cache = self.decode.call(variables, cache, tokens[-1][:, None], places)
+            tokens.append(logits.argmax(-1).astype(jnp.int32))
+        return jnp.stack(tokens, axis=1)
+
+
+def export(
+    model: Decoder,
+    variables: Mapping[str, Any],
+    *,
+    batch: int,
+    prompt: int,
+    max_new_tokens: int,
+    platforms: Sequence[str] | None = None,
+) -> Exported:
+    """Prefill and decode of a decoder; the weights stay arguments.
+
+    What multiplies a sparse layer is chosen while tracing, for the device that JAX would run on. So
+    programs for "cuda" made on a machine without a GPU hold no sparse kernels but dense products on
+    decompressed weights, and are refused: export on a Hopper GPU, or build the model with
+    implementation="xla".
+
+    Args:
+      model, variables: from `inference_variables`; shapes are enough.
+      batch, prompt: rows and tokens of the prompts.
+      max_new_tokens: for which the cache has slots.
+      platforms: "cpu", "cuda"; None: the one that JAX runs on.
+
+    Raises:
+      ValueError: sizes out of range.
+      NotImplementedError: "cuda" is asked for on another platform, see above.
+
+    >>> from slope_jax.models import build
+    >>> model = build("gpt2-nano", vocab_size=64, num_layers=1, hidden_size=32, mlp_size=64)
+    >>> variables = jax.jit(model.init)(jax.random.key(0), **model.example_inputs())
+    >>> made = export(model, variables, batch=1, prompt=4, max_new_tokens=3)
+    >>> made.greedy(variables, jnp.array([[3, 1, 4, 1]]), 3).shape
+    (1, 3)
+    """
+    slots, most = prompt + max_new_tokens - 1, model.config.max_positions
+    if min(batch, prompt, max_new_tokens) < 1 or slots >= most:
+        raise ValueError(
+            f"batch={batch}, prompt={prompt}, max_new_tokens={max_new_tokens}: each must be 1 or"
+            f" more, and the last two together at most max_positions={most}"
+        )
+    here = jax_export.default_export_platform()
+    platforms = tuple(platforms or (here,))
+    sparse = "masks" in variables and model.config.implementation != "xla"
+    if sparse and (foreign := [p for p in platforms if p != here]):
+        raise NotImplementedError(
+            f"platforms {foreign}: the sparse kernels are chosen for the device at hand, which is"
+            f" {here}; export there, or build the model with implementation='xla'"
+        )
+
+    def prefill(variables, ids, lengths):
+        variables = {**variables, CACHE: init_cache(model.config, batch, slots)}
+        at = (lengths - 1)[:, None]
+        logits, updated = model.apply(variables, ids, logits_at=at, mutable=[CACHE])
+        return logits[:, 0].astype(jnp.float32), updated[CACHE]
+
+    def decode(variables, cache, ids, positions):
+        variables = {**variables, CACHE: cache}
+        logits, updated = model.apply(variables, ids, positions=positions, mutable=[CACHE])
+        return logits[:, 0].astype(jnp.float32), updated[CACHE]
+
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(variables))
+    cache = jax.eval_shape(lambda: init_cache(model.config, batch, slots))
+
+    def made(function, donated, *sizes):
+        integers = (jax.ShapeDtypeStruct(size, jnp.int32) for size in sizes)
+        jitted = jax.jit(function, donate_argnums=donated)
+        # Kernels are programs in custom calls, of whose stability JAX knows nothing.
+        checks = [jax_export.DisabledSafetyCheck.custom_call(name) for name in _KERNELS]
+        given = (shapes, cache) if donated else (shapes,)
+        return jax_export.export(jitted, platforms=platforms, disabled_checks=checks)(
+            *given, *integers
+        )
+
+    return Exported(
+        made(prefill, (), (batch, prompt), (batch,)),
+        made(decode, (1,), (batch, 1), (batch, 1)),
+        batch,
+        prompt,
+        slots,
+    )
+
+
+_KERNELS = ("mosaic_gpu_v2", "mosaic_gpu", "triton_kernel_call", "__gpu$xla.gpu.triton")
+
+
+def save(exported: Exported, folder: pathlib.Path | str) -> pathlib.Path:
+    """Writes a folder that `load` reads: whole or not at all.
+
+    The weights are not in it (`train.serving.save` writes those).
+
+    Raises:
+      ValueError: the folder exists already, or flatbuffers, which JAX writes with, is missing.
+    """
+    _check_flatbuffers()
+    folder = pathlib.Path(folder).expanduser().resolve()
+    about = {name: getattr(exported, name) for name in ("batch", "prompt", "slots")}
+    about |= {"platforms": list(exported.platforms), "jax": jax.__version__}
+    with new_folder(folder) as staging:
+        (staging / PREFILL_FILE).write_bytes(exported.prefill.serialize())
+        (staging / DECODE_FILE).write_bytes(exported.decode.serialize())
+        (staging / ABOUT_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    return folder
+
+
+def load(folder: pathlib.Path | str) -> Exported:
+    """What `save` wrote.
+
+    Raises:
+      ValueError: files are missing, or flatbuffers, which JAX reads with.
+    """
+    _check_flatbuffers()
+    folder = pathlib.Path(folder).expanduser()
+    names = (ABOUT_FILE, PREFILL_FILE, DECODE_FILE)
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}; slope_jax.export.save writes them")
+    about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
+    prefill, decode = (
+        jax_export.deserialize(bytearray((folder / name).read_bytes())) for name in names[1:]
+    )
+    return Exported(prefill, decode, about["batch"], about["prompt"], about["slots"])
+
+
+def _check_flatbuffers() -> None:
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ValueError("JAX writes exported programs with flatbuffers: pip install flatbuffers")
