@@ -52,6 +52,7 @@ from slope_jax import (
     masks,
     slope_matmul,
 )
+from slope_jax.generate import generate, inference_variables
 from slope_jax.models import build
 
 BLUE, ORANGE, GREEN, GREY = "#1f5a91", "#d1632a", "#2b8a3e", "#c9ced6"
@@ -364,8 +365,21 @@ ax.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.45, 1.28), fontsize=9)
 plt.show()
 
 # %% [markdown]
+# ## 6. What it writes
+#
+# For generation only survivors, positions and adapters are needed, cast once. A prompt is passed over
+# once; then each new letter costs one letter, because keys and values of the earlier ones are kept.
+
+# %%
+fast_model, fast = inference_variables(adapted, state.variables)
+prompt = jnp.asarray([list(b"The list ")])
+new = generate(fast_model, fast, prompt, max_new_tokens=48, temperature=0.6, key=jax.random.key(3))
+print(bytes(map(int, prompt[0])).decode() + bytes(map(int, new.tokens[0])).decode())
+
+# %% [markdown]
 # ## Where to go from here
 #
 # - `python -m train.pretrain --model=bert-base` pretrains a 2:4 BERT on text that is on your machine.
 # - `python -m train.pretrain --model=gpt2-small --recipe=paper --dry-run` prints the plan of a real run.
+# - `python -m train.evaluate --checkpoint=runs/NAME --data=docs --held-out` gives a run's perplexity.
 # - `help(SparseDense)`, `help(add_adapters)` and `help(lazy_adapters)` say the rest.
