@@ -46,6 +46,22 @@ class Served(NamedTuple):
         return sum(x.nbytes for x in jax.tree.leaves(self.variables))
 
 
+class Trained(NamedTuple):
+    """A model as training left it, to go on with.
+
+    Attributes:
+      model: as it was trained, its layers in stacks, adapters where they joined.
+      variables: {"params": ..., "masks": ...} in the dtype of the parameters.
+      vocabulary: the run's tokenizer.
+      about: what `served.json` would hold: configuration, step, adapters.
+    """
+
+    model: nn.Module
+    variables: dict[str, Any]
+    vocabulary: Vocabulary
+    about: dict[str, Any]
+
+
 def load(path: pathlib.Path | str, *, step: int | None = None) -> Served:
     """A trained model from a run's folder, one of its checkpoints, or what `save` wrote.
 
@@ -59,6 +75,22 @@ def load(path: pathlib.Path | str, *, step: int | None = None) -> Served:
     path = pathlib.Path(path).expanduser()
     if (path / SERVED_FILE).is_file():
         return _load_served(path)
+    trained = load_trained(path, step=step)
+    model, variables = inference_variables(trained.model, trained.variables)
+    return Served(model, variables, trained.vocabulary, trained.about)
+
+
+def load_trained(path: pathlib.Path | str, *, step: int | None = None) -> Trained:
+    """The weights of a run's checkpoint in full precision, without the optimizer's state.
+
+    Args:
+      path: RUN or RUN/checkpoints/STEP.
+      step: which checkpoint of a run; None: the latest.
+
+    Raises:
+      ValueError: there is no run, no checkpoint, or not this one; says what there is.
+    """
+    path = pathlib.Path(path).expanduser()
     if path.parent.name == "checkpoints" and path.name.isdigit():
         path, step = path.parent.parent, int(path.name)
     if not (path / "checkpoints").is_dir():
@@ -84,7 +116,7 @@ def save(served: Served, folder: pathlib.Path | str) -> pathlib.Path:
     return folder
 
 
-def _from_run(folder: pathlib.Path, step: int | None) -> Served:
+def _from_run(folder: pathlib.Path, step: int | None) -> Trained:
     checkpoints = Checkpoints(folder, keep=1, read_only=True)
     try:
         steps = checkpoints.steps()
@@ -107,7 +139,7 @@ def _from_run(folder: pathlib.Path, step: int | None) -> Served:
         }
         shapes = _shapes(about)
         params, masks = checkpoints.restore_weights(step, shapes)
-        return _ready(about, vocabulary, {"params": params, "masks": masks})
+        return Trained(_model(about), {"params": params, "masks": masks}, vocabulary, about)
     finally:
         checkpoints.close()
 
@@ -145,8 +177,3 @@ def _inference_shapes(about: dict[str, Any]) -> tuple[nn.Module, Any]:
     state = _shapes(about)
     shapes = jax.eval_shape(convert, {"params": state.params, "masks": state.masks})
     return made[0], shapes
-
-
-def _ready(about: dict[str, Any], vocabulary: Vocabulary, variables: dict[str, Any]) -> Served:
-    model, variables = inference_variables(_model(about), variables)
-    return Served(model, variables, vocabulary, about)

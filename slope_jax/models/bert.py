@@ -67,14 +67,14 @@ class BertOutput(NamedTuple):
 
     Attributes:
       mlm_logits: (B, S, V), or (B, P, V) with `mlm_positions`; V is the padded vocabulary, its
-        padded columns hold the most negative number of the dtype.
-      nsp_logits: (B, 2); class 0: the second segment follows the first.
+        padded columns hold the most negative number of the dtype. None without pretraining heads.
+      nsp_logits: (B, 2); class 0: the second segment follows the first. None without them.
       pooled: (B, hidden), tanh of the pooler on the first token.
       hidden: (B, S, hidden), output of the last layer.
     """
 
-    mlm_logits: jax.Array
-    nsp_logits: jax.Array
+    mlm_logits: jax.Array | None
+    nsp_logits: jax.Array | None
     pooled: jax.Array
     hidden: jax.Array
 
@@ -139,7 +139,7 @@ class MlmHead(nn.Module):
 
 
 class Bert(nn.Module):
-    """BERT with its two pretraining heads.
+    """BERT with its two pretraining heads, or without them, to put another head on.
 
     >>> model = Bert(BertConfig(**VARIANTS["bert-tiny"], vocab_size=64))
     >>> variables = jax.jit(model.init)(jax.random.key(0), **model.example_inputs())
@@ -148,9 +148,11 @@ class Bert(nn.Module):
 
     Attributes:
       config: a `BertConfig`; `slope_jax.models.build("bert-base", ...)` makes one by name.
+      pretraining_heads: False leaves out the parameters and the logits of MLM and NSP.
     """
 
     config: BertConfig
+    pretraining_heads: bool = True
 
     @nn.compact
     def __call__(
@@ -190,6 +192,8 @@ class Bert(nn.Module):
 
         pooler = linear(config, config.patterns["pooler"], config.hidden_size, name="pooler")
         pooled = jnp.tanh(pooler(hidden[:, 0]))
+        if not self.pretraining_heads:
+            return BertOutput(None, None, pooled, hidden)
         nsp = linear(config, config.patterns["nsp"], 2, name="nsp")
         x = hidden
         if mlm_positions is not None:
