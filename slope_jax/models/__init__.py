@@ -13,6 +13,7 @@ from slope_jax.models.opt import OPT, OPTConfig
 from slope_jax.models.registry import VARIANTS, build, count_parameters, variant_config
 from slope_jax.models.rope import RopeScaling
 from slope_jax.models.stack import stack_layers, unstack_layers
+from slope_jax.models.wanda import prune_wanda
 
 __all__ = [
     "GPT2",
@@ -40,6 +41,7 @@ __all__ = [
     "from_hf",
     "init_cache",
     "load_hf",
+    "prune_wanda",
     "stack_layers",
     "unstack_layers",
     "variant_config",
