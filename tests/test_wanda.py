@@ -141,6 +141,8 @@ def test_what_stays_is_what_numpy_keeps(torch, transformers, family, tmp_path):
     steps = []
     found = models.prune_wanda(model, variables, batches, progress=lambda *at: steps.append(at))
     assert steps == [(1, 2), (2, 2)]
+    loaded = models.load_hf(folder, model, calibration=batches)
+    jax.tree.map(np.testing.assert_array_equal, loaded, found)
     same_form(model, found)
     ours = tensors(models.export_hf(tmp_path / "ours", model, found))
     pruned = prune_theirs(torch, theirs, name, LENGTHS)

@@ -1,6 +1,5 @@
 """Weights from a Hugging Face folder: config.json and safetensors files."""
 
-import dataclasses
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +13,7 @@ from flax import traverse_util
 from pallas_kernels import compress
 from slope_jax.models import hf_names
 from slope_jax.models.bert import Bert, BertConfig
+from slope_jax.models.calibration import dense_twin
 from slope_jax.models.config import TransformerConfig
 from slope_jax.models.decoder import Decoder
 from slope_jax.models.gpt2 import GPT2, GPT2Config
@@ -21,6 +21,7 @@ from slope_jax.models.hf_families import FAMILIES, Source
 from slope_jax.models.hf_files import Tensor, checked_folder, listed, open_tensors, read_json
 from slope_jax.models.llama import Llama, LlamaConfig
 from slope_jax.models.opt import OPT, OPTConfig
+from slope_jax.models.wanda import check_model, prune_wanda
 from slope_jax.policy import DENSE
 
 _MODELS = {
@@ -35,30 +36,44 @@ _MODELS = {
 _compress = jax.jit(compress, static_argnums=1)
 
 
-def load_hf(folder: str | Path, model: Bert | Decoder) -> dict[str, Any]:
+def load_hf(
+    folder: str | Path, model: Bert | Decoder, *, calibration: Iterable[Any] | None = None
+) -> dict[str, Any]:
     """Variables of `model` with the weights of a Hugging Face folder.
 
     Linears that the model's policy prunes are compressed by the magnitude of the weights in the
-    folder, whatever `mask_init` says; with sparsity="dense" the function is that of the folder.
-    Rows that pad the vocabulary are zero. Tensors are read one after the other, so that little more
-    memory is needed than the result takes.
+    folder, or by Wanda where there is text for it (`prune_wanda`), whatever `mask_init` says; with
+    sparsity="dense" the function is that of the folder. Rows that pad the vocabulary are zero. Tensors are read one after the other, so that little more
+    memory is needed than the result takes; for Wanda the dense weights are in host memory, and on
+    the device one layer at a time.
 
     Args:
       folder: holds config.json and model.safetensors, or model.safetensors.index.json and its
         shards, as `save_pretrained` writes them; tensors of 16 or 32 bits.
       model: without adapters (add those to a training state).
+      calibration: batches of tokens (B, S), as `prune_wanda` takes them; None: by magnitude.
 
     Returns:
       {"params": ...} of `param_dtype`, and "masks" if anything is pruned: what `model.init` gives.
 
     Raises:
       ValueError: a file is missing or damaged, config.json differs from the model (all differences
-        are listed), or tensors are missing, surplus, of another shape or not tied.
+        are listed), tensors are missing, surplus, of another shape or not tied, or the calibration
+        does not fit the model.
       ImportError: safetensors is not installed.
 
     >>> model = build("gpt2-small", sparsity="2:4")  # doctest: +SKIP
     >>> variables = load_hf("~/models/gpt2", model)  # doctest: +SKIP
+    >>> variables = load_hf("~/models/gpt2", model, calibration=[ids])  # doctest: +SKIP
     """
+    if calibration is None:
+        return _load(folder, model)
+    check_model(model)
+    dense = _load(folder, dense_twin(model), on_device=False)
+    return prune_wanda(model, dense, calibration)
+
+
+def _load(folder: str | Path, model: Bert | Decoder, *, on_device: bool = True) -> dict[str, Any]:
     folder = checked_folder(folder)
     config = model.config
     raw = read_json(folder / "config.json")
@@ -81,7 +96,7 @@ def load_hf(folder: str | Path, model: Bert | Decoder) -> dict[str, Any]:
     variables: dict[str, Any] = {"params": {}, "masks": {}}
     for path, singles in _stacks(config, sources).items():
         leaves = [
-            _leaf(sources[single], tensors, shapes[single], pruned.get(single))
+            _leaf(sources[single], tensors, shapes[single], pruned.get(single), on_device)
             for single in singles
         ]
         for name, parts in zip(("params", "masks"), zip(*leaves, strict=True), strict=True):
@@ -90,7 +105,9 @@ def load_hf(folder: str | Path, model: Bert | Decoder) -> dict[str, Any]:
     return {name: traverse_util.unflatten_dict(v) for name, v in variables.items() if v}
 
 
-def from_hf(folder: str | Path, **overrides) -> tuple[Bert | Decoder, dict[str, Any]]:
+def from_hf(
+    folder: str | Path, *, calibration: Iterable[Any] | None = None, **overrides
+) -> tuple[Bert | Decoder, dict[str, Any]]:
     """The model that config.json describes, and its variables as of `load_hf`.
 
     >>> model, variables = from_hf("~/models/bert-base", sparsity="2:4")  # doctest: +SKIP
@@ -98,6 +115,7 @@ def from_hf(folder: str | Path, **overrides) -> tuple[Bert | Decoder, dict[str, 
     Args:
       folder: as for `load_hf`; "model_type" in config.json is "bert", "gpt2", "opt", "llama" or
         "mistral".
+      calibration: as for `load_hf`.
       **overrides: fields of the model's configuration, such as sparsity, dtype, dropout.
 
     Raises:
@@ -113,7 +131,7 @@ def from_hf(folder: str | Path, **overrides) -> tuple[Bert | Decoder, dict[str, 
     module, config = _MODELS[family]
     fields = hf_names.read_config(raw, family) | {"dropout": hf_names.dropout(raw, family)}
     model = module(config(**(fields | overrides)))
-    return model, load_hf(folder, model)
+    return model, load_hf(folder, model, calibration=calibration)
 
 
 def _family(raw: dict[str, Any], model: Bert | Decoder) -> str:
@@ -188,23 +206,22 @@ def _check_tensors(folder, config, sources: Iterable[Source], tensors, shapes) -
         )
 
 
-def _leaf(source: Source, tensors, want: jax.ShapeDtypeStruct, pattern: str | None):
+def _leaf(source: Source, tensors, want: jax.ShapeDtypeStruct, pattern: str | None, on_device):
     """A parameter of one layer and its metadata, None where it is dense."""
     parts = [tensors[name].read() for name in source.names]
     parts = [part.T if source.transpose else part for part in parts]
     array = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
     missing = [(0, size - have) for size, have in zip(want.shape, array.shape, strict=True)]
     array = np.pad(array, missing) if any(map(any, missing)) else array
-    array = jnp.asarray(array.astype(want.dtype))
+    array = array.astype(want.dtype)
     if pattern is None:
-        return array, None
+        return jnp.asarray(array) if on_device else array, None
     compressed = _compress(array, pattern)
     return compressed.values, compressed.metadata
 
 
 def _dense_shapes(model) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
-    config = dataclasses.replace(model.config, sparsity=DENSE, scan=False)
-    dense = type(model)(config)
+    dense = dense_twin(model)
     shapes = jax.eval_shape(dense.init, jax.random.key(0), **dense.example_inputs())
     return traverse_util.flatten_dict(shapes["params"])
 
