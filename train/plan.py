@@ -163,11 +163,11 @@ def _run_text(plan: Plan) -> str:
         )
     else:
         lines.append("no adapters")
-    lines += _path_lines(plan.explanation)
+    lines += path_lines(plan.explanation)
     return "\n".join(lines)
 
 
-def _path_lines(explanation: Explanation) -> list[str]:
+def path_lines(explanation: Explanation) -> list[str]:
     """One line per way in which sparse products run, with its reason: nothing falls back unsaid."""
     ways: dict[tuple[str, str], int] = {}
     for row in explanation.rows:

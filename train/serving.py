@@ -101,6 +101,13 @@ def load_trained(path: pathlib.Path | str, *, step: int | None = None) -> Traine
     return _from_run(path, step)
 
 
+def trained_shapes(about: dict[str, Any], vocabulary: Vocabulary) -> Trained:
+    """What `load_trained` gives for a run of this kind, with shapes in place of the weights."""
+    state = _shapes(about)
+    variables = {"params": state.params, "masks": state.masks}
+    return Trained(_model(about), variables, vocabulary, about)
+
+
 def save(served: Served, folder: pathlib.Path | str) -> pathlib.Path:
     """Writes a folder that `load` reads: whole or not at all.
 
@@ -137,9 +144,9 @@ def _from_run(folder: pathlib.Path, step: int | None) -> Trained:
             "vocab_size": vocabulary.size,
             "adapters": joined,
         }
-        shapes = _shapes(about)
-        params, masks = checkpoints.restore_weights(step, shapes)
-        return Trained(_model(about), {"params": params, "masks": masks}, vocabulary, about)
+        shapes = trained_shapes(about, vocabulary)
+        params, masks = checkpoints.restore_weights(step, _shapes(about))
+        return shapes._replace(variables={"params": params, "masks": masks})
     finally:
         checkpoints.close()
 

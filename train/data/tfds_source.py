@@ -52,13 +52,7 @@ class TfdsSource:
                 f"tfds:{name} has no feature {self._feature!r}; it has "
                 + _listed(builder.info.features)
             )
-        try:
-            builder.download_and_prepare(file_format="array_record")
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"tfds:{name} could not be downloaded or prepared under {builder.data_path}: {error}",
-            ) from error
+        _prepare(builder, name)
         if "train" not in builder.info.splits:
             splits = ", ".join(builder.info.splits) or "none"
             raise ValueError(f"tfds:{name} has no split named train (it has {splits})")
@@ -82,6 +76,38 @@ class TfdsSource:
             )
             for start in range(0, count, step)
         ]
+
+
+def read_records(name: str, splits: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
+    """All records of some splits of a data set, which is downloaded and prepared if need be.
+
+    Args:
+      name: NAME[/CONFIG][:VERSION] of TensorFlow Datasets.
+      splits: such as ("train", "validation").
+
+    Returns:
+      By split a list of dicts of features: numpy numbers, text as bytes.
+
+    Raises:
+      ValueError: TFDS is not installed, or it knows no such data set or split.
+      OSError: it could not be downloaded or prepared.
+    """
+    builder = _builder(_tfds(), name)
+    _prepare(builder, name)
+    if missing := [split for split in splits if split not in builder.info.splits]:
+        there = ", ".join(builder.info.splits) or "none"
+        raise ValueError(f"tfds:{name} has no split named {', '.join(missing)} (it has {there})")
+    return {split: list(builder.as_data_source(split)) for split in splits}
+
+
+def _prepare(builder: Any, name: str) -> None:
+    try:
+        builder.download_and_prepare(file_format="array_record")
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"tfds:{name} could not be downloaded or prepared under {builder.data_path}: {error}",
+        ) from error
 
 
 def _builder(tfds: Any, name: str) -> Any:
