@@ -203,7 +203,8 @@ def _from_records(task: Task, split: str, records: list[dict[str, Any]]) -> list
     if task.kind == SPAN:
         examples = [Example(_texts(task, r), answers=_answers(r["answers"])) for r in records]
         return _checked_answers(examples, name)
-    examples = [Example(_texts(task, r), r["label"].item()) for r in records]
+    number = float if task.kind == SCORE else int
+    examples = [Example(_texts(task, r), number(r["label"])) for r in records]
     if task.kind == CLASSES and any(not 0 <= e.label < len(task.labels) for e in examples):
         raise ValueError(f"{name} has examples without a label; it cannot be trained on or scored")
     return examples

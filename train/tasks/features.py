@@ -71,9 +71,7 @@ def make_features(
     Raises:
       ValueError: `seq_len` leaves no room for text.
     """
-    smallest = MOST_QUESTION + 32 if task.kind == SPAN else 8
-    if seq_len < smallest:
-        raise ValueError(f"seq_len={seq_len} is too short for {task.name}; give {smallest} or more")
+    check_seq_len(task, seq_len)
     make = _windows if task.kind == SPAN else _sequence
     rows: list[_Row] = []
     for start in range(0, len(examples), _CHUNK):
@@ -85,6 +83,13 @@ def make_features(
         for i, encodings in enumerate(zip(*columns, strict=True)):
             rows += make(chunk[i], start + i, encodings, vocabulary, seq_len, stride)
     return _stack(task, rows, seq_len)
+
+
+def check_seq_len(task: Task, seq_len: int) -> None:
+    """Raises a ValueError if `seq_len` leaves no room for text."""
+    smallest = MOST_QUESTION + 32 if task.kind == SPAN else 8
+    if seq_len < smallest:
+        raise ValueError(f"seq_len={seq_len} is too short for {task.name}; give {smallest} or more")
 
 
 def _sequence(example, index, encodings, vocabulary, seq_len, stride) -> list[_Row]:

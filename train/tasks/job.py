@@ -51,7 +51,13 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> dict[
     record = results.open_record(config, trained, plan, examples, folder)
     write_atomically(folder / PLAN_FILE, f"{plan}\n")
     _say(console, plan.summary)
-    return _Job(config, setup, trained, examples, folder, console).run(record)
+    seeds = [seed for seed in config.seeds if str(seed) not in record["seeds"]]
+    if seeds:
+        _Job(config, setup, trained, examples, folder, console).run(seeds, record)
+    else:
+        _say(console, f"{folder} is complete. To start anew, name another --out.")
+    _say(console, results.describe(record, folder))
+    return record
 
 
 def dry_run(config: FinetuneConfig) -> Plan:
@@ -95,18 +101,14 @@ class _Job:
         self.predict_step = make_predict_step(self.task.kind, setup.apply_fn)
         self.done, self.pending, self.speed = 0, [], Speed()
 
-    def run(self, record: dict[str, Any]) -> dict[str, Any]:
-        seeds = [s for s in self.config.seeds if str(s) not in record["seeds"]]
-        if not seeds:
-            _say(self.console, f"{self.folder} is complete. To start anew, name another --out.")
+    def run(self, seeds: list[int], record: dict[str, Any]) -> None:
+        """Finetune with each seed, writing the record after each."""
         with Display(self.console, total=self.setup.steps * len(seeds), done=0) as self.display:
             for seed in seeds:
                 record["seeds"][str(seed)] = self._run_seed(seed)
                 record["environment"] = environment.describe(environment.JOB_PACKAGES)
                 record["command"] = self.config.command()
                 results.write(record, self.folder)
-        _say(self.console, results.describe(record, self.folder))
-        return record
 
     def _run_seed(self, seed: int) -> dict[str, Any]:
         folder, started = self.folder / f"seed-{seed}", time.monotonic()

@@ -63,7 +63,7 @@ def open_record(
             + "\n".join(differing)
             + "\nName another --out."
         )
-    return record | {"seeds": saved["seeds"]}
+    return record | saved
 
 
 def of_seed(task: Task, evals: list[dict[str, Any]]) -> dict[str, Any]:

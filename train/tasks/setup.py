@@ -17,6 +17,7 @@ from train.optimizer import make_optimizer, make_schedule
 from train.serving import Trained, load_trained
 from train.state import compute_dtype, is_stacked
 from train.tasks.config import FinetuneConfig
+from train.tasks.features import check_seq_len
 from train.tasks.head import BERT, TaskModel
 
 PRETRAINING_HEADS = ("mlm", "nsp")
@@ -67,10 +68,11 @@ def make_setup(config: FinetuneConfig, trained: Trained, sequences: int) -> Setu
     """Model and optimizer of a job over `sequences` training sequences.
 
     Raises:
-      ValueError: sequences longer than the model's positions.
+      ValueError: sequences longer than the model's positions, or too short for the task.
     """
     task, pretraining = config.chosen, from_json(trained.about["config"])
     seq_len = config.seq_len or min(task.seq_len, max(pretraining.seq_len))
+    check_seq_len(task, seq_len)
     positions = trained.model.config.max_positions
     if seq_len > positions:
         raise ValueError(
