@@ -55,6 +55,9 @@ class SparseDense(nn.Dense):
       activation: None, "relu", "gelu" (exact), "gelu_tanh" or "silu"; joins the product's kernel.
       implementation: of the sparse products, None for the best. See `slope_jax.explain`.
       backward: "double-pruned", or "exact" for the derivative itself. See `slope_matmul`.
+      simulated: the kernel stays dense and is multiplied as it is; whoever holds the parameters masks
+        it by `sparsity`. For methods whose masks change in training, to compare with: nothing is
+        saved. `dot_general_cls` applies, as in `flax.linen.Dense`.
 
     `precision` and `dtype` work as in `flax.linen.Dense`; dtype None takes the promoted dtype of
     input and parameters. `dot_general` and `dot_general_cls` cannot apply to a compressed kernel.
@@ -77,12 +80,15 @@ class SparseDense(nn.Dense):
     activation: str | None = None
     implementation: str | None = None
     backward: str = DOUBLE_PRUNED
+    simulated: bool = False
 
     @property
     def pattern(self) -> Pattern | None:
-        """The pattern, None when the layer is dense."""
-        pattern = None if self.sparsity is None else Pattern.parse(self.sparsity)
-        return None if pattern is None or pattern.is_dense else pattern
+        """The pattern that the kernel is compressed by, None when it is stored dense."""
+        if self.sparsity is None or self.simulated:
+            return None
+        pattern = Pattern.parse(self.sparsity)
+        return None if pattern.is_dense else pattern
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:

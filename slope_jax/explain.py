@@ -129,7 +129,12 @@ def _dense_row(module: nn.Dense, x: jax.Array, variables: Any) -> Row:
     layers = math.prod(kernel.shape[:-2])
     names = ("kernel", ADAPTER_L, ADAPTER_R)
     stored = sum(_nbytes(params[name]) for name in names if name in params)
-    if pattern is None:
+    name = "dense" if pattern is None else str(pattern)
+    if getattr(module, "simulated", False):
+        name = module.sparsity
+        why = f"{name} is simulated: a dense product with a dense kernel that is masked outside"
+        choices = dict.fromkeys(("y", "dx", "dw"), Choice("xla", why))
+    elif pattern is None:
         why = "sparsity is dense" if isinstance(module, SparseDense) else "flax.linen.Dense"
         choices = dict.fromkeys(("y", "dx", "dw"), Choice("dense", why))
     else:
@@ -139,7 +144,7 @@ def _dense_row(module: nn.Dense, x: jax.Array, variables: Any) -> Row:
         path="/".join(module.path) or type(module).__name__,
         layers=layers,
         shape=shape,
-        pattern="dense" if pattern is None else str(pattern),
+        pattern=name,
         choices=choices,
         stored_bytes=stored,
         dense_bytes=layers * math.prod(shape) * kernel.dtype.itemsize,

@@ -70,6 +70,8 @@ class TransformerConfig:
       implementation: of the sparse products, passed on to `SparseDense`; None is the best.
       backward: of the sparse products, "double-pruned" or "exact", passed on to `SparseDense`.
       attention: "xla", "cudnn", or None for the best (see `attention_path`).
+      simulated: True keeps the kernels of pruned linears dense, for the caller to mask (see
+        `SparseDense`); a Flax module class does so and is their `dot_general_cls`.
 
     Raises:
       ValueError: names the field, what must hold and what was given.
@@ -94,6 +96,7 @@ class TransformerConfig:
     implementation: str | None = None
     backward: str = DOUBLE_PRUNED
     attention: str | None = None
+    simulated: Any = False
 
     sizes: ClassVar[tuple[str, ...]] = (
         "vocab_size",
@@ -227,6 +230,10 @@ class TransformerConfig:
             )
         if not self.rank:
             return
+        if self.simulated:
+            raise ValueError(
+                f"adapter_rank={rank!r}: simulated linears have no adapters; set it to 0"
+            )
         pruned = [linear for linear in self.linears if self.patterns[linear.path] != DENSE]
         if not pruned:
             raise ValueError(

@@ -28,6 +28,7 @@ def linear(
     `kernel_init` None is N(0, init_std).
     """
     pruned = pattern != DENSE
+    simulated = pruned and config.simulated
     return SparseDense(
         features,
         use_bias=config.use_bias,
@@ -37,6 +38,8 @@ def linear(
         mask_init=config.mask_init,
         implementation=config.implementation,
         backward=config.backward,
+        simulated=bool(simulated),
+        dot_general_cls=simulated if isinstance(simulated, type) else None,
         dtype=config.dtype,
         param_dtype=config.param_dtype,
         kernel_init=kernel_init or nn.initializers.normal(config.init_std),

@@ -12,6 +12,9 @@ from slope_jax.dense import MASKS, PRODUCT, WORKING
 from slope_jax.models.cache import CACHE
 from slope_jax.models.config import Segment, TransformerConfig
 
+# The rng of modules that round or sample gradients, see `TransformerConfig.simulated`.
+GRADIENT = "gradient"
+
 _NAME = re.compile(r"layers_(\d+)(?:_to_(\d+))?")
 
 
@@ -52,7 +55,7 @@ def _segment(
         layer = nn.scan(
             layer,
             variable_axes={"params": 0, MASKS: 0, WORKING: 0, CACHE: 0, "intermediates": 0},
-            split_rngs={"params": True, "dropout": True},
+            split_rngs={"params": True, "dropout": True, GRADIENT: True},
             in_axes=nn.broadcast,
             length=count,
         )
