@@ -123,7 +123,9 @@ def first_moments(state):
 
 def traced(accumulation: int, hold_copies: bool | None = None, **fields):
     """The traced step of a GPT-2 in bfloat16, its state and its setup; nothing is computed."""
-    fields = {"dtype": "bfloat16", "adapter_rank": 2, "remat": True} | fields
+    fields = {"dtype": "bfloat16", "remat": True} | fields
+    if fields.get("method") != "dense":
+        fields["adapter_rank"] = 2
     config, setup = tiny("gpt2-nano", **fields)
     state = abstract_state(setup, adapters=config.method != "dense")
     ids = jax.ShapeDtypeStruct((16 * accumulation, LENGTH), jnp.int32)

@@ -51,8 +51,10 @@ class Config:
     recipe: Literal["quickstart", "paper"] = "quickstart"
     """Where the defaults below come from. quickstart: minutes on a CPU. paper: the published
     hyperparameters. Whatever you give explicitly wins over the recipe."""
-    method: Literal["slope", "dense"] = "slope"
-    """slope: N:M sparse with adapters. dense: the control, the same recipe without sparsity."""
+    method: Literal["slope", "dense", "half", "sr-ste", "extended-sr-ste", "fst", "wanda"] = "slope"
+    """slope: N:M sparse with adapters. dense: the same recipe without sparsity; half: with half of
+    the blocks. sr-ste, extended-sr-ste, fst: masks that change, by dense products, for comparison.
+    wanda: a dense run pruned at once, see --init-from."""
 
     sparsity: str = "2:4"
     """Patterns of the pruned linears. "2:4": keep 2 of every 4 consecutive inputs. "2:4,2:8": by
@@ -71,6 +73,19 @@ class Config:
     """Spread of the adapters' first factor at birth, times 1 / rank; the second starts at zero."""
     adapter_lr_scale: float = 1.0
     """Learning rate of the adapters relative to that of the other parameters."""
+
+    mask_decay: float | None = None
+    """Decay of pruned weights (sr-ste, extended-sr-ste, fst). None: 2e-4, 6e-6, 6e-5."""
+    prune_dy: bool = False
+    """Prune the gradient of outputs 2:4 along the tokens for that of weights (extended-sr-ste)."""
+    mask_every: int = 40
+    """Steps between searches for masks (fst)."""
+    dense_finish: float = 1 / 6
+    """Fraction of all steps, the last ones, that train dense (fst), in [0, 1)."""
+    init_from: str = ""
+    """Folder of a finished run of --method=dense, or one of its checkpoints/STEP (wanda)."""
+    calibration_sequences: int = 128
+    """Sequences of training data that weights are pruned by (wanda)."""
 
     data: str = "docs"
     """docs[:MB] (documentation of Python and the installed packages), tfds:NAME[/CONFIG], or
@@ -91,7 +106,7 @@ class Config:
     accumulation: tuple[int, ...] = (1,)
     """Micro-batches that a step's batch is split into, to bound memory."""
     steps: tuple[int, ...] = (100,)
-    """Optimizer steps."""
+    """Optimizer steps. 0 is possible for wanda: prune and evaluate."""
     lr: tuple[float, ...] = (1e-3,)
     """Peak learning rate."""
     warmup: tuple[float, ...] = (0.1,)
@@ -156,6 +171,7 @@ class Config:
         _check_choices(self)
         _check_phases(self)
         _check_ranges(self)
+        _check_method(self)
 
     @property
     def family(self) -> str:
@@ -186,9 +202,11 @@ class Config:
     @property
     def adapter_step(self) -> int | None:
         """Steps completed when the adapters join; None without adapters."""
-        if self.method == "dense" or self.adapter_rank == 0:
-            return None
+        from train.methods import METHODS
+
         last = self.phases[-1]
+        if not METHODS[self.method].adapts or self.adapter_rank == 0 or last.steps == 0:
+            return None
         return last.start + min(round(self.adapter_start * last.steps), last.steps - 1)
 
     def identity(self) -> dict[str, Any]:
@@ -261,6 +279,8 @@ def _check_phases(config: Config) -> None:
             )
         whole = name not in ("lr", "warmup")
         for value in values:
+            if name == "steps" and value == 0 and config.method == "wanda":
+                continue
             if whole and (not isinstance(value, int) or value <= 0):
                 raise ValueError(f"{name} must be a positive integer, got {value}")
     for phase in config.phases:
@@ -289,11 +309,12 @@ def _check_ranges(config: Config) -> None:
             f"adapter_start is a fraction of the last phase's steps in [0, 1), got "
             f"{config.adapter_start}; for no adapters set adapter_rank to 0"
         )
-    for name in ("beta1", "beta2", "dropout"):
+    for name in ("beta1", "beta2", "dropout", "dense_finish"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {getattr(config, name)}")
-    for name in ("weight_decay", "clip", "eval_every", "checkpoint_every", "max_minutes"):
-        if not getattr(config, name) >= 0:
+    names = ("weight_decay", "clip", "eval_every", "checkpoint_every", "max_minutes", "mask_decay")
+    for name in names:
+        if not (getattr(config, name) or 0.0) >= 0:
             raise ValueError(f"{name} must not be negative, got {getattr(config, name)}")
     for name in (
         "adapter_lr_scale",
@@ -302,6 +323,8 @@ def _check_ranges(config: Config) -> None:
         "eval_batches",
         "log_every",
         "keep_checkpoints",
+        "mask_every",
+        "calibration_sequences",
     ):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name} must be above 0, got {getattr(config, name)}")
@@ -311,3 +334,23 @@ def _check_ranges(config: Config) -> None:
         raise ValueError(f"vocab_size must be at least 300, got {config.vocab_size}")
     if not 0 <= config.seed < 2**31:
         raise ValueError(f"seed must lie in [0, 2**31), got {config.seed}")
+
+
+def _check_method(config: Config) -> None:
+    from train.methods import METHODS
+
+    method = METHODS[config.method]
+    for option in dataclasses.fields(Config):
+        users = [name for name, other in METHODS.items() if option.name in other.fields]
+        value = getattr(config, option.name)
+        if (
+            users
+            and config.method not in users
+            and value
+            and value not in (option.default, "dense")
+        ):
+            raise ValueError(
+                f"{option.name} {value!r} has no meaning for --method={config.method}, only for"
+                f" {', '.join(users)}; leave it out, or choose one of these methods"
+            )
+    method.check(config)

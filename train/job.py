@@ -19,10 +19,11 @@ from train.data import batches_from
 from train.display import Display, Speed
 from train.folder import TOKENIZER_FILE, check_config, open_folder, start_anew
 from train.inputs import make_datasets, open_corpus
+from train.methods import wanda
 from train.metrics import MetricsWriter
 from train.plan import make_plan
 from train.signals import StopRequest
-from train.state import abstract_state, init_state, join_adapters, make_setup, step_key
+from train.state import abstract_state, as_called, init_state, join_adapters, make_setup, step_key
 from train.step import all_finite, evaluate, make_train_step
 
 LAG = 1  # steps that may be under way while the host looks at the metrics of the one before
@@ -92,6 +93,7 @@ class _Job:
     ):
         self.config, self.folder, self.checkpoints = config, folder, checkpoints
         self.console, self.started, self.clock = console, started, started
+        self.fresh = checkpoints.latest() is None
         self.step = checkpoints.latest() or 0
         self.history: dict[str, Any] = {
             "evals": [],
@@ -101,6 +103,8 @@ class _Job:
             "step_tokens": 0,
         }
         data = self._open_record()
+        if self.fresh and config.init_from:
+            wanda.take_tokenizer(config, folder)
         self.corpus = open_corpus(config, folder, data)
         self.data = make_datasets(config, self.corpus)
         self.setup = make_setup(config, vocab_size=self.corpus.vocab_size)
@@ -111,7 +115,7 @@ class _Job:
 
     def run(self, stop_at: int | None) -> int:
         write_atomically(self.folder / "plan.txt", f"{self.plan}\n")
-        if self.step == self.config.total_steps:
+        if self.step == self.config.total_steps and not self.fresh:
             self._say(f"{self.folder} is complete. To start anew, name another --run-dir.")
             return self._finish()
         self._say(str(self.plan).split("\n\n")[0])
@@ -128,7 +132,7 @@ class _Job:
 
     def _open_record(self) -> str | None:
         """Take up what the last checkpoint says; returns the fingerprint of its corpus."""
-        if self.step == 0:
+        if self.fresh:
             start_anew(self.folder, self.config)
             return None
         record, tokenizer = self.checkpoints.read_run(self.step)
@@ -139,8 +143,9 @@ class _Job:
         return record["data"]
 
     def _initial_state(self) -> TrainState:
-        if self.step == 0:
-            return init_state(self.setup)
+        if self.fresh:
+            state, batches = init_state(self.setup), self.data[0].train
+            return self.setup.method.start(state, self.setup.model, batches, self._say)
         joined = self.config.adapter_step
         shapes = abstract_state(self.setup, adapters=joined is not None and self.step > joined)
         state, self.key = self.checkpoints.restore(self.step, shapes)
@@ -156,8 +161,10 @@ class _Job:
             )
             try:
                 with Display(self.console, total=total, done=self.step) as self.display:
-                    if self.step == 0:
+                    if self.fresh:
                         self._evaluate(state, self.config.phases[0])
+                    if total == 0:
+                        self._save(state)
                     while self.step < total and not stopped:
                         state, stopped = self._train_phase(state, request, stop_at)
             finally:
@@ -168,12 +175,14 @@ class _Job:
         self, state: TrainState, request: StopRequest, stop_at: int | None
     ) -> tuple[TrainState, Stopped | None]:
         phase = next(p for p in self.config.phases if self.step < p.end)
-        train_step = make_train_step(phase.accumulation, self.setup.schedule)
+        train_step = self._train_step(phase)
         batches = batches_from(self.data[phase.index].train, self.step - phase.start)
         self._compiles()
         while self.step < phase.end:
             if self.step == self.config.adapter_step:
                 state = self._join(state)
+            if self.step in self.setup.method.turns:
+                train_step = self._turn(phase)
             state, metrics = train_step(state, next(batches), self.key)
             self.step += 1
             self.pending.append((self.step, metrics))
@@ -186,6 +195,18 @@ class _Job:
             if stopped:
                 return state, stopped
         return state, None
+
+    def _train_step(self, phase: Phase):
+        method = self.setup.method.at(self.step)
+        return make_train_step(phase.accumulation, self.setup.schedule, method)
+
+    def _turn(self, phase: Phase):
+        self._compiles()
+        self.display.message(
+            f"step {self.step}/{self.config.total_steps}  {self.setup.method.turns[self.step]}; the"
+            f" step is compiled again"
+        )
+        return self._train_step(phase)
 
     def _join(self, state: TrainState) -> TrainState:
         self._compiles()
@@ -223,7 +244,8 @@ class _Job:
         held_out = self.data[phase.index].held_out
         with self.speed.paused():
             count = min(self.config.eval_batches, len(held_out))
-            metrics = evaluate(state, [held_out[i] for i in range(count)])
+            batches = [held_out[i] for i in range(count)]
+            metrics = evaluate(as_called(self.setup, state), batches)
         if not math.isfinite(metrics["eval_loss"]):
             self._give_up(f"the held-out loss is {metrics['eval_loss']} after step {self.step}")
         self.history["evals"].append({"step": self.step} | metrics)

@@ -44,7 +44,10 @@ def make_schedule(phases: tuple[Phase, ...], kind: str) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: Config, schedule: optax.Schedule, is_stacked: Callable[[tuple], bool]
+    config: Config,
+    schedule: optax.Schedule,
+    is_stacked: Callable[[tuple], bool],
+    after_update: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
     """AdamW or LAMB with everything around it.
 
@@ -52,10 +55,12 @@ def make_optimizer(
       config: the run.
       schedule: learning rate by step.
       is_stacked: tells from a parameter's key path whether its leading axis counts layers.
+      after_update: joins the update ahead of the learning rate, see `train.methods`. None: nothing.
     """
     return optax.chain(
         clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         lazy_adapters(_base(config, is_stacked), _adapters(config)),
+        *(() if after_update is None else (after_update,)),
         optax.scale_by_learning_rate(schedule),
     )
 

@@ -11,6 +11,7 @@ from flax import traverse_util
 from slope_jax import Explanation, TrainState, explain
 from train.config import Config
 from train.display import size
+from train.methods import FIELDS, METHODS
 from train.state import Setup, abstract_state, compute_dtype, make_setup
 
 ROWS = (
@@ -85,7 +86,7 @@ def make_plan(config: Config, setup: Setup | None = None) -> Plan:
       ValueError: whatever is wrong with the configuration, the model or the method.
     """
     setup = setup or make_setup(config)
-    control = dataclasses.replace(config, method="dense")
+    control = _control(config)
     dense = abstract_state(
         make_setup(control, vocab_size=setup.model.config.vocab_size), adapters=False
     )
@@ -105,14 +106,22 @@ def make_plan(config: Config, setup: Setup | None = None) -> Plan:
     )
 
 
+def _control(config: Config) -> Config:
+    """The same run, dense."""
+    fields = {f.name: f.default for f in dataclasses.fields(Config) if f.name in FIELDS}
+    steps = tuple(max(count, 1) for count in config.steps)
+    return dataclasses.replace(config, method="dense", steps=steps, **fields)
+
+
 def _amounts(state: TrainState, dense: TrainState) -> dict[str, Amount]:
     ours, theirs = _parts(state), _parts(dense)
-    kept = ours["dense kernels"]
-    # The control's kernels at the places that are pruned here: all of them less those kept dense.
-    theirs["pruned kernels: values"] = tuple(
-        all_ - kept_ for all_, kept_ in zip(theirs["dense kernels"], kept, strict=True)
-    )
-    theirs["dense kernels"] = kept
+    if state.masks:
+        kept = ours["dense kernels"]
+        # The control's kernels at the places pruned here: all of them less those kept dense.
+        theirs["pruned kernels: values"] = tuple(
+            all_ - kept_ for all_, kept_ in zip(theirs["dense kernels"], kept, strict=True)
+        )
+        theirs["dense kernels"] = kept
     return {
         name: Amount(ours[name][0], theirs[name][0], ours[name][1], theirs[name][1])
         for name in ROWS
@@ -146,9 +155,11 @@ def _total(leaves: Iterable[Any]) -> tuple[int, int]:
 def _run_text(plan: Plan) -> str:
     config, device = plan.config, jax.devices()[0]
     stored, dense = plan.parameters
-    how = f"sparsity {config.sparsity}, " if config.method == "slope" else ""
+    method = METHODS[config.method]
+    how = f"sparsity {config.sparsity}, " if "sparsity" in method.fields else ""
     lines = [
         f"{config.model}, recipe {config.recipe}, method {config.method}, {how}data {config.data}",
+        f"method {config.method}: {method.about}",
         f"parameters {stored:,} stored, {dense:,} in the dense model; density of the pruned "
         f"kernels {plan.density:.3f}",
         f"{config.optimizer}, {config.schedule} schedule, weight decay {config.weight_decay}, clip "

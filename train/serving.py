@@ -9,6 +9,7 @@ No masters, no transposed copies, no optimizer state.
 
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ import orbax.checkpoint as ocp
 from flax import linen as nn
 
 from pallas_kernels.files import new_folder, write_atomically
+from slope_jax import TrainState
 from slope_jax.generate import inference_variables
 from train.checkpoint import Checkpoints, placed
 from train.config import from_json, to_json
@@ -103,9 +105,7 @@ def load_trained(path: pathlib.Path | str, *, step: int | None = None) -> Traine
 
 def trained_shapes(about: dict[str, Any], vocabulary: Vocabulary) -> Trained:
     """What `load_trained` gives for a run of this kind, with shapes in place of the weights."""
-    state = _shapes(about)
-    variables = {"params": state.params, "masks": state.masks}
-    return Trained(_model(about), variables, vocabulary, about)
+    return Trained(*_shaped(about, lambda *trained: trained), vocabulary, about)
 
 
 def save(served: Served, folder: pathlib.Path | str) -> pathlib.Path:
@@ -144,9 +144,10 @@ def _from_run(folder: pathlib.Path, step: int | None) -> Trained:
             "vocab_size": vocabulary.size,
             "adapters": joined,
         }
-        shapes = trained_shapes(about, vocabulary)
-        params, masks = checkpoints.restore_weights(step, _shapes(about))
-        return shapes._replace(variables={"params": params, "masks": masks})
+        shapes = _shapes(about)
+        params, masks = checkpoints.restore_weights(step, shapes)
+        model, variables = _finished(about, shapes.replace(params=params, masks=masks))
+        return Trained(model, variables, vocabulary, about)
     finally:
         checkpoints.close()
 
@@ -156,31 +157,32 @@ def _load_served(folder: pathlib.Path) -> Served:
     config = from_json(about["config"])
     tokenizer = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")
     vocabulary = vocabulary_from_json(tokenizer, config.objective)
-    model, shapes = _inference_shapes(about)
+    model, shapes = _shaped(about, inference_variables)
     with ocp.StandardCheckpointer() as checkpointer:
         variables = checkpointer.restore(folder.resolve() / VARIABLES, placed(shapes))
     return Served(model, variables, vocabulary, about)
 
 
-def _shapes(about: dict[str, Any]):
+def _shapes(about: dict[str, Any]) -> TrainState:
     """The training state of a run, as shapes."""
     setup = make_setup(from_json(about["config"]), vocab_size=about["vocab_size"])
     return abstract_state(setup, adapters=about["adapters"])
 
 
-def _model(about: dict[str, Any]) -> nn.Module:
+def _finished(about: dict[str, Any], state: TrainState) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a run, and its variables as its method leaves them."""
     setup = make_setup(from_json(about["config"]), vocab_size=about["vocab_size"])
-    return setup.adapted if about["adapters"] else setup.model
+    return setup.method.finished(setup.adapted if about["adapters"] else setup.model, state)
 
 
-def _inference_shapes(about: dict[str, Any]) -> tuple[nn.Module, Any]:
-    model, made = _model(about), []
+def _shaped(about: dict[str, Any], convert: Callable) -> tuple[nn.Module, Any]:
+    """The model and the shapes that `convert(model, variables)` of a finished run gives."""
+    made = []
 
-    def convert(variables):
-        single, variables = inference_variables(model, variables)
-        made.append(single)
+    def run(state):
+        model, variables = convert(*_finished(about, state))
+        made.append(model)
         return variables
 
-    state = _shapes(about)
-    shapes = jax.eval_shape(convert, {"params": state.params, "masks": state.masks})
+    shapes = jax.eval_shape(run, _shapes(about))
     return made[0], shapes

@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from slope_jax import TrainState, add_adapters, models
 from train.config import Config
+from train.methods import METHODS, Method
 from train.optimizer import make_optimizer, make_schedule
 
 STACKED = re.compile(r"layers_\d+_to_\d+")  # names that the models give to scanned layers
@@ -24,6 +25,7 @@ class Setup(NamedTuple):
     schedule: optax.Schedule
     tx: optax.GradientTransformation
     key: jax.Array
+    method: Method
 
 
 def make_setup(config: Config, *, vocab_size: int | None = None) -> Setup:
@@ -33,15 +35,14 @@ def make_setup(config: Config, *, vocab_size: int | None = None) -> Setup:
       ValueError: sequences longer than the model's positions, a rank above a layer's size, sizes
         that the pattern doesn't divide.
     """
+    method = METHODS[config.method](config)
     options = {
         "vocab_size": vocab_size or config.vocab_size,
-        "sparsity": config.sparsity if config.method == "slope" else "dense",
         "dtype": compute_dtype(config),
         "dropout": config.dropout,
         "remat": config.remat,
-        "mask_init": config.mask_init,
-        "backward": config.backward,
         "implementation": None if config.implementation == "auto" else config.implementation,
+        **method.options(),
     }
     model = models.build(config.model, **options)
     positions, longest = model.config.max_positions, max(config.seq_len)
@@ -58,8 +59,8 @@ def make_setup(config: Config, *, vocab_size: int | None = None) -> Setup:
         }
         adapted = models.build(config.model, **adapters, **options)
     schedule = make_schedule(config.phases, config.schedule)
-    tx = make_optimizer(config, schedule, is_stacked)
-    return Setup(model, adapted, schedule, tx, jax.random.key(config.seed))
+    tx = make_optimizer(config, schedule, is_stacked, method.after_update())
+    return Setup(model, adapted, schedule, tx, jax.random.key(config.seed), method)
 
 
 def compute_dtype(config: Config) -> Any:
@@ -95,6 +96,14 @@ def join_adapters(setup: Setup, state: TrainState) -> tuple[TrainState, int]:
     return jax.jit(join, donate_argnums=0)(state), counts[0]
 
 
+def as_called(setup: Setup, state: TrainState) -> TrainState:
+    """The state with the parameters and masks that the model is called with."""
+    if not setup.method.kernels:
+        return state
+    used = jax.jit(setup.method.variables)(state.params, state.masks)
+    return state.replace(params=used["params"], masks=used["masks"])
+
+
 def abstract_state(setup: Setup, *, adapters: bool) -> TrainState:
     """Shapes and dtypes of the state, before or after the adapters join; no memory, no compute."""
     state = jax.eval_shape(functools.partial(_init, setup), setup.key)
@@ -116,6 +125,6 @@ def _init(setup: Setup, key: jax.Array) -> TrainState:
     return TrainState.create(
         apply_fn=setup.model.apply,
         params=variables["params"],
-        masks=variables.get("masks", {}),
+        masks=setup.method.initial_masks(variables["params"], variables.get("masks", {})),
         tx=setup.tx,
     )

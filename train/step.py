@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from slope_jax import WORKING, TrainState, find_layers, working_copies
+from slope_jax.models.stack import GRADIENT
 from train.loss import cross_entropy
+from train.methods import Method
 
 Batch = dict[str, jax.Array]
 
@@ -25,7 +27,14 @@ class Sums(NamedTuple):
     sequences: jax.Array
 
 
-def loss_sums(apply_fn: Callable, variables: dict, batch: Batch, key: jax.Array | None) -> Sums:
+def loss_sums(
+    apply_fn: Callable,
+    variables: dict,
+    batch: Batch,
+    key: jax.Array | None,
+    *,
+    noisy: bool = False,
+) -> Sums:
     """Negative log-likelihoods and hits of a batch, in float32.
 
     A batch with `mlm_labels` is BERT's (masked words and next sentence), one with `labels` is
@@ -36,8 +45,12 @@ def loss_sums(apply_fn: Callable, variables: dict, batch: Batch, key: jax.Array 
       variables: {"params": ..., "masks": ...}, and "working" if there are copies.
       batch: arrays as `train.data` gives them.
       key: of the dropout; None evaluates without dropout.
+      noisy: whether the backward pass draws random numbers too, see `train.methods`.
     """
-    options = {"deterministic": key is None, "rngs": {} if key is None else {"dropout": key}}
+    rngs = {} if key is None else {"dropout": key}
+    if noisy:
+        rngs[GRADIENT] = jax.random.fold_in(key, 1)
+    options = {"deterministic": key is None, "rngs": rngs}
     if "mlm_labels" not in batch:
         logits = apply_fn(variables, batch["input_ids"], **options)
         weights = jnp.ones(batch["labels"].shape, jnp.float32)
@@ -60,40 +73,53 @@ def loss_sums(apply_fn: Callable, variables: dict, batch: Batch, key: jax.Array 
 
 
 def make_train_step(
-    accumulation: int, schedule: optax.Schedule, *, hold_copies: bool | None = None
+    accumulation: int,
+    schedule: optax.Schedule,
+    method: Method | None = None,
+    *,
+    hold_copies: bool | None = None,
 ) -> Callable:
     """The jitted step `(state, batch, key) -> (state, metrics)`; it takes over the state's buffers.
 
-    Only `state.params` are differentiated. A batch is split into `accumulation` micro-batches along
+    Gradients are those of what the model is called with, which by most methods is `state.params`. A batch is split into `accumulation` micro-batches along
     its first axis, run one after another; the loss is the mean over the predictions of the *whole*
     batch, so the split changes nothing but memory.
 
     Args:
       accumulation: micro-batches in a batch.
       schedule: learning rate by step, for the metrics.
+      method: of `Setup.method.at(step)`; None just trains the parameters.
       hold_copies: whether `slope_jax.working_copies` (of dense kernels: their casts) are made once
         and held for the whole step, or made by each layer anew and dropped; None for the better.
     """
     hold = _worth_holding(accumulation) if hold_copies is None else hold_copies
+    noisy = method is not None and method.noisy
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array):
         key = jax.random.fold_in(key, state.step)
         tokens, sequences = _totals(batch)
         micros = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
         first = jax.tree.map(lambda x: x[0], micros)
-        constants = {"masks": state.masks}
+        if method is not None:
+            masks = method.update_masks(state.params, state.masks, state.step)
+            state = state.replace(masks=masks)
+        used = state.variables if method is None else method.variables(state.params, state.masks)
+        constants = {"masks": used["masks"]}
         if hold:
-            constants[WORKING] = _copies(state, first)
+            constants[WORKING] = _copies(state.apply_fn, used, first)
 
         def objective(params, micro, index):
             micro_key = jax.random.fold_in(key, index)
-            sums = loss_sums(state.apply_fn, {"params": params, **constants}, micro, micro_key)
+            variables = {"params": params, **constants}
+            sums = loss_sums(state.apply_fn, variables, micro, micro_key, noisy=noisy)
             return sums.nll / tokens + sums.nsp_nll / sequences, sums
 
         if accumulation == 1:
-            grads, sums = jax.grad(objective, has_aux=True)(state.params, first, 0)
+            grads, sums = jax.grad(objective, has_aux=True)(used["params"], first, 0)
         else:
-            grads, sums = _accumulate(objective, state.params, micros, accumulation)
+            grads, sums = _accumulate(objective, used["params"], micros, accumulation)
+        if method is not None:
+            grads = method.gradient(grads, state.params, state.masks)
         metrics = _means(sums, pairs="nsp_labels" in batch) | {
             "grad_norm": optax.tree.norm(grads),
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
@@ -142,9 +168,9 @@ def _worth_holding(accumulation: int) -> bool:
     return accumulation > 1
 
 
-def _copies(state: TrainState, batch: Batch) -> dict:
-    layers = find_layers(functools.partial(loss_sums, state.apply_fn), state.variables, batch, None)
-    return working_copies(state.variables, layers)
+def _copies(apply_fn: Callable, variables: dict, batch: Batch) -> dict:
+    layers = find_layers(functools.partial(loss_sums, apply_fn), variables, batch, None)
+    return working_copies(variables, layers)
 
 
 def _accumulate(objective: Callable, params, micros: Batch, accumulation: int):

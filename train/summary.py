@@ -13,6 +13,7 @@ from pallas_kernels.files import write_atomically
 from train import environment, metrics, plot
 from train.config import Config, to_json
 from train.display import duration, size
+from train.methods import METHODS
 from train.plan import Plan
 
 SUMMARY_FILE, PLOT_FILE = "summary.json", "loss.png"
@@ -43,7 +44,7 @@ def write_summary(
         "model": config.model,
         "recipe": config.recipe,
         "method": config.method,
-        "sparsity": config.sparsity if config.method == "slope" else "dense",
+        "sparsity": _sparsity(plan),
         "steps": config.total_steps,
         "tokens": config.total_tokens,
         "held_out_first": evals[0],
@@ -74,6 +75,15 @@ def write_summary(
     )
     write_atomically(folder / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
     return summary
+
+
+def _sparsity(plan: Plan) -> str:
+    """What the run prunes by, as configured; "dense" if it prunes nothing."""
+    patterns = {row.pattern for row in plan.explanation.rows} - {"dense"}
+    if not patterns:
+        return "dense"
+    fields = METHODS[plan.config.method].fields
+    return plan.config.sparsity if "sparsity" in fields else ",".join(sorted(patterns))
 
 
 def peak_memory() -> dict[str, int]:
