@@ -6,10 +6,12 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy import stats
 from scipy.special import log_softmax
 
+from slope_jax import TrainState
 from train.data.tokenizer import train_tokenizer
 from train.tasks import metrics
 from train.tasks.examples import Example, read_splits, read_squad, read_tsv
@@ -17,7 +19,7 @@ from train.tasks.features import MOST_QUESTION, Features, make_features
 from train.tasks.head import LONGEST_ANSWER, inputs, losses, predictions
 from train.tasks.registry import TASKS, find_task
 from train.tasks.scoring import best_answers, score
-from train.tasks.step import PADDING, batches
+from train.tasks.step import PADDING, batches, make_train_step
 
 EPS32 = float(jnp.finfo(jnp.float32).eps)
 
@@ -39,7 +41,7 @@ def test_metrics_of_nothing_told_apart_are_zero():
     assert metrics.matthews([0] * 4, [0] * 4) == 0.0
     assert metrics.f1([0] * 4, true) == 0.0
     assert metrics.f1([0] * 4, [0] * 4) == 0.0
-    assert metrics.pearson([0.1] * 4, true) == 0.0  # 0.1 has no exact mean
+    assert metrics.pearson([0.1] * 3, true[:3]) == 0.0  # the mean of these isn't 0.1
     assert metrics.spearman([2.0] * 4, true) == 0.0
 
 
@@ -73,7 +75,8 @@ def test_answers_are_scored_against_the_one_that_fits_best():
     assert metrics.exact_match("Denver Broncos!", golds) == 1.0
     assert metrics.exact_match("Broncos", golds) == 0.0
     assert metrics.answer_f1("Denver", golds) == 2 * 1 / (1 + 2)
-    assert metrics.answer_f1("of Denver of", golds) == 2 * 2 / (3 + 3)  # words count as often
+    assert metrics.answer_f1("of Denver of", golds) == 2 * 2 / (3 + 3)
+    assert metrics.answer_f1("so so", ["so so good"]) == 2 * 2 / (2 + 3)  # as often as they come
     assert metrics.answer_f1("Seattle", golds) == 0.0
     assert metrics.answer_f1("the", ["an"]) == 0.0
 
@@ -247,11 +250,11 @@ def test_sequences_hold_texts_between_special_tokens(vocabulary):
 def test_windows_cover_the_context_and_mark_the_answer(vocabulary):
     rng = np.random.default_rng(0)
     words = [str(w) for w in rng.choice(["alpha", "beta", "gamma", "ü"], 150)]
-    words[70] = "delta"
+    words[70] = "omega-7"  # of many tokens
     context = " ".join(words)
-    start = context.index("delta")
+    start = context.index("omega-7")
     examples = [
-        Example(("alpha? " * 40, context), answers=((start, "delta"),)),
+        Example(("alpha? " * 40, context), answers=((start, "omega-7"),)),
         Example(("Who", "epsilon"), answers=((0, "epsilon"),)),
     ]
     found = make_features(TASKS["squad"], examples, vocabulary, 100, stride=12)
@@ -269,11 +272,11 @@ def test_windows_cover_the_context_and_mark_the_answer(vocabulary):
         if first:
             inside += 1
             begin, end = found.offsets[i, first, 0], found.offsets[i, last, 1]
-            assert context[begin:end].strip() == "delta"
+            assert context[begin:end].strip() == "omega-7"
         else:
             tokens = "".join(vocabulary.decode(part))
             assert last == 0
-            assert "delta" not in tokens
+            assert "omega-7" not in tokens
     assert 1 < inside < count
     with pytest.raises(ValueError, match="seq_len=64 is too short for squad; give 96"):
         make_features(TASKS["squad"], examples, vocabulary, 64)
@@ -293,7 +296,8 @@ def spans(count=3, length=50):
 
 def test_the_best_span_is_that_of_a_loop():
     logits, batch = spans()
-    logits[0, 6, 0] = logits[0, 45, 1] = 9.0  # too far apart to be an answer together
+    logits[0, 6, 0] = logits[0, 6 + LONGEST_ANSWER, 1] = 9.0  # one too many between them
+    logits[0, 5 + LONGEST_ANSWER, 1] = 8.0
     logits[1, 20, 1] = logits[1, 21, 0] = 9.0  # in the wrong order
     logits[2, 2] = logits[2, 43] = 99.0  # not in the context
     top, first, last = predictions("span", jnp.asarray(logits), batch)
@@ -352,3 +356,37 @@ def test_batches_hold_every_number_once():
         numbers = np.concatenate(rows)
         assert sorted(numbers[numbers != PADDING]) == list(range(count))
         assert np.concatenate(list(batches(count, size)))[:count].tolist() == list(range(count))
+    order = np.random.default_rng(0)
+    epochs = [np.concatenate(list(batches(100, 10, order))).tolist() for _ in range(2)]
+    assert epochs[0] != epochs[1] != list(range(100)) != epochs[0]
+
+
+def test_padded_rows_do_not_count_and_every_step_has_its_own_dropout():
+    def apply(variables, input_ids, token_type_ids, lengths, *, deterministic, rngs):
+        assert not deterministic
+        noise = jax.random.normal(rngs["dropout"], ()) * variables["masks"]
+        return (variables["params"]["w"] * lengths + noise)[:, None].astype(jnp.float32)
+
+    lengths = np.array([1, 2, 3, 4], np.int32)
+    data = {
+        "input_ids": np.zeros((4, 4), np.int32),
+        "second": lengths,
+        "lengths": lengths,
+        "labels": np.float32([0, 9, 5, 9]),
+    }
+    step = make_train_step("score")
+
+    def state(noise):
+        options = {
+            "params": {"w": jnp.float32(2)},
+            "masks": jnp.float32(noise),
+            "tx": optax.sgd(0.5),
+        }
+        return TrainState.create(apply_fn=apply, **options)
+
+    key, rows = jax.random.key(0), np.int32([0, 2, PADDING, PADDING])
+    after, loss = step(state(0), data, rows, key)
+    assert loss == ((2 * 1 - 0) ** 2 + (2 * 3 - 5) ** 2) / 2
+    assert after.params["w"] == 2 - 0.5 * (2 * 2 * 1 + 2 * 1 * 3) / 2
+    first, second = (step(state(1).replace(step=jnp.int32(i)), data, rows, key)[1] for i in (0, 1))
+    assert first != second
