@@ -257,14 +257,14 @@ def test_windows_cover_the_context_and_mark_the_answer(vocabulary):
         Example(("alpha? " * 40, context), answers=((start, "omega-7"),)),
         Example(("Who", "epsilon"), answers=((0, "epsilon"),)),
     ]
-    found = make_features(TASKS["squad"], examples, vocabulary, 100, stride=12)
+    found = make_features(TASKS["squad"], examples, vocabulary, 100, stride=5)
     whole = vocabulary.tokenizer.encode(context, add_special_tokens=False)
     head, room = MOST_QUESTION + 2, 100 - MOST_QUESTION - 3
-    count = 1 + -(-(len(whole.ids) - room) // 12)
+    count = 1 + -(-(len(whole.ids) - room) // 5)
     assert found.example.tolist() == [0] * count + [1]
     inside = 0
     for i in range(count):
-        part = whole.ids[12 * i : 12 * i + room]
+        part = whole.ids[5 * i : 5 * i + room]
         assert found.input_ids[i, head : head + len(part)].tolist() == part
         assert found.lengths[i] == head + len(part) + 1
         assert found.second[i] == head
