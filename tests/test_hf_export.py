@@ -135,7 +135,7 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     models.export_hf(tmp_path / "old", model, variables)
     with pytest.raises(ValueError, match="exists already"):
         models.export_hf(tmp_path / "old", model, variables)
-    monkeypatch.setattr(hf_export, "_config", lambda *args: 1 / 0)
+    monkeypatch.setattr(hf_export, "config_json", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         models.export_hf(tmp_path / "new", model, variables)
     assert [p.name for p in tmp_path.iterdir()] == ["old"]

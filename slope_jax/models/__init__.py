@@ -13,6 +13,7 @@ from slope_jax.models.opt import OPT, OPTConfig
 from slope_jax.models.registry import VARIANTS, build, count_parameters, variant_config
 from slope_jax.models.rope import RopeScaling
 from slope_jax.models.stack import stack_layers, unstack_layers
+from slope_jax.models.torch_export import export_semi_structured, semi_structured
 from slope_jax.models.wanda import prune_wanda
 
 __all__ = [
@@ -38,10 +39,12 @@ __all__ = [
     "build",
     "count_parameters",
     "export_hf",
+    "export_semi_structured",
     "from_hf",
     "init_cache",
     "load_hf",
     "prune_wanda",
+    "semi_structured",
     "stack_layers",
     "unstack_layers",
     "variant_config",

@@ -1,7 +1,7 @@
 """Our variables as a Hugging Face folder that Transformers loads: dense, adapters merged or apart."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,29 +67,29 @@ def export_hf(
     """
     if adapters not in ("merge", "lora"):
         raise ValueError(f"adapters={adapters!r}; choose 'merge' or 'lora'")
-    folder, family = Path(folder).expanduser().resolve(), _family(model)
+    folder, family = Path(folder).expanduser().resolve(), family_of(model)
     single = unstack_layers(variables)
     with new_folder(folder) as staging:
         tensors = _tensors(model, family, single, merged=adapters == "merge", dtype=dtype)
-        _write_shards(staging, tensors)
-        config = _config(model, family, np.dtype(dtype or model.config.param_dtype).name)
+        write_shards(staging, tensors)
+        config = config_json(model, family, np.dtype(dtype or model.config.param_dtype).name)
         write_atomically(staging / "config.json", json.dumps(config, indent=2) + "\n")
         if adapters == "lora" and model.config.rank:
-            _write_adapter(staging / "adapter", model, family, single, dtype)
+            write_adapter(staging / "adapter", model, family, single, dtype)
     return folder
 
 
-def _family(model: Bert | Decoder) -> str:
+def family_of(model: Bert | Decoder) -> str:
     if isinstance(model, Bert | GPT2 | OPT):
         return type(model).__name__.lower()
     return "llama" if model.config.window is None else "mistral"
 
 
-def _full_name(family: str, name: str) -> str:
+def full_name(family: str, name: str) -> str:
     return name if name.startswith(_ALONE) else _PREFIX.get(family, "model.") + name
 
 
-def _at(tree: Mapping, path: tuple[str, ...]) -> Any:
+def at(tree: Mapping, path: tuple[str, ...]) -> Any:
     for part in path:
         if part not in tree:
             return None
@@ -97,28 +97,44 @@ def _at(tree: Mapping, path: tuple[str, ...]) -> Any:
     return tree
 
 
+def linear_of(source: Source) -> str:
+    """The logical path of the linear that has the parameter."""
+    return "/".join(source.path[:-1]).replace("layers_", "layers/", 1)
+
+
 def _tensors(
     model, family: str, variables: Mapping, *, merged: bool, dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Their tensors by name, one after the other."""
-    patterns = model.config.patterns
     for source in hf_names.sources(model.config, family):
-        array = _at(variables["params"], source.path)
-        metadata = _at(variables.get("masks", {}), source.path)
-        layer = _at(variables["params"], source.path[:-1])
-        wanted = array.dtype if dtype is None else jnp.dtype(dtype)
-        if metadata is not None:
-            path = "/".join(source.path[:-1]).replace("layers_", "layers/", 1)
-            array = _dense(array, metadata, patterns[path])
-        if merged and source.path[-1] == "kernel" and ADAPTER_L in layer:
-            left, right = (layer[name].astype(jnp.float32) for name in (ADAPTER_L, ADAPTER_R))
-            array = array.astype(jnp.float32) + jnp.matmul(left, right, precision="highest")
-        array = np.asarray(array.astype(wanted))
-        if source.vocabulary is not None:
-            array = array.take(range(model.config.vocab_size), axis=source.vocabulary)
-        for name, part in zip(source.names, _parts(model, source, array), strict=True):
-            part = part.T if source.transpose else part
-            yield _full_name(family, name), np.ascontiguousarray(part)
+        yield from dense_tensors(model, family, source, variables, dtype, merged=merged)
+
+
+def dense_tensors(
+    model: Bert | Decoder,
+    family: str,
+    source: Source,
+    variables: Mapping,
+    dtype: Any,
+    *,
+    merged: bool = False,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Their names and tensors of one parameter of ours, layers single."""
+    array = at(variables["params"], source.path)
+    metadata = at(variables.get("masks", {}), source.path)
+    layer = at(variables["params"], source.path[:-1])
+    wanted = array.dtype if dtype is None else jnp.dtype(dtype)
+    if metadata is not None:
+        array = _dense(array, metadata, model.config.patterns[linear_of(source)])
+    if merged and source.path[-1] == "kernel" and ADAPTER_L in layer:
+        left, right = (layer[name].astype(jnp.float32) for name in (ADAPTER_L, ADAPTER_R))
+        array = array.astype(jnp.float32) + jnp.matmul(left, right, precision="highest")
+    array = np.asarray(array.astype(wanted))
+    if source.vocabulary is not None:
+        array = array.take(range(model.config.vocab_size), axis=source.vocabulary)
+    for name, part in zip(source.names, parts_of(model, source, array), strict=True):
+        part = part.T if source.transpose else part
+        yield full_name(family, name), np.ascontiguousarray(part)
 
 
 def _dense(values, metadata, pattern: str):
@@ -127,8 +143,8 @@ def _dense(values, metadata, pattern: str):
     return decompress(CompressedMatrix(values, metadata, parsed, 0, shape))
 
 
-def _parts(model, source: Source, array: np.ndarray) -> list[np.ndarray]:
-    """The columns of each of their tensors."""
+def parts_of(model: Bert | Decoder, source: Source, array: np.ndarray) -> list[np.ndarray]:
+    """The columns of each of their tensors: splits the last axis."""
     count = len(source.names)
     if count == 1:
         return [array]
@@ -139,8 +155,10 @@ def _parts(model, source: Source, array: np.ndarray) -> list[np.ndarray]:
     return np.split(array, count, axis=-1)
 
 
-def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
-    """model.safetensors, or numbered files and their index; no more than one of them in memory."""
+def write_shards(
+    folder: Path, tensors: Iterable[tuple[str, np.ndarray]], stem: str = "model"
+) -> None:
+    """stem.safetensors, or numbered files and their index; no more than one of them in memory."""
     from safetensors.numpy import save_file
 
     files: list[list[str]] = []
@@ -161,18 +179,20 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]]) -> No
         total += tensor.nbytes
     write()
     if len(files) == 1:
-        (folder / "part-0").rename(folder / "model.safetensors")
+        (folder / "part-0").rename(folder / f"{stem}.safetensors")
         return
     index = {}
     for number, names in enumerate(files):
-        target = f"model-{number + 1:05}-of-{len(files):05}.safetensors"
+        target = f"{stem}-{number + 1:05}-of-{len(files):05}.safetensors"
         (folder / f"part-{number}").rename(folder / target)
         index |= dict.fromkeys(names, target)
     content = {"metadata": {"total_size": total}, "weight_map": index}
-    write_atomically(folder / "model.safetensors.index.json", json.dumps(content, indent=2) + "\n")
+    write_atomically(
+        folder / f"{stem}.safetensors.index.json", json.dumps(content, indent=2) + "\n"
+    )
 
 
-def _config(model, family: str, dtype: str) -> dict[str, Any]:
+def config_json(model, family: str, dtype: str) -> dict[str, Any]:
     """config.json: our fields by their names, and what we do not vary."""
     table, ours = FAMILIES[family], model.config
     found = {"architectures": [_HEADS[family]], "model_type": family, "torch_dtype": dtype}
@@ -193,19 +213,19 @@ def _config(model, family: str, dtype: str) -> dict[str, Any]:
     return found
 
 
-def _write_adapter(folder: Path, model, family: str, variables: Mapping, dtype) -> None:
+def write_adapter(folder: Path, model, family: str, variables: Mapping, dtype) -> None:
     """adapter_config.json and adapter_model.safetensors, as PEFT's LoRA has them."""
     from safetensors.numpy import save_file
 
     tensors, modules = {}, set()
     for source in hf_names.sources(model.config, family):
-        layer = _at(variables["params"], source.path[:-1])
+        layer = at(variables["params"], source.path[:-1])
         if source.path[-1] != "kernel" or ADAPTER_L not in layer:
             continue
         wanted = layer[ADAPTER_L].dtype if dtype is None else jnp.dtype(dtype)
         left, right = (np.asarray(layer[name].astype(wanted)) for name in (ADAPTER_L, ADAPTER_R))
-        for name, part in zip(source.names, _parts(model, source, right), strict=True):
-            module = _full_name(family, name).removesuffix(".weight")
+        for name, part in zip(source.names, parts_of(model, source, right), strict=True):
+            module = full_name(family, name).removesuffix(".weight")
             modules.add(module)
             stem = f"base_model.model.{module}"
             tensors[f"{stem}.lora_A.weight"] = np.ascontiguousarray(left.T)
