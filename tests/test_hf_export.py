@@ -39,18 +39,27 @@ def made(family, rank):
     """A model whose every parameter is random, as zeros and ones would hide a wrong name."""
     name, fields = FAMILIES[family]
     model = models.build(name, **SMALL, **fields, adapter_rank=rank)
-    variables = jax.jit(model.init)(jax.random.key(0), **model.example_inputs())
-    leaves, tree = jax.tree.flatten(variables["params"])
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noise = [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    params = jax.tree.unflatten(tree, [x + n for x, n in zip(leaves, noise, strict=True)])
+    shapes = jax.eval_shape(model.init, jax.random.key(0), **model.example_inputs())
+    rng = np.random.default_rng(1)
+    pairs = np.array([0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110], np.uint8)  # 2 of 4
+
+    def metadata(leaf):
+        low, high = rng.choice(pairs, (2, *leaf.shape))
+        return jnp.asarray(low | high << 4)
+
+    def parameter(path, leaf):
+        noise = 0.2 * rng.standard_normal(leaf.shape, np.float32)
+        return jnp.asarray(noise + np.float32(path[-1].key == "scale"))
+
+    masks = jax.tree.map(metadata, shapes["masks"])
+    params = jax.tree_util.tree_map_with_path(parameter, shapes["params"])
     table = params["embeddings"]["token"]
     table["embedding"] = table["embedding"].at[61:].set(0)
     if "lm_head" in params:
         params["lm_head"]["kernel"] = params["lm_head"]["kernel"].at[:, 61:].set(0)
     if "mlm" in params:
         params["mlm"]["bias"] = params["mlm"]["bias"].at[61:].set(0)
-    return model, variables | {"params": params}
+    return model, {"params": params, "masks": masks}
 
 
 def logits_of_ours(model, variables):

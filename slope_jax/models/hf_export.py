@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -34,6 +35,7 @@ _ROPE_SCALING = (
     "high_freq_factor",
     "original_max_position_embeddings",
 )
+_decompress = jax.jit(decompress)
 _ALONE = ("cls.", "lm_head.")  # names outside of the base model
 
 
@@ -140,7 +142,7 @@ def dense_tensors(
 def _dense(values, metadata, pattern: str):
     parsed = Pattern.parse(pattern)
     shape = (values.shape[0] * parsed.m // parsed.n, values.shape[1])
-    return decompress(CompressedMatrix(values, metadata, parsed, 0, shape))
+    return _decompress(CompressedMatrix(values, metadata, parsed, 0, shape))
 
 
 def parts_of(model: Bert | Decoder, source: Source, array: np.ndarray) -> list[np.ndarray]:
