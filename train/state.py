@@ -100,8 +100,13 @@ def as_called(setup: Setup, state: TrainState) -> TrainState:
     """The state with the parameters and masks that the model is called with."""
     if not setup.method.kernels:
         return state
-    used = jax.jit(setup.method.variables)(state.params, state.masks)
+    used = _variables(setup.method, state.params, state.masks)
     return state.replace(params=used["params"], masks=used["masks"])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _variables(method: Method, params: Any, masks: Any) -> dict[str, Any]:
+    return method.variables(params, masks)
 
 
 def abstract_state(setup: Setup, *, adapters: bool) -> TrainState:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import optax
 from flax import linen as nn
 from flax import traverse_util
@@ -10,6 +11,8 @@ from pallas_kernels import compress
 from slope_jax import TrainState, masks
 from train.config import Config
 from train.methods.base import Method, Tree, check_prunes, masked, rebuilt, replace_leaves
+
+_compress = jax.jit(compress, static_argnums=1)
 
 
 class SrSte(Method):
@@ -46,7 +49,7 @@ class SrSte(Method):
 
     def finished(self, model: nn.Module, state: TrainState) -> tuple[nn.Module, dict[str, Tree]]:
         compressed = self._map_kernels(
-            lambda path, w: compress(w, self.kernels[path]), state.params
+            lambda path, w: _compress(w, self.kernels[path]), state.params
         )
         values = {path: w.values for path, w in compressed.items()}
         metadata = {path: w.metadata for path, w in compressed.items()}
