@@ -17,6 +17,7 @@ from pallas_kernels import Pattern, compress
 from pallas_kernels.samples import CUBLAS
 from slope_jax import TrainState, explain, find_layers, models
 from train.config import Config
+from train.methods import METHODS
 from train.optimizer import make_optimizer, make_schedule
 from train.state import Setup, abstract_state, is_stacked
 from train.step import make_train_step
@@ -131,7 +132,8 @@ class Case:
         )
         schedule = make_schedule(config.phases, config.schedule)
         tx = make_optimizer(config, schedule, is_stacked)
-        return Setup(self.build(), None, schedule, tx, jax.random.key(0))
+        method = METHODS[config.method](config)
+        return Setup(self.build(), None, schedule, tx, jax.random.key(0), method)
 
 
 @dataclasses.dataclass
