@@ -145,7 +145,7 @@ def test_shards(transformers, bert, tmp_path):
     equal(models.from_hf(tmp_path)[1], models.from_hf(folder)[1])
     lost = sorted(tmp_path.glob("model-*.safetensors"))[1]
     lost.unlink()
-    with pytest.raises(ValueError, match=f"{lost.name} is missing"):
+    with pytest.raises(ValueError, match=f"{lost.name} is missing; the folder holds"):
         models.from_hf(tmp_path)
 
 
@@ -285,33 +285,96 @@ def test_adapters_join_later(folder):
         models.from_hf(folder, adapter_rank=4)
 
 
-def test_damaged_files(folder):
-    weights = folder / "model.safetensors"
-    whole = weights.read_bytes()
-    for content in (whole[:-100], whole[:5], b"", b"not safetensors" * 20):
-        weights.write_bytes(content)
-        with pytest.raises(ValueError, match=r"model.safetensors is damaged or cut off"):
-            models.from_hf(folder)
-    weights.rename(folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"is missing; .*pytorch_model.bin.*save_pretrained"):
-        models.from_hf(folder)
-    config = folder / "config.json"
-    config.write_text(config.read_text()[:-5])
-    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
-        models.from_hf(folder)
-    config.unlink()
-    with pytest.raises(ValueError, match=r"config.json is missing"):
-        models.from_hf(folder)
-    with pytest.raises(ValueError, match="is not a folder"):
-        models.from_hf(folder / "nowhere")
+def cut(name, keep):
+    def damage(folder):
+        (folder / name).write_bytes((folder / name).read_bytes()[:keep])
+
+    return damage
 
 
-def test_index_that_lies(folder):
-    tensors = gpt2_tensors()
-    index = {"weight_map": {name: "model.safetensors" for name in [*tensors, "ghost"]}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="names tensors that no shard holds: ghost"):
+def put(name, content):
+    return lambda folder: (folder / name).write_text(content, encoding="utf-8")
+
+
+def index(folder, weight_map):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def shards_cut_off(folder):
+    names = [f"model-{i}.safetensors" for i in range(3)]
+    tensors = list(gpt2_tensors().items())
+    for i, name in enumerate(names):
+        safetensors_numpy.save_file(dict(tensors[i::3]), folder / name)
+    index(folder, {key: names[i % 3] for i, (key, _) in enumerate(tensors)})
+    for name in names[1:]:
+        cut(name, -8)(folder)
+
+
+def shards_missing(folder):
+    index(folder, {"wte.weight": "b.safetensors", "wpe.weight": "a.safetensors"})
+
+
+def bert_under_the_name_of_gpt2(folder):
+    write(folder, {"bert.pooler.dense.bias": np.zeros(32, np.float32)})
+
+
+def stored_twice(folder):
+    write(folder, gpt2_tensors() | {"ln_f.bias": np.zeros(32, np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut("model.safetensors", -100), r"cut off: model.safetensors \(.*\); copy or download"),
+        (cut("model.safetensors", 5), r"cut off: model.safetensors"),
+        (cut("model.safetensors", 0), r"cut off: model.safetensors"),
+        (put("model.safetensors", "not safetensors" * 20), r"cut off: model.safetensors"),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+            r"model.safetensors is missing; .*pytorch_model.bin.*save_pretrained",
+        ),
+        (shards_cut_off, r"cut off: model-1.safetensors \(.*\), model-2.safetensors \(.*copy or"),
+        (shards_missing, r"a.safetensors, b.safetensors are missing; the folder holds config.json"),
+        (
+            lambda folder: index(folder, {"wte.weight": "../model.safetensors"}),
+            r"index.json names files that are not in the folder: \.\./model.safetensors",
+        ),
+        (
+            lambda folder: index(
+                folder, dict.fromkeys([*gpt2_tensors(), "ghost"], "model.safetensors")
+            ),
+            "names tensors that no shard holds: ghost",
+        ),
+        (put("model.safetensors.index.json", "{}"), "has no 'weight_map'"),
+        (stored_twice, r"holds tensors more than once: ln_f.bias$"),
+        (
+            bert_under_the_name_of_gpt2,
+            r"missing: h.0.attn.c_attn.bias, .* and 28 more; surplus: pooler.dense.bias\.",
+        ),
+        (cut("config.json", -5), r"config.json is not valid JSON"),
+        (put("config.json", "[]"), r"config.json holds a list, not an object"),
+        (put("config.json", "{}"), r"model_type None; choose a folder of \['bert', 'gpt2'"),
+        (lambda folder: (folder / "config.json").unlink(), r"config.json is missing"),
+        (shutil.rmtree, "is not a folder"),
+    ],
+)
+def test_bad_folders(folder, damage, message):
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
         models.from_hf(folder)
-    (folder / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match="has no 'weight_map'"):
-        models.from_hf(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("gpt2", {"n_layer": "3", "resid_pdrop": None}, "n_layer='3', resid_pdrop=None must be"),
+        ("gpt2", {"layer_norm_epsilon": float("inf")}, "layer_norm_epsilon=inf must be numbers"),
+        ("bert", {"type_vocab_size": 2.0}, "type_vocab_size=2.0 must be numbers, counts whole"),
+        ("opt", {"word_embed_proj_dim": [32]}, r"word_embed_proj_dim=\[32\] must be"),
+        ("llama", {"rope_scaling": "llama3", "head_dim": True}, "head_dim=True, rope_scaling='ll"),
+        ("llama", {"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta='1e4' must be numbers"),
+    ],
+)
+def test_numbers_of_the_configuration(family, change, message):
+    with pytest.raises(ValueError, match=message):
+        hf_names.read_config(change, family)

@@ -124,7 +124,7 @@ def from_hf(
     folder = checked_folder(folder)
     raw = read_json(folder / "config.json")
     family = raw.get("model_type")
-    if family not in _MODELS:
+    if not isinstance(family, str) or family not in _MODELS:
         raise ValueError(
             f"{folder / 'config.json'}: model_type {family!r}; choose a folder of {list(_MODELS)}"
         )

@@ -55,42 +55,58 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
         shards = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise ValueError(f"{folder / _INDEX} has no 'weight_map'; copy or download it again")
+        outside = [str(f) for f in shards.values() if not isinstance(f, str) or f != Path(f).name]
+        if outside:
+            raise ValueError(
+                f"{folder / _INDEX} names files that are not in the folder: {listed(outside)}"
+            )
         files = sorted(set(shards.values()))
     else:
         shards, files = {}, [_SINGLE]
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors |= _open_file(folder / file)
-    lost = sorted(set(shards) - set(tensors))
+    opened = _open_files(folder, files)
+    lost = sorted(set(shards) - {name for name, _ in opened})
     if lost:
         raise ValueError(f"{folder / _INDEX} names tensors that no shard holds: {listed(lost)}")
-    return {
-        hf_names.canonical(name): tensor
-        for name, tensor in tensors.items()
-        if not hf_names.is_buffer(name)
-    }
+    tensors: dict[str, Tensor] = {}
+    twice = []
+    for name, tensor in opened:
+        known = hf_names.canonical(name)
+        if hf_names.is_buffer(name):
+            continue
+        if known in tensors:
+            twice.append(known)
+        tensors[known] = tensor
+    if twice:
+        raise ValueError(f"{folder} holds tensors more than once: {listed(sorted(twice))}")
+    return tensors
 
 
-def _open_file(path: Path) -> dict[str, Tensor]:
+def _open_files(folder: Path, files: list[str]) -> list[tuple[str, Tensor]]:
+    """All names and tensors; what is wrong with any file is said of all of them."""
     try:
         import safetensors
     except ImportError:
         raise ImportError(
             "reading Hugging Face folders needs safetensors: pip install 'slope-jax[hf]'"
         ) from None
-    if not path.exists():
-        present = listed(sorted(p.name for p in path.parent.iterdir())) or "nothing"
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        present = listed(sorted(p.name for p in folder.iterdir())) or "nothing"
         raise ValueError(
-            f"{path} is missing; the folder holds {present}. Weights in another format become"
-            " safetensors by from_pretrained and save_pretrained of Transformers"
+            f"{folder}: {listed(missing)} {'is' if len(missing) == 1 else 'are'} missing; the"
+            f" folder holds {present}. Weights in another format become safetensors by"
+            " from_pretrained and save_pretrained of Transformers"
         )
-    try:
-        file = safetensors.safe_open(path, framework="numpy")
-        return {name: Tensor(file, name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path} is damaged or cut off ({error}); copy or download it again"
-        ) from None
+    opened, damaged = [], []
+    for name in files:
+        try:
+            file = safetensors.safe_open(folder / name, framework="numpy")
+            opened += [(key, Tensor(file, key)) for key in file.keys()]  # noqa: SIM118
+        except (safetensors.SafetensorError, OSError) as error:
+            damaged.append(f"{name} ({error})")
+    if damaged:
+        raise ValueError(f"{folder}: damaged or cut off: {listed(damaged)}; copy or download again")
+    return opened
 
 
 def listed(items: list[str], limit: int = 12) -> str:

@@ -1,5 +1,6 @@
 """From the names of Hugging Face to ours, by the tables of `hf_families`."""
 
+import math
 import re
 from typing import Any
 
@@ -10,6 +11,18 @@ from slope_jax.models.hf_families import FAMILIES, Source
 _BUFFERS = re.compile(
     r"(.*\.)?(attn\.(masked_)?bias|embeddings\.(position|token_type)_ids|rotary_emb\.inv_freq)"
 )
+
+# Besides those in the families' tables: what stands for a float is a float, for a count an integer.
+_NUMBERS = {
+    "head_dim": None,
+    "word_embed_proj_dim": None,
+    "rope_theta": 1.0,
+    "factor": 1.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 1.0,
+    "original_max_position_embeddings": 1,
+}
+_OPTIONAL = ("sliding_window",)  # null says that there is none
 
 
 def is_buffer(name: str) -> bool:
@@ -28,9 +41,11 @@ def read_config(raw: dict[str, Any], family: str) -> dict[str, Any]:
     """Our configuration fields from the content of config.json.
 
     Raises:
-      ValueError: it describes a variation that our models do not have.
+      ValueError: it describes a variation that our models do not have, or holds no numbers where
+        these belong.
     """
     table = FAMILIES[family]
+    _check_numbers(raw, family)
     other = [
         f"{key}={raw[key]!r} (ours: {' or '.join(map(repr, values))})"
         for key, values in table.fixed.items()
@@ -39,6 +54,30 @@ def read_config(raw: dict[str, Any], family: str) -> dict[str, Any]:
     if other:
         raise ValueError(f"config.json: our {family} does not have {', '.join(other)}")
     return table.finish(raw, {ours: raw.get(*theirs) for ours, theirs in table.fields.items()})
+
+
+def _check_numbers(raw: dict[str, Any], family: str) -> None:
+    table = FAMILIES[family]
+    defaults = dict(table.fields.values()) | _NUMBERS
+    if table.dropout is not None:
+        defaults[table.dropout] = 0.1
+    nested = {
+        key: raw[key] for key in ("rope_parameters", "rope_scaling") if raw.get(key) is not None
+    }
+    wrong = [f"{key}={value!r}" for key, value in nested.items() if not isinstance(value, dict)]
+    for given in (raw, *(value for value in nested.values() if isinstance(value, dict))):
+        for key in defaults.keys() & given.keys():
+            value, default = given[key], defaults[key]
+            kinds = int | float if isinstance(default, float) else int
+            number = isinstance(value, kinds) and not isinstance(value, bool)
+            absent = value is None and (default is None or key in _OPTIONAL)
+            if not absent and not (number and math.isfinite(value)):
+                wrong.append(f"{key}={value!r}")
+    if wrong:
+        raise ValueError(
+            f"config.json: {', '.join(sorted(wrong))} must be numbers, counts whole ones; copy or"
+            " download it again"
+        )
 
 
 def dropout(raw: dict[str, Any], family: str) -> float:
