@@ -425,7 +425,7 @@ def dense(folder):
 
 RUNS = {
     "sr-ste": ({}, ()),  # has no state of its own
-    "fst": ({"mask_every": 2, "dense_finish": 0.35}, (3, 4)),
+    "fst": ({"mask_every": 2, "dense_finish": 0.35}, (3,)),
     # Of few linears, which compile faster.
     "wanda": ({"adapter_rank": 0, "sparsity": "layers/[1-3]/mlp/down=2:4; .*=dense"}, (3,)),
 }

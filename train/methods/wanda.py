@@ -58,7 +58,10 @@ class Wanda(Slope):
             f" {sequences:,} sequences, in {time.monotonic() - began:.0f} s"
         )
         # Moments of a new optimizer are zeros, whatever the weights.
-        return state.replace(params=_like(state.params, pruned["params"]), masks=pruned["masks"])
+        state = state.replace(params=_like(state.params, pruned["params"]), masks=pruned["masks"])
+        # Weights that were read from a disk are bound to their device; were the moments not, the
+        # second step would be compiled anew.
+        return jax.device_put(state, jax.devices()[0])
 
 
 def take_tokenizer(config: Config, folder: pathlib.Path) -> None:
