@@ -8,7 +8,8 @@ import pytest
 from flax import linen as nn
 
 from pallas_kernels import CompressedMatrix, Pattern, decompress
-from slope_jax import SparseDense, masks
+from slope_jax import SparseDense, explain, find_layers, masks, working_copies
+from slope_jax.models import build
 
 X = jax.random.normal(jax.random.key(9), (2, 5, 16))
 
@@ -237,3 +238,54 @@ def test_missing_masks_are_named():
     params = layer.init(jax.random.key(0), X)["params"]
     with pytest.raises(ValueError, match="'masks' is missing"):
         layer.apply({"params": params}, X)
+
+
+def test_an_exact_layer_differentiates_and_keeps_no_pruned_transpose():
+    layer = SparseDense(24, backward="exact", bias_init=nn.initializers.normal(1.0))
+    variables = layer.init(jax.random.key(0), X)
+    kernel = dense_kernel(layer, variables)
+    dx = jax.grad(lambda x: layer.apply(variables, x).sum())(X)
+    np.testing.assert_array_equal(dx, jax.grad(lambda x: (x @ kernel).sum())(X))
+    copies = working_copies(variables, find_layers(layer.apply, variables, X))
+    assert copies["kernel"].transpose is None
+    row = explain(layer, variables, X).rows[0]
+    assert "backward is exact" in row.choices["dx"].reason
+
+
+@pytest.mark.parametrize("scale", [0.25, 1.0, 3.0])
+def test_adapters_are_born_normal_with_the_scale_over_the_rank(scale):
+    inputs, rank = 256, 64
+    model = build(
+        "gpt2-nano",
+        hidden_size=inputs,
+        num_layers=1,
+        sparsity="layers/0/mlp/up=2:4; .*=dense",
+        adapter_rank=rank,
+        adapter_scale=scale,
+        vocab_size=8,
+    )
+    params = jax.jit(model.init)(jax.random.key(0), **model.example_inputs())["params"]
+    up = params["layers_0"]["mlp"]["up"]
+    left = np.asarray(up["adapter_l"], np.float64) * rank / scale
+    assert left.shape == (inputs, rank)
+    # Mean and variance of N(0, 1) numbers, within 5 standard errors of theirs.
+    assert abs(left.mean()) < 5 / np.sqrt(left.size)
+    assert abs(left.var() - 1) < 5 * np.sqrt(2 / left.size)
+    assert not np.asarray(up["adapter_r"]).any()
+
+
+def test_a_simulated_layer_keeps_its_kernel_dense_and_multiplies_it_as_it_is():
+    layer, reference = SparseDense(24, simulated=True), nn.Dense(24)
+    variables = layer.init(jax.random.key(0), X)
+    jax.tree.map(np.testing.assert_array_equal, variables, reference.init(jax.random.key(0), X))
+    np.testing.assert_array_equal(layer.apply(variables, X), reference.apply(variables, X))
+    row = explain(layer, variables, X).rows[0]
+    assert (row.pattern, row.implementation) == ("2:4", "xla")
+    assert "simulated" in row.reason
+    with pytest.raises(ValueError, match="would run a dense product"):
+        explain(layer, variables, X, strict=True)
+
+
+def test_simulated_linears_of_a_model_have_no_adapters():
+    with pytest.raises(ValueError, match="adapter_rank=2: simulated linears have no adapters"):
+        build("gpt2-nano", simulated=True, adapter_rank=2)

@@ -104,3 +104,42 @@ def test_output_axis_must_be_a_multiple_of_m():
     w = compress(jnp.ones((8, 6)), "2:4")
     with pytest.raises(ValueError, match=r"output axis.*6 entries.*multiple of 4"):
         slope_matmul(jnp.ones((1, 8)), w)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_exact_backward_is_the_derivative_of_the_masked_dense_product(pattern, activation):
+    """All in integers, so that no rounding hides which entries are multiplied."""
+    w = compress(integers(0, (32, 48)), pattern)
+    x, dy, bias = integers(1, (2, 3, 32)), integers(2, (2, 3, 48)), integers(3, (48,))
+    adapter = integers(4, (32, 5)), integers(5, (5, 48))
+    kernel, mask = decompress(w), kept_mask(w)
+
+    def dense(x, kernel, bias, left, right):
+        y = x @ jnp.where(mask, kernel, 0) + (x @ left) @ right + bias[None, None]
+        return ((jnp.where(y > 0, y, 0) if activation else y) * dy).sum()
+
+    def sparse(x, values, bias, left, right, backward):
+        y = slope_matmul(
+            x,
+            w.with_values(values),
+            bias=bias,
+            adapter=(left, right),
+            activation=activation,
+            backward=backward,
+        )
+        return (y * dy).sum()
+
+    wanted = jax.grad(dense, argnums=range(5))(x, kernel, bias, *adapter)
+    got = jax.grad(sparse, argnums=range(5))(x, w.values, bias, *adapter, "exact")
+    np.testing.assert_array_equal(decompress(w.with_values(got[1])), wanted[1])
+    for a, b in zip((got[0], *got[2:]), (wanted[0], *wanted[2:]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    double_pruned = jax.grad(sparse)(x, w.values, bias, *adapter, "double-pruned")
+    assert (double_pruned != wanted[0]).any()
+
+
+def test_an_unknown_backward_is_refused():
+    w = compress(jnp.ones((8, 8)), "2:4")
+    with pytest.raises(ValueError, match="'dense'; choose one of double-pruned, exact"):
+        slope_matmul(jnp.ones((1, 8)), w, backward="dense")
