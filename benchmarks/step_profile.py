@@ -184,7 +184,7 @@ def classify(kernel: str, instruction: Instruction | None, tokens: int) -> str:
     """
     operation = instruction.operation if instruction else ""
     backward = "transpose(" in operation and "rematted_computation" not in operation
-    inside = "layers_" in operation
+    inside = "layers_" in operation or "Layer/" in operation  # the class, where it has no name
     if "nm_transpose" in kernel:
         return TRANSPOSES
     if "nm_sddmm" in kernel:

@@ -102,7 +102,9 @@ def _product(x, w, working, bias, adapter, activation, options, save_preactivati
     low_rank = None
     if adapter is not None:
         left, right = (a.astype(x.dtype) for a in adapter)
-        low_rank = (jnp.matmul(x, left, precision=precision), right)
+        # Without the barrier, XLA multiplies twice in a scan: for now, and into the stack for later.
+        t = jax.lax.optimization_barrier(jnp.matmul(x, left, precision=precision))
+        low_rank = (t, right)
     y = nm_matmul(
         x,
         w.with_values(w.values.astype(x.dtype) if working.values is None else working.values),

@@ -361,6 +361,16 @@ def test_padded_vocabulary_takes_no_probability_and_no_gradient(name):
     assert (np.abs(grad[:61]).max(axis=1) > 0).all()
 
 
+def test_gradients_of_a_frequent_token_add_up():
+    """In bfloat16, 256 + 1 is 256."""
+    config = small("gpt2-nano", dtype="bfloat16").config
+    table = layers.embedding(config, 8, None)
+    ids = jnp.zeros((2, 500), jnp.int32)
+    params = table.init(jax.random.key(0), ids)
+    grad = jax.grad(lambda p: table.apply(p, ids).astype(jnp.float32).sum())(params)
+    np.testing.assert_array_equal(grad["params"]["embedding"][:2, 0], [1000, 0])
+
+
 def test_norm_is_float32_in_any_dtype():
     config = small("gpt2-nano", dtype="bfloat16").config
     x = jnp.asarray(np.random.default_rng(0).normal(300, 2, (4, 32)), jnp.bfloat16)

@@ -13,6 +13,8 @@ import slope_jax.matmul
 import slope_jax.working
 from pallas_kernels import nm_transpose
 from pallas_kernels.mosaic import support
+from pallas_kernels.samples import CUBLAS
+from slope_jax import models
 from train.recipes import make_config
 from train.state import abstract_state, init_state, join_adapters, make_setup, step_key
 from train.step import all_finite, eval_step, evaluate, make_train_step
@@ -214,6 +216,27 @@ def test_nothing_dense_is_in_the_step_of_the_kernels(monkeypatch):
     calls = re.compile(r"custom_call @mosaic_gpu.*nm_transpose")
     assert len(calls.findall(before)) == 7
     assert not calls.search(loop)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(support.device_obstacle() is not None, reason=str(support.device_obstacle()))
+@pytest.mark.parametrize("model", ["gpt2-nano", "opt-nano", "llama-nano"])
+def test_xla_runs_each_product_once(model):
+    """It likes to run one again for a second user, where a scan stacks its result."""
+    sizes = {"num_layers": 4, "hidden_size": 256, "mlp_size": 1024, "vocab_size": 512}
+    built = models.build(model, **sizes, adapter_rank=16, dtype="bfloat16")
+    ids = jnp.zeros((4, 128), jnp.int32)
+    variables = jax.eval_shape(built.init, jax.random.key(0), ids)
+
+    def loss(params, masks):
+        return built.apply({"params": params, "masks": masks}, ids).astype(jnp.float32).sum()
+
+    lowered = jax.jit(jax.grad(loss)).lower(variables["params"], variables["masks"])
+    kernels, products = (lowered.as_text().count(name) for name in ("@mosaic_gpu", "dot_general"))
+    compiled = lowered.compile(compiler_options=CUBLAS).as_text()
+    assert kernels >= 3 * 8
+    assert compiled.count('custom_call_target="mosaic_gpu') == kernels
+    assert compiled.count('custom_call_target="__cublas') <= products
 
 
 def test_step_moves_parameters_and_leaves_masks_alone(bert):

@@ -58,7 +58,11 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
         save_preactivation=epilogue.save_preactivation,
         out_dtype=out_dtype,
     )
-    return jax.tree.map(lambda y: y.reshape(*x.shape[:-1], f), result)
+    y, *z = (a.reshape(*x.shape[:-1], f) for a in jax.tree.leaves(result))
+    # In a scan that stacks y, XLA lets the kernel write into the stack, and for y's other users
+    # runs it a second time. The barrier makes it copy y instead.
+    y = jax.lax.optimization_barrier(y)
+    return (y, *z) if z else y
 
 
 def _config(module, tokens: int, k: int, f: int, dtype):

@@ -80,9 +80,21 @@ def norm(config: TransformerConfig, name: str | None) -> Norm | RMSNorm:
     )
 
 
-def embedding(config: TransformerConfig, rows: int, name: str | None) -> nn.Embed:
+class Embed(nn.Embed):
+    """A table whose rows are cast after they are taken, not before.
+
+    Gradients of rows then add up in the table's dtype: in bfloat16, a row that a thousand tokens
+    share would lose most of them, and GPUs add 16-bit numbers in memory one by one.
+    """
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Integers (...) to (..., features)."""
+        return jnp.take(self.embedding, inputs, axis=0).astype(self.dtype)
+
+
+def embedding(config: TransformerConfig, rows: int, name: str | None) -> Embed:
     """A table of `rows` x hidden, N(0, init_std)."""
-    return nn.Embed(
+    return Embed(
         rows,
         config.hidden_size,
         dtype=config.dtype,
