@@ -137,8 +137,7 @@ def export(
     def made(function, donated, *sizes):
         integers = (jax.ShapeDtypeStruct(size, jnp.int32) for size in sizes)
         jitted = jax.jit(function, donate_argnums=donated)
-        # Kernels are programs in custom calls, of whose stability JAX knows nothing.
-        checks = [jax_export.DisabledSafetyCheck.custom_call(name) for name in _KERNELS]
+        checks = [jax_export.DisabledSafetyCheck.custom_call(name) for name in _CALLS]
         given = (shapes, cache) if donated else (shapes,)
         return jax_export.export(jitted, platforms=platforms, disabled_checks=checks)(
             *given, *integers
@@ -153,7 +152,14 @@ def export(
     )
 
 
-_KERNELS = ("mosaic_gpu_v2", "mosaic_gpu", "triton_kernel_call", "__gpu$xla.gpu.triton")
+# Custom calls, of whose stability JAX knows nothing: kernels, and the layout of the cache.
+_CALLS = (
+    "mosaic_gpu_v2",
+    "mosaic_gpu",
+    "triton_kernel_call",
+    "__gpu$xla.gpu.triton",
+    "LayoutConstraint",
+)
 
 
 def save(exported: Exported, folder: pathlib.Path | str) -> pathlib.Path:

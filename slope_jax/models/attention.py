@@ -6,11 +6,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from slope_jax.models.cache import CACHE
 from slope_jax.models.config import TransformerConfig
 from slope_jax.models.layers import linear
 from slope_jax.models.rope import rotate
+
+IN_ORDER = Layout((0, 1, 2, 3))
 
 
 class AttentionPath(NamedTuple):
@@ -169,10 +172,15 @@ class Attention(nn.Module):
                 )
             return key, value
         slots = {name: self.variable(CACHE, name) for name in ("key", "value")}
+        rows = jnp.arange(key.shape[0])[:, None]
         for name, new in (("key", key), ("value", value)):
+            old = slots[name].value
             if positions is None:
-                slots[name].value = jax.lax.dynamic_update_slice(slots[name].value, new, (0,) * 4)
+                slots[name].value = jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2), (0,) * 4)
             else:
-                rows = jnp.arange(new.shape[0])[:, None]
-                slots[name].value = slots[name].value.at[rows, positions].set(new)
-        return (key, value) if positions is None else (slots["key"].value, slots["value"].value)
+                slots[name].value = old.at[rows, :, positions].set(new)
+        if positions is None:
+            return key, value
+        # Left to itself, XLA turns whole caches around for its attention, and back.
+        held = (with_layout_constraint(slots[n].value, IN_ORDER) for n in ("key", "value"))
+        return tuple(x.swapaxes(1, 2) for x in held)

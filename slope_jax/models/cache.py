@@ -19,14 +19,14 @@ def init_cache(config: TransformerConfig, batch: int, length: int) -> dict[str, 
     >>> from slope_jax.models import build
     >>> model = build("llama-nano", vocab_size=64)
     >>> cache = init_cache(model.config, batch=2, length=16)
-    >>> cache["layers_1_to_3"]["attention"]["key"].shape  # layers, batch, slots, heads, width
-    (3, 2, 16, 2, 32)
+    >>> cache["layers_1_to_3"]["attention"]["key"].shape  # layers, batch, heads, slots, width
+    (3, 2, 2, 16, 32)
 
     Returns:
       Arrays of the compute dtype, for
       `model.apply({**variables, "cache": cache}, ids, mutable=["cache"])`.
     """
-    slots = (batch, length, config.num_kv_heads, config.head_dim)
+    slots = (batch, config.num_kv_heads, length, config.head_dim)
     cache = {}
     for segment in config.segments:
         count = segment.stop - segment.start
