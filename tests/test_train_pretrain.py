@@ -73,8 +73,8 @@ def test_gpt2_trains_and_leaves_a_full_record(text, tmp_path, capsys):
 def test_divergence_stops_and_names_the_last_good_checkpoint(text, tmp_path, capsys, monkeypatch):
     real, calls = job.make_train_step, []
 
-    def poisoned(*args):
-        step = real(*args)
+    def poisoned(*args, **kwargs):
+        step = real(*args, **kwargs)
 
         def call(state, batch, key):
             calls.append(0)

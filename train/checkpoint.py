@@ -3,6 +3,7 @@
     RUN/checkpoints/STEP/state      params, masks, optimizer state, step, RNG key
     RUN/checkpoints/STEP/run        configuration, data position, results so far (JSON)
     RUN/checkpoints/STEP/tokenizer  the tokenizer (JSON)
+    RUN/checkpoints/STEP/manifest.json  digests of all these files, see `train.integrity`
 
 STEP counts completed steps. Orbax writes under a temporary name and renames, so a checkpoint is
 whole or absent.
@@ -18,6 +19,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from slope_jax import TrainState
+from train import integrity
 
 
 class OutOfSpace(OSError):
@@ -35,6 +37,7 @@ class Checkpoints:
 
     def __init__(self, run_dir: pathlib.Path, *, keep: int, read_only: bool = False):
         self.folder = run_dir.resolve() / "checkpoints"
+        self._saving: int | None = None
         policies = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(keep),
@@ -53,8 +56,7 @@ class Checkpoints:
                 preservation_policy=policies,
                 cleanup_tmp_directories=not read_only,
                 read_only=read_only,
-                # On CPU a saved array can share memory with the buffer that the next step reuses.
-                enable_async_checkpointing=jax.default_backend() != "cpu",
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             ),
         )
 
@@ -92,7 +94,11 @@ class Checkpoints:
         )
         metrics = None if eval_loss is None else {"eval_loss": eval_loss}
         try:
+            self._manager.wait_until_finished()
+            self._saving = step
             self._manager.save(step, args=items, metrics=metrics)
+            if _shares_memory():
+                self._manager.wait_until_finished()
         except Exception as error:
             raise _explained(error, self.folder) from error
         return self.path(step)
@@ -136,6 +142,12 @@ class Checkpoints:
     def close(self) -> None:
         self._manager.close()
 
+    def _seal(self) -> None:
+        """Add the manifest, while the checkpoint that is being saved has its temporary name."""
+        if jax.process_index() == 0:
+            (folder,) = self.folder.glob(f"{self._saving}.*")
+            integrity.write_manifest(folder)
+
 
 def check_space(folder: pathlib.Path, needed: int) -> None:
     """Raise `OutOfSpace` unless the disk of `folder` has room for `needed` bytes and some more."""
@@ -160,6 +172,11 @@ def placed(shapes: Any) -> Any:
     """Shapes as Orbax wants them, to be restored onto the first device."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+
+
+def _shares_memory() -> bool:
+    """Whether a saved array can share memory with the buffer that the next step reuses."""
+    return jax.default_backend() == "cpu"
 
 
 def _saved(state: TrainState, key: jax.Array) -> dict[str, Any]:

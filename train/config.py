@@ -153,6 +153,11 @@ class Config:
     """Steps between checkpoints. 0: only at the end, or when stopped."""
     keep_checkpoints: int = field(default=2, metadata=FREE)
     """Latest checkpoints to keep; the best one by held-out loss stays besides."""
+    max_bad_steps: int = field(default=10, metadata=FREE)
+    """Steps that may be skipped, in the whole run, because the loss or the gradient is NaN or
+    infinite; one more stops the run. Their batches are dropped, weights and moments stay."""
+    grace_seconds: float = field(default=0.0, metadata=FREE)
+    """Seconds that SIGTERM leaves to save and end, as the scheduler allows. 0: not known."""
     max_minutes: float = field(default=0.0, metadata=FREE)
     """Save and stop after this many minutes; the same command goes on. 0: no limit."""
     tensorboard: bool = field(default=True, metadata=FREE)
@@ -313,7 +318,7 @@ def _check_ranges(config: Config) -> None:
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {getattr(config, name)}")
     names = ("weight_decay", "clip", "eval_every", "checkpoint_every", "max_minutes", "mask_decay")
-    for name in names:
+    for name in (*names, "max_bad_steps", "grace_seconds"):
         if not (getattr(config, name) or 0.0) >= 0:
             raise ValueError(f"{name} must not be negative, got {getattr(config, name)}")
     for name in (

@@ -1,6 +1,7 @@
 """The pretraining job: from a configuration to a trained, summarised run, through any stop."""
 
 import enum
+import functools
 import json
 import math
 import pathlib
@@ -19,6 +20,7 @@ from train.data import batches_from
 from train.display import Display, Speed
 from train.folder import TOKENIZER_FILE, check_config, open_folder, start_anew
 from train.inputs import make_datasets, open_corpus
+from train.integrity import set_aside_damaged
 from train.methods import wanda
 from train.metrics import MetricsWriter
 from train.plan import make_plan
@@ -63,15 +65,18 @@ def pretrain(config: Config, *, console: Console | None = None, stop_at: int | N
     Raises:
       ValueError: bad input, before anything was computed.
       NonFiniteError: training diverged; names the last good checkpoint.
+      DamagedError: none of the run's checkpoints is what was written.
       OutOfSpace: the disk is full; what was saved before is intact.
     """
     started = time.monotonic()
     plan = make_plan(config)  # finds all that can be known to be wrong without the data
     with open_folder(config) as folder:
         check_space(folder, plan.checkpoint_bytes)
+        console = console or Console()
+        set_aside_damaged(folder / "checkpoints", functools.partial(_say, console))
         checkpoints = Checkpoints(folder, keep=config.keep_checkpoints)
         try:
-            job = _Job(config, folder, checkpoints, console or Console(), started)
+            job = _Job(config, folder, checkpoints, console, started)
             try:
                 return job.run(stop_at)
             except ValueError as error:  # not the caller's fault any more
@@ -101,6 +106,7 @@ class _Job:
             "seconds": 0.0,
             "step_seconds": 0.0,
             "step_tokens": 0,
+            "bad_steps": 0,
         }
         data = self._open_record()
         if self.fresh and config.init_from:
@@ -137,7 +143,7 @@ class _Job:
             return None
         record, tokenizer = self.checkpoints.read_run(self.step)
         check_config(record["config"], self.config, self.folder)
-        self.history = record["history"]
+        self.history |= record["history"]  # one of an earlier version may lack some
         if not (self.folder / TOKENIZER_FILE).exists():
             write_atomically(self.folder / TOKENIZER_FILE, json.dumps(tokenizer))
         return record["data"]
@@ -229,15 +235,31 @@ class _Job:
         while len(self.pending) > keep:
             step, arrays = self.pending.pop(0)
             metrics = {name: float(x) for name, x in jax.device_get(arrays).items()}
-            for name in ("loss", "grad_norm"):
-                if not math.isfinite(metrics[name]):
-                    self._give_up(f"{name} is {metrics[name]} at step {step}")
+            self._count_bad(step, metrics)
             tokens = self._tokens(step)
             self.speed.update(step, tokens)
             self.display.update(step, metrics, self.speed)
             if step % self.config.log_every == 0 or step == self.config.total_steps:
                 rate = round(self.speed.tokens_per_second, 1)
                 self.writer.write(step, metrics | {"tokens": tokens, "tokens_per_second": rate})
+
+    def _count_bad(self, step: int, metrics: dict[str, float]) -> None:
+        """Note a step that `make_train_step` skipped; give up when there were too many."""
+        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
+        self.history["bad_steps"] += bool(bad)
+        count, limit = self.history["bad_steps"], self.config.max_bad_steps
+        if count:
+            metrics["bad_steps"] = count
+        if not bad:
+            return
+        what = f"{bad[0]} is {metrics[bad[0]]} at step {step}"
+        if count > limit:
+            skipped = f", after {count - 1} skipped steps (--max-bad-steps={limit})"
+            self._give_up(what + (skipped if limit else ""))
+        self.display.message(
+            f"warning: {what}: skipped, weights and moments stay ({count} of at most {limit}, "
+            f"--max-bad-steps)"
+        )
 
     def _evaluate(self, state: TrainState, phase: Phase) -> None:
         self._report(keep=0)
@@ -336,4 +358,8 @@ class _Job:
         )
 
     def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+        _say(self.console, text)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)

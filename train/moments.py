@@ -1,4 +1,4 @@
-"""Adam whose moments are kept in 16 bits."""
+"""Adam that can skip a step, and whose moments can be kept in 16 bits."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,11 @@ import optax
 
 def scale_by_adam(
     b1: float, b2: float, eps: float, dtype: jnp.dtype | str = jnp.float32
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """`optax.scale_by_adam` with both moments kept in `dtype`; the arithmetic is in float32.
+
+    `update(..., good=)`, a boolean scalar: where it is False, the moments stay as they were. The
+    step is computed from what is kept, so that no compiler has to hold both.
 
     A second moment changes by a factor of b2 or so per step. 0.999 is less than half a unit in
     the last place of bfloat16, so that rounding to nearest would leave it where it is for ever. Both
@@ -24,21 +27,27 @@ def scale_by_adam(
     adam = optax.scale_by_adam(b1, b2, eps)
     dtype = jnp.dtype(dtype)
     if dtype == jnp.float32:
-        return adam
+        return _in_float32(adam, b1, b2, eps)
 
     def init(params):
         state = adam.init(params)
         mu, nu = (jax.tree.map(lambda x: x.astype(dtype), m) for m in (state.mu, state.nu))
         return state._replace(mu=mu, nu=nu)
 
-    def update(grads, state, params=None):
+    def update(grads, state, params=None, good=None):
         leaves, tree = jax.tree.flatten(grads)
         count = optax.safe_increment(state.count)
 
         def decayed(moments, decay, power, first_leaf):
             return [
-                round_at_random(
-                    decay * m.astype(jnp.float32) + (1 - decay) * g**power, count, first_leaf + i
+                _kept(
+                    good,
+                    round_at_random(
+                        decay * m.astype(jnp.float32) + (1 - decay) * g**power,
+                        count,
+                        first_leaf + i,
+                    ),
+                    m,
                 )
                 for i, (m, g) in enumerate(zip(jax.tree.leaves(moments), leaves, strict=True))
             ]
@@ -53,7 +62,39 @@ def scale_by_adam(
         state = state._replace(count=count, mu=tree.unflatten(mu), nu=tree.unflatten(nu))
         return tree.unflatten(updates), state
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _in_float32(
+    adam: optax.GradientTransformation, b1: float, b2: float, eps: float
+) -> optax.GradientTransformationExtraArgs:
+    def update(grads, state, params=None, good=None):
+        if good is None:
+            return adam.update(grads, state, params)
+        decayed = optax.tree.update_moment, optax.tree.update_moment_per_elem_norm
+        mu, nu = (
+            jax.tree.map(
+                lambda new, old: _kept(good, new, old),
+                update(grads, moments, decay, power),
+                moments,
+            )
+            for update, moments, decay, power in zip(
+                decayed, (state.mu, state.nu), (b1, b2), (1, 2), strict=True
+            )
+        )
+        count = optax.safe_increment(state.count)
+        updates = jax.tree.map(
+            lambda m, v: m / (jnp.sqrt(v) + eps),
+            optax.tree.bias_correction(mu, b1, count),
+            optax.tree.bias_correction(nu, b2, count),
+        )
+        return updates, state._replace(count=count, mu=mu, nu=nu)
+
+    return optax.GradientTransformationExtraArgs(adam.init, update)
+
+
+def _kept(good: jax.Array | None, new: jax.Array, old: jax.Array) -> jax.Array:
+    return new if good is None else jnp.where(good, new, old)
 
 
 def _step(mu, nu, mu_share, nu_share, eps) -> jax.Array:

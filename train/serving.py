@@ -19,6 +19,7 @@ from flax import linen as nn
 from pallas_kernels.files import new_folder, write_atomically
 from slope_jax import TrainState
 from slope_jax.generate import inference_variables
+from train import integrity
 from train.checkpoint import Checkpoints, placed
 from train.config import from_json, to_json
 from train.data.tokenizer import Vocabulary, vocabulary_from_json
@@ -73,6 +74,7 @@ def load(path: pathlib.Path | str, *, step: int | None = None) -> Served:
 
     Raises:
       ValueError: there is no run, no checkpoint, or not this one; says what there is.
+      DamagedError: files are not what was written.
     """
     path = pathlib.Path(path).expanduser()
     if (path / SERVED_FILE).is_file():
@@ -91,6 +93,7 @@ def load_trained(path: pathlib.Path | str, *, step: int | None = None) -> Traine
 
     Raises:
       ValueError: there is no run, no checkpoint, or not this one; says what there is.
+      DamagedError: files are not what was written.
     """
     path = pathlib.Path(path).expanduser()
     if path.parent.name == "checkpoints" and path.name.isdigit():
@@ -120,6 +123,7 @@ def save(served: Served, folder: pathlib.Path | str) -> pathlib.Path:
             checkpointer.save(staging / VARIABLES, served.variables)
         served.vocabulary.save(staging / TOKENIZER_FILE)
         write_atomically(staging / SERVED_FILE, json.dumps(served.about, indent=1) + "\n")
+        integrity.write_manifest(staging)
     return folder
 
 
@@ -134,6 +138,8 @@ def _from_run(folder: pathlib.Path, step: int | None) -> Trained:
             raise ValueError(
                 f"{folder} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}"
             )
+        others = ", ".join(str(s) for s in steps if s != step) or "none"
+        integrity.check(checkpoints.path(step), f"Give another step; there are: {others}")
         record, tokenizer = checkpoints.read_run(step)
         config = from_json(record["config"])
         vocabulary = vocabulary_from_json(json.dumps(tokenizer), config.objective)
@@ -153,6 +159,7 @@ def _from_run(folder: pathlib.Path, step: int | None) -> Trained:
 
 
 def _load_served(folder: pathlib.Path) -> Served:
+    integrity.check(folder, "Copy it again, or export it again from the run")
     about = json.loads((folder / SERVED_FILE).read_text(encoding="utf-8"))
     config = from_json(about["config"])
     tokenizer = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")

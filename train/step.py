@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,7 @@ def make_train_step(
     method: Method | None = None,
     *,
     hold_copies: bool | None = None,
+    skip_bad: bool = True,
 ) -> Callable:
     """The jitted step `(state, batch, key) -> (state, metrics)`; it takes over the state's buffers.
 
@@ -91,6 +92,8 @@ def make_train_step(
       method: of `Setup.method.at(step)`; None just trains the parameters.
       hold_copies: whether `slope_jax.working_copies` (of dense kernels: their casts) are made once
         and held for the whole step, or made by each layer anew and dropped; None for the better.
+      skip_bad: where the loss or the norm of the gradient is not finite, leave the parameters and
+        the optimizer's state as they were, its counters too; only `state.step` moves on.
     """
     hold = _worth_holding(accumulation) if hold_copies is None else hold_copies
     noisy = method is not None and method.noisy
@@ -122,9 +125,12 @@ def make_train_step(
             grads = method.gradient(grads, state.params, state.masks)
         metrics = _means(sums, pairs="nsp_labels" in batch) | {
             "grad_norm": optax.tree.norm(grads),
-            "lr": jnp.asarray(schedule(state.step), jnp.float32),
+            "lr": jnp.asarray(schedule(_updates(state)), jnp.float32),
         }
-        return state.apply_gradients(grads=grads), metrics
+        good = None
+        if skip_bad:
+            good = jnp.isfinite(metrics["grad_norm"]) & jnp.isfinite(metrics["loss"])
+        return _updated(state, grads, good), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
@@ -158,6 +164,38 @@ def evaluate(state: TrainState, batches: list[Batch]) -> dict[str, float]:
         metrics["eval_nsp_loss"] = total.nsp_nll / total.sequences
         metrics["eval_nsp_accuracy"] = total.nsp_correct / total.sequences
     return metrics
+
+
+def _updated(state: TrainState, grads: Any, good: jax.Array | None) -> TrainState:
+    """The state after an update, or where not `good` the state before, but for its step.
+
+    One more select in the pass that updates, which waits for the norm anyway: to clip.
+    """
+    if good is None:
+        return state.apply_gradients(grads=grads)
+    tx = optax.with_extra_args_support(state.tx)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, good=good)
+    params = optax.apply_updates(state.params, updates)
+
+    def keep(after, before):
+        if isinstance(after, optax.ScaleByAdamState):  # which keeps its moments itself
+            return after._replace(count=keep(after.count, before.count))
+        return jnp.where(good, after, before)
+
+    params, opt_state = jax.tree.map(
+        keep,
+        (params, opt_state),
+        (state.params, state.opt_state),
+        is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState),
+    )
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+
+
+def _updates(state: TrainState) -> jax.Array:
+    """The step by which the optimizer reads the schedule: skipped ones don't count."""
+    kind = optax.ScaleByScheduleState
+    leaves = jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, kind))
+    return next((x.count for x in leaves if isinstance(x, kind)), state.step)
 
 
 def _worth_holding(accumulation: int) -> bool:

@@ -61,6 +61,7 @@ def write_summary(
         "adapter_step": config.adapter_step,
         "adapter_rank": plan.rank if plan.adapters else 0,
         "adapters": history["adapters"],
+        "bad_steps": history["bad_steps"],
         "checkpoints": checkpoints,
         "command": command(),
         "environment": environment.describe(environment.JOB_PACKAGES),
@@ -129,6 +130,10 @@ def describe(summary: dict[str, Any], folder: pathlib.Path) -> str:
         ("checkpoints", ", ".join(f"{k}: {v}" for k, v in summary["checkpoints"].items())),
         ("run", f"{folder} ({PLOT_FILE}, {metrics.METRICS_FILE}, {SUMMARY_FILE})"),
     ]
+    if summary["bad_steps"]:
+        rows.append(
+            ("skipped", f"{summary['bad_steps']} steps whose loss or gradient was not finite")
+        )
     return "\n".join(f"{name:14}{text}" for name, text in rows)
 
 

@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 
 from pallas_kernels.files import new_folder, write_atomically
 from slope_jax import TrainState
+from train import integrity
 from train.checkpoint import check_space, placed
 from train.data.tokenizer import Vocabulary, vocabulary_from_json
 from train.serving import TOKENIZER_FILE, VARIABLES, Trained, trained_shapes
@@ -62,6 +63,7 @@ def save_model(
         trained.vocabulary.save(staging / TOKENIZER_FILE)
         about = {"run": trained.about, "finetuning": to_json(config)}
         write_atomically(staging / FINETUNED_FILE, json.dumps(about, indent=1) + "\n")
+        integrity.write_manifest(staging)
 
 
 def load_finetuned(folder: pathlib.Path | str) -> Finetuned:
@@ -69,10 +71,12 @@ def load_finetuned(folder: pathlib.Path | str) -> Finetuned:
 
     Raises:
       ValueError: there is no finetuned model.
+      DamagedError: files are not what was written.
     """
     folder = pathlib.Path(folder).expanduser().resolve()
     if not (folder / FINETUNED_FILE).is_file():
         raise ValueError(f"{folder} has no {FINETUNED_FILE}; give OUT/seed-N/model")
+    integrity.check(folder, "Copy it again, or finetune again with --save-model")
     about = json.loads((folder / FINETUNED_FILE).read_text(encoding="utf-8"))
     config = FinetuneConfig(**about["finetuning"])
     tokenizer = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")
