@@ -84,6 +84,7 @@ def test_an_earlier_checkpoint_has_no_adapters_yet(run):
 def test_what_is_saved_is_loaded_bit_for_bit(served, tmp_path):
     folder = serving.save(served, tmp_path / "a" / "model")
     assert sorted(p.name for p in folder.iterdir()) == [
+        "manifest.json",
         "served.json",
         "tokenizer.json",
         "variables",

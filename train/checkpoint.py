@@ -10,6 +10,7 @@ whole or absent.
 """
 
 import errno
+import os
 import pathlib
 import shutil
 from typing import Any
@@ -18,6 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from pallas_kernels.files import FULL, UNWRITABLE
 from slope_jax import TrainState
 from train import integrity
 
@@ -187,8 +189,14 @@ def _saved(state: TrainState, key: jax.Array) -> dict[str, Any]:
 
 
 def _explained(error: Exception, folder: pathlib.Path) -> Exception:
-    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-    if not full:
+    number, text = getattr(error, "errno", None), str(error)
+    if number in UNWRITABLE or any(os.strerror(n) in text for n in UNWRITABLE):
+        return OSError(
+            number or errno.EACCES,
+            f"the checkpoint was not written: {folder} cannot be written any more ({text}); earlier "
+            f"checkpoints are intact. Make it writable, then run the same command to go on",
+        )
+    if number not in FULL and not any(os.strerror(n) in text for n in FULL):
         return error
     return OutOfSpace(
         errno.ENOSPC,

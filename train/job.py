@@ -160,7 +160,7 @@ class _Job:
 
     def _train(self, stop_at: int | None) -> Stopped | None:
         total, stopped = self.config.total_steps, None
-        with StopRequest() as request:
+        with StopRequest(self.config.grace_seconds) as request:
             state = self._initial_state()
             self.writer = MetricsWriter(
                 self.folder, step=self.step, tensorboard=self.config.tensorboard
@@ -173,6 +173,7 @@ class _Job:
                         self._save(state)
                     while self.step < total and not stopped:
                         state, stopped = self._train_phase(state, request, stop_at)
+                    self.checkpoints.wait()
             finally:
                 self.writer.close()
         return stopped

@@ -1,5 +1,6 @@
 """What a run records as it goes: metrics.jsonl, and TensorBoard events without TensorFlow."""
 
+import contextlib
 import json
 import math
 import os
@@ -7,7 +8,7 @@ import pathlib
 import time
 from typing import Any
 
-from pallas_kernels.files import write_atomically
+from pallas_kernels.files import explained_errors, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -31,19 +32,24 @@ class MetricsWriter:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Record metrics (plain numbers) of the state after `step` steps."""
         line = {"step": step} | {k: _number(v) for k, v in metrics.items()}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with explained_errors(self.path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         if self._events:
             self._events.write(step, metrics)
 
     def sync(self) -> None:
         """Return when all lines have reached the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with explained_errors(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self.sync()
-        self._file.close()
+        try:
+            self.sync()
+        finally:
+            with contextlib.suppress(OSError):  # what is buffered can't be written to a full disk
+                self._file.close()
         if self._events:
             self._events.close()
 
@@ -57,13 +63,15 @@ def truncate(path: pathlib.Path, step: int) -> None:
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; one that a crash cut off is left out."""
+    """The lines of a metrics.jsonl; one that a crash cut off, or that is none, is left out."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            lines.append(line)
     return lines
 
 

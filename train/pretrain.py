@@ -82,7 +82,9 @@ def _quiet() -> None:
 
 
 def _fail(error: Exception, code: int) -> int:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is None:
+        text = error.strerror
     print(f"error: {text}", file=sys.stderr)
     return code
 

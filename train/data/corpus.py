@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -240,9 +241,12 @@ class _Preparation:
         """The store that the run began with, if it was made from these arguments and is there."""
         try:
             entry = json.loads(record.read_text()) if record else {}
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
-        directory = self._cache / entry.get("store", "")
+        name = entry.get("store") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or not re.fullmatch(r"tokens-\w+", name):
+            return None
+        directory = self._cache / name
         return directory if entry.get("arguments") == arguments and directory.is_dir() else None
 
     def _opened(self, directory: Path) -> dict | None:

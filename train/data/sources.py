@@ -11,6 +11,7 @@ import json
 import lzma
 import os
 import re
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ KINDS = {
 }
 _RANGE_BYTES = 16 << 20
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them, UTF-8 cannot.
+MAX_DOCUMENT_BYTES = 32 << 20  # longer ones are cut, so that memory stays bounded
+MAX_RECORD_BYTES = 256 << 20  # of a line of .jsonl, which is read as a whole
+MAX_EXPANSION = 500  # bytes for each one of a compressed file; text has 2 to 100
+_XZ_MEMORY = 256 << 20  # xz -9 takes 65 MiB; a file can ask for 4 GiB
 _COMPRESSED = {".gz": gzip.open, ".xz": lzma.open}
 
 
@@ -80,7 +85,8 @@ class TextUnit:
 
     A range owns a document when the line end (.jsonl) or the last blank line (.txt) before it lies
     in the range, so neighbouring ranges share nothing and lose nothing. Bytes that are not UTF-8
-    are read as U+FFFD, the replacement character; a byte order mark is dropped.
+    are read as U+FFFD, the replacement character; a byte order mark is dropped. Documents of more
+    than MAX_DOCUMENT_BYTES are cut into several.
     """
 
     path: str
@@ -92,29 +98,55 @@ class TextUnit:
         base, compression = _kinds(self.path)
         try:
             with _COMPRESSED.get(compression, open)(self.path, "rb") as file:
+                if compression == ".xz":
+                    self._check_xz()
                 file = file if compression == "" else io.BufferedReader(file, 1 << 20)
-                lines = self._lines(file)
+                lines = self._lines(file, MAX_RECORD_BYTES if base == ".jsonl" else 1 << 20)
                 yield from self._records(lines) if base == ".jsonl" else self._blocks(lines)
         except (gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error) as error:
             raise ValueError(
                 f"{self.path} is not a whole {compression} file ({error}): make it again"
             ) from error
 
-    def _lines(self, file) -> Iterator[tuple[int, bytes]]:
+    def _check_xz(self) -> None:
+        with open(self.path, "rb") as file:
+            lzma.LZMADecompressor(memlimit=_XZ_MEMORY).decompress(file.read(1 << 16), 1)
+
+    def _lines(self, file, longest: int) -> Iterator[tuple[int, bytes]]:
+        """Positions and lines; a line over `longest` bytes comes in pieces."""
+        most = sys.maxsize
+        if _kinds(self.path)[1]:
+            most = os.path.getsize(self.path) * MAX_EXPANSION + MAX_DOCUMENT_BYTES
         position = self.start
         if self.start:
             file.seek(self.start - 1)
-            position += len(file.readline()) - 1
-        for line in file:
+            position -= 1
+            while piece := file.readline(1 << 20):
+                position += len(piece)
+                if piece.endswith(b"\n"):
+                    break
+        while line := file.readline(longest):
             yield position, line
             position += len(line)
+            if position > most:
+                raise ValueError(
+                    f"{self.path} expands to over {MAX_EXPANSION} times its size, which text does "
+                    "not: if it is meant, unpack it and name the unpacked file"
+                )
 
     def _records(self, lines) -> Iterator[str]:
         for position, line in lines:
             if self.stop is not None and position >= self.stop:
                 return
+            if len(line) == MAX_RECORD_BYTES:
+                raise ValueError(
+                    f"{self.path}, line {self._line_number(position)}: the record is longer than "
+                    f"{MAX_RECORD_BYTES >> 20} MiB; split its text into several"
+                )
             if line.strip():
-                yield self._text_of(line, position)
+                text = self._text_of(line, position)
+                for start in range(0, max(len(text), 1), MAX_DOCUMENT_BYTES):
+                    yield text[start : start + MAX_DOCUMENT_BYTES]
 
     def _text_of(self, line: bytes, position: int) -> str:
         try:
@@ -125,6 +157,8 @@ class TextUnit:
             if isinstance(record, dict):
                 it = ", ".join(map(repr, record)) or "no keys"
             problem = f'has no string under the key "text" ({it})'
+        except RecursionError:
+            problem = "is nested too deeply"
         except ValueError as error:
             problem = f"is not JSON ({error})"
         raise ValueError(
@@ -140,17 +174,21 @@ class TextUnit:
         return number
 
     def _blocks(self, lines) -> Iterator[str]:
-        owned, block = self.start == 0, []
+        owned, block, size = self.start == 0, [], 0
         for position, line in lines:
             if not line.isspace():
                 if owned:
                     block.append(line)
+                    size += len(line)
+                    if size >= MAX_DOCUMENT_BYTES:
+                        yield _decoded(block)
+                        block, size = [], 0
                 elif self.stop is not None and position >= self.stop:
                     return
                 continue
             if block:
                 yield _decoded(block)
-                block = []
+                block, size = [], 0
             if self.stop is not None and position >= self.stop:
                 return
             owned = True

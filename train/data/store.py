@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pallas_kernels.files import sync_directory
+from pallas_kernels.files import FULL, sync_directory
 
 FILES = ("tokens", "documents", "sentences")
 _CHUNK = 1 << 24
@@ -180,7 +180,7 @@ def verify(directory: Path) -> dict:
                     )
                 if checksum(path) != expected:
                     raise DamagedStoreError(f"{path.name} does not match its checksum")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedStoreError(f"{type(error).__name__}: {error}") from error
     return meta
 
@@ -229,7 +229,7 @@ def explained_os_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             message = (
                 f"no space left on the device that holds the data cache {directory}: free some "
                 "space, or put the cache elsewhere with --cache-dir. Nothing half-written was kept"

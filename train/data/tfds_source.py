@@ -1,6 +1,7 @@
 """Documents from TensorFlow Datasets, read from array_record files without TensorFlow."""
 
 import importlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from train.data.sources import Unit
 from train.data.store import digest
 
 _UNIT_BYTES = 16 << 20
+# No "..", no folder but that of the configuration: TFDS makes paths of names.
+_NAME = re.compile(r"\w+(/\w[\w+-]*(\.\w[\w+-]*)*)?(:\d+\.\d+\.\d+)?")
 _PREFERRED = ("text", "content", "document")
 
 
@@ -111,6 +114,10 @@ def _prepare(builder: Any, name: str) -> None:
 
 
 def _builder(tfds: Any, name: str) -> Any:
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"tfds:{name} is not the name of a data set: give NAME[/CONFIG][:VERSION], without paths"
+        )
     try:
         return tfds.builder(name, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
