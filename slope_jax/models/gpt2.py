@@ -27,9 +27,11 @@ def _variant(layers: int, hidden: int, heads: int) -> dict[str, int]:
     }
 
 
-# Radford et al., table 2 (heads of 64); nano is a toy of the same shape, for tests and trials.
+# Radford et al., table 2 (heads of 64); nano is a toy of the same shape, for tests and trials, and
+# mini is small enough to compare many runs.
 VARIANTS = {
     "gpt2-nano": _variant(4, 128, 4),
+    "gpt2-mini": _variant(6, 384, 6),
     "gpt2-small": _variant(12, 768, 12),
     "gpt2-medium": _variant(24, 1024, 16),
     "gpt2-large": _variant(36, 1280, 20),

@@ -1,0 +1,150 @@
+"""The runs of each group: what differs from the group's common settings.
+
+A group is a question; its runs answer it. They are runs of the training job and nothing else, so
+each can be repeated alone by ``python -m train.pretrain`` with the fields of its record.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SEEDS = (0, 1, 2)
+# Small adapters as the paper sizes them (SLoPe, section 3), and four times as large.
+RANKS = (0.0156, 0.0625)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run: `fields` of `train.config.Config` besides those of its group.
+
+    Attributes:
+      variant: what it is called in tables; runs of one variant differ in their seed alone.
+      seed: of initialisation, masks, data order.
+      after: variant of the run of the same seed that must have ended; its folder is `init_from`.
+      tuned_as: variant of group "gpt2-lr" whose best learning rate it takes; None: its own `lr`.
+    """
+
+    variant: str
+    fields: Mapping[str, Any]
+    seed: int = 0
+    after: str | None = None
+    tuned_as: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}-seed-{self.seed}"
+
+
+# About 10.6 million parameters besides the embeddings, and two tokens for each.
+GPT2 = {
+    "model": "gpt2-mini",
+    "vocab_size": 8192,
+    "seq_len": 512,
+    "batch_size": 32,
+    "steps": 1280,
+    "warmup": 0.1,
+    "weight_decay": 0.1,
+    "beta2": 0.95,
+    "eps": 1e-8,
+    "adapter_rank": 0,
+    "eval_every": 160,
+    "eval_batches": 8,
+    "checkpoint_every": 0,
+    "log_every": 10,
+    "tensorboard": False,
+}
+SLOPE_LR, DENSE_LR, CHANGING_LR = "slope", "dense", "sr-ste"
+
+METHODS: dict[str, dict[str, Any]] = {
+    "dense": {"method": "dense"},
+    "slope": {"method": "slope"},
+    "slope, adapters 1.56 %": {"method": "slope", "adapter_rank": RANKS[0]},
+    "slope, adapters 6.25 %": {"method": "slope", "adapter_rank": RANKS[1]},
+    "half the blocks": {"method": "half"},
+    "extended SR-STE": {"method": "extended-sr-ste"},
+    "wanda": {"method": "wanda", "steps": 0},
+    "SR-STE": {"method": "sr-ste"},
+    "FST": {"method": "fst"},
+    "extended SR-STE, dY pruned": {"method": "extended-sr-ste", "prune_dy": True},
+}
+
+
+def _tuned_as(fields: Mapping[str, Any]) -> str:
+    method = fields["method"]
+    if method in ("dense", "half", "wanda"):
+        return DENSE_LR
+    return SLOPE_LR if method == "slope" else CHANGING_LR
+
+
+def learning_rates() -> list[Run]:
+    """Half as long, one seed: which learning rate for which kind of method."""
+    rates = (1e-3, 2e-3, 4e-3)
+    return [
+        Run(f"{name}, lr {rate:g}", {"method": name, "lr": rate, "steps": 640, "eval_every": 320})
+        for name in (DENSE_LR, SLOPE_LR, CHANGING_LR)
+        for rate in rates
+    ]
+
+
+def methods() -> list[Run]:
+    """All methods, three seeds."""
+    return [
+        Run(name, fields, seed, "dense" if name == "wanda" else None, _tuned_as(fields))
+        for seed in SEEDS
+        for name, fields in METHODS.items()
+    ]
+
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "random mask": {"mask_init": "random"},
+    "exact dx": {"backward": "exact"},
+    "1:2": {"sparsity": "1:2"},
+    "2:8": {"sparsity": "2:8"},
+    "2:4 then 2:8": {"sparsity": "2:4,2:8"},
+    "2:8 then 2:4": {"sparsity": "2:8,2:4"},
+    "first linear sparse": {"sparsity": ".*(qkv|output|up|down)=2:4; .*=dense"},
+    "rank 6.25 %, last 5 %": {"adapter_rank": RANKS[1], "adapter_start": 0.95},
+    "rank 6.25 %, last 0.5 %": {"adapter_rank": RANKS[1], "adapter_start": 0.995},
+    "rank 6.25 %, from the start": {"adapter_rank": RANKS[1], "adapter_start": 0.0},
+    "rank 6.25 %, lr x 10": {"adapter_rank": RANKS[1], "adapter_lr_scale": 10.0},
+    "rank 6.25 %, last 5 %, lr x 10": {
+        "adapter_rank": RANKS[1],
+        "adapter_start": 0.95,
+        "adapter_lr_scale": 10.0,
+    },
+    "rank 6.25 %, scale x 10": {"adapter_rank": RANKS[1], "adapter_init_scale": 10.0},
+    "in XLA": {"implementation": "xla"},
+}
+
+
+def ablations() -> list[Run]:
+    """One thing changed in slope without adapters (or in what the name says), one seed."""
+    return [
+        Run(name, {"method": "slope"} | fields, tuned_as=SLOPE_LR)
+        for name, fields in ABLATIONS.items()
+    ]
+
+
+def gpt2_small() -> list[Run]:
+    """GPT-2 small with the kernels on; the training loop's own speed, one after the other."""
+    common = {
+        "model": "gpt2-small",
+        "seq_len": 1024,
+        "batch_size": 32,
+        "steps": 640,
+        "lr": 6e-4,
+        "eval_batches": 16,
+    }
+    return [
+        Run("dense", common | {"method": "dense"}),
+        Run("slope", common | {"method": "slope", "adapter_rank": RANKS[0]}),
+    ]
+
+
+GROUPS: dict[str, Sequence[Run]] = {
+    "gpt2-lr": learning_rates(),
+    "gpt2-methods": methods(),
+    "gpt2-ablations": ablations(),
+    "gpt2-small": gpt2_small(),
+}
+ALONE = frozenset({"gpt2-small"})  # runs whose speed counts
