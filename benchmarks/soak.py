@@ -72,7 +72,7 @@ def main() -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
         _write_text(folder / "text.txt")
         soak = Soak(folder, random.Random(arguments.seed))
         soak.run(arguments.variants, arguments.kills)

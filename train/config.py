@@ -170,9 +170,10 @@ class Config:
     def __post_init__(self):
         for name in PER_PHASE:  # one value may be given bare
             value = getattr(self, name)
-            object.__setattr__(
-                self, name, (value,) if isinstance(value, int | float) else (*value,)
-            )
+            if not isinstance(value, tuple):
+                several = isinstance(value, list)
+                object.__setattr__(self, name, (*value,) if several else (value,))
+        _check_types(self)
         _check_choices(self)
         _check_phases(self)
         _check_ranges(self)
@@ -255,6 +256,25 @@ def choices(name: str) -> tuple[str, ...]:
 
 def _phase_value(values: tuple, index: int):
     return values[index] if len(values) > 1 else values[0]
+
+
+def _check_types(config: Config) -> None:
+    for name, hint in get_type_hints(Config).items():
+        value = getattr(config, name)
+        parts = value if name in PER_PHASE else (value,)
+        hint = get_args(hint)[0] if name in PER_PHASE else hint
+        if get_origin(hint) is Literal:
+            hint = str
+        kinds = set(get_args(hint) or (hint,))
+        kinds |= {int} if float in kinds else set()
+        if not all(type(part) in kinds or _scalar(part, kinds) for part in parts):
+            names = " or ".join(sorted("none" if k is type(None) else k.__name__ for k in kinds))
+            raise ValueError(f"{name} must be {names}, got {value!r}")
+
+
+def _scalar(value: Any, kinds: set[type]) -> bool:
+    """Whether it is one of a subclass, such as a NumPy float; True and False are no numbers."""
+    return isinstance(value, tuple(kinds)) and not isinstance(value, bool)
 
 
 def _check_choices(config: Config) -> None:

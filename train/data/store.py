@@ -28,6 +28,7 @@ import numpy as np
 from pallas_kernels.files import FULL, sync_directory
 
 FILES = ("tokens", "documents", "sentences")
+DTYPES = ("<u2", "<u4")
 _CHUNK = 1 << 24
 
 
@@ -101,7 +102,7 @@ def _map(path: Path, dtype: str) -> np.ndarray:
 
 
 def token_dtype(vocab_size: int) -> str:
-    return "<u2" if vocab_size <= 1 << 16 else "<u4"
+    return DTYPES[vocab_size > 1 << 16]
 
 
 class SplitWriter:
@@ -170,6 +171,8 @@ def verify(directory: Path) -> dict:
     """Returns the store's meta data, or raises DamagedStoreError saying what is wrong."""
     try:
         meta = json.loads((directory / "meta.json").read_text())
+        if meta["dtype"] not in DTYPES or set(meta["splits"]) != {"train", "valid"}:
+            raise DamagedStoreError("meta.json is not that of a token store")
         for split, entry in meta["splits"].items():
             for name in FILES:
                 expected, path = entry["files"][name], directory / f"{split}.{name}"

@@ -1,0 +1,38 @@
+"""Kills at random moments, a handful of them; `python -m benchmarks.soak` does two hundred."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+SHORT = """
+import sys
+from benchmarks import soak
+soak.STEPS, soak.JOIN = 24, 6
+soak.SHARED |= {"steps": 24, "adapter-start": 0.25, "eval-every": 0}
+soak.STARTING_SHARE, soak.TRAINING_SECONDS = 0.0, 0.3
+sys.argv[1:] = ["--kills=2", "--variants", "asynchronous", "--results", sys.argv[1]]
+sys.exit(soak.main())
+"""
+
+
+def test_killed_runs_lose_nothing(tmp_path, compilation_cache):
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": str(compilation_cache),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT, str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (path,) = tmp_path.glob("soak-*.json")
+    found = json.loads(path.read_text())["results"]
+    assert found["kills"] == 2
+    assert found["runs_equal_to_the_uninterrupted_one"] == found["runs"] >= 1
