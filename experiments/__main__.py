@@ -100,6 +100,7 @@ class _Group:
         fields["cache_dir"] = str(self.arguments.folder / "tokens")
         if run.after is not None:
             fields["init_from"] = str(self._folder(f"{run.after}-seed-{run.seed}"))
+            del fields["tokenizer"]  # that of the other run
         if run.tuned_as is not None:
             rows = read(self.arguments.results, "gpt2-lr", self.device)
             fields["lr"] = best_rate(rows, run.tuned_as, next(iter(self.arguments.valid)))
