@@ -315,7 +315,9 @@ def _compare(whole: Path, run: Path) -> int:
         about, tokenizer = checkpoints.read_run(STEPS)
         config = from_json(about["config"])
         size = vocabulary_from_json(json.dumps(tokenizer), config.objective).size
-        shapes = abstract_state(make_setup(config, vocab_size=size), adapters=True)
+        shapes = abstract_state(
+            make_setup(config, vocab_size=size), adapters=config.adapter_step is not None
+        )
         state, key = checkpoints.restore(STEPS, shapes)
         states.append((state.params, state.masks, state.opt_state, state.step, key))
         checkpoints.close()

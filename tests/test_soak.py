@@ -11,7 +11,7 @@ SHORT = """
 import sys
 from benchmarks import soak
 soak.STEPS, soak.JOIN = 24, 6
-soak.SHARED |= {"steps": 24, "adapter-start": 0.25, "eval-every": 0}
+soak.SHARED |= {"steps": 24, "adapter-start": 0.25, "eval-every": 0, "adapter-rank": 0}
 soak.STARTING_SHARE, soak.TRAINING_SECONDS = 0.0, 0.3
 sys.argv[1:] = ["--kills=2", "--variants", "asynchronous", "--results", sys.argv[1]]
 sys.exit(soak.main())
