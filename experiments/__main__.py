@@ -31,6 +31,8 @@ from experiments.runs import ALONE, GPT2, GROUPS, Run
 from pallas_kernels.tuning import slug
 from train.environment import JOB_PACKAGES
 
+MOST_FAILURES = 3
+
 
 def main() -> None:
     arguments = _arguments()
@@ -63,6 +65,9 @@ class _Group:
         total, running = len(waiting), {}
         begin = time.monotonic()
         while waiting or running:
+            if len(self.rows) >= MOST_FAILURES and all("error" in row for row in self.rows):
+                self.console.print(f"{self.name}: every run failed; the others are not tried")
+                waiting.clear()
             for run in [run for run in waiting if self._ready(run)][: parallel - len(running)]:
                 if time.monotonic() + self.longest > stop:
                     break
@@ -85,7 +90,8 @@ class _Group:
             self.console.print(f"{self.name}: not run, for want of time: {run.name}")
 
     def _done(self, variant: str, seed: int) -> bool:
-        return any((row["variant"], row["seed"]) == (variant, seed) for row in self.rows)
+        done = (row for row in self.rows if "error" not in row)
+        return any((row["variant"], row["seed"]) == (variant, seed) for row in done)
 
     def _ready(self, run: Run) -> bool:
         return run.after is None or self._done(run.after, run.seed)
