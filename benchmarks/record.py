@@ -58,5 +58,5 @@ def write_record(record: dict[str, Any], folder: Path = RESULTS) -> Path:
 
 def command(module: str) -> str:
     """The command line of this process without paths of this machine."""
-    arguments = [re.sub(r"(^|=)[~/].*", r"\1...", argument) for argument in sys.argv[1:]]
+    arguments = [re.sub(r"(^|=|:)[~/].*", r"\1...", argument) for argument in sys.argv[1:]]
     return shlex.join(["python", "-m", module, *arguments])

@@ -13,7 +13,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks import pictures, report_inference, report_kernels, report_training
+from benchmarks import (
+    pictures,
+    report_accuracy,
+    report_inference,
+    report_kernels,
+    report_training,
+)
 from benchmarks.record import RESULTS, ROOT
 from benchmarks.tables import markdown, records, sources
 
@@ -33,7 +39,8 @@ def main() -> None:
         old = page.read_text(encoding="utf-8")
         if (new := updated(old, tables, page.name)) != old:
             changed[page] = new
-    for path, new in (pictures.drawn(DOCS) | report_training.drawn(DOCS)).items():
+    drawn = pictures.drawn(DOCS) | report_training.drawn(DOCS) | report_accuracy.drawn(DOCS)
+    for path, new in drawn.items():
         if not path.exists() or path.read_text(encoding="utf-8") != new:
             changed[path] = new
     if arguments.check and changed:
@@ -145,6 +152,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": report_kernels.summary,
     "train-step": report_training.steps,
     "inference": report_inference.summary,
+    "accuracy": report_accuracy.summary,
 }
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     README: TABLES,
@@ -159,6 +167,12 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "inference": report_inference.summary,
         "inference-weights": report_inference.weights,
         "inference-times": report_inference.times,
+    },
+    DOCS / "accuracy.md": {
+        "accuracy": report_accuracy.summary,
+        "accuracy-rates": report_accuracy.rates,
+        "accuracy-ablations": report_accuracy.ablations,
+        "accuracy-small": report_accuracy.small,
     },
 }
 

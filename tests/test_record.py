@@ -14,7 +14,10 @@ COMMITTED = sorted(record.RESULTS.glob("*.json"))
 
 
 def test_record_is_written_whole_and_without_paths(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["x", "--cache-dir=/home/me/cache", "~/data", "--seconds=2"])
+    monkeypatch.setattr(
+        "sys.argv",
+        ["x", "--cache-dir=/home/me/cache", "--data=text:/home/me/*.txt", "~/data", "--seconds=2"],
+    )
     made = record.make_record(
         "speed", [{"ms": 1}], device="A GPU (80GB)", module="benchmarks.speed"
     )
@@ -22,7 +25,10 @@ def test_record_is_written_whole_and_without_paths(tmp_path, monkeypatch):
     assert path.name == "speed-a-gpu-80gb.json"
     assert json.loads(path.read_text()) == made
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    assert made["command"] == "python -m benchmarks.speed --cache-dir=... ... --seconds=2"
+    assert (
+        made["command"]
+        == "python -m benchmarks.speed --cache-dir=... --data=text:... ... --seconds=2"
+    )
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", made["date"])
     assert {"python", "jax", "numpy"} <= made["versions"].keys()
 

@@ -1,0 +1,111 @@
+"""The runner of experiments and what is made of its records."""
+
+import concurrent.futures
+import json
+import statistics
+import types
+
+import pytest
+from rich.console import Console
+
+from benchmarks import report_accuracy
+from experiments import __main__ as runner
+from experiments import work
+from experiments.runs import GROUPS, Run
+from train.config import Config
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_run_is_a_configuration_and_has_a_name_of_its_own(group):
+    runs = GROUPS[group]
+    assert len({run.name for run in runs}) == len(runs)
+    for run in runs:
+        fields = runner.GPT2 | dict(run.fields) | {"seed": run.seed}
+        Config(**fields, init_from="somewhere" if run.after else "")
+        assert run.after is None or any(
+            (other.variant, other.seed) == (run.after, run.seed) for other in runs
+        )
+
+
+class Pool:
+    """Runs at once, in the order of submission."""
+
+    def __init__(self, results):
+        self.results, self.calls = results, []
+
+    def submit(self, function, fields, folder, valid):
+        assert function is work.train
+        self.calls.append((folder.name, fields))
+        found = concurrent.futures.Future()
+        found.set_result(self.results(fields))
+        return found
+
+
+def arguments(folder, **changes):
+    given = {"data": "text:a.txt", "valid": {}, "folder": folder, "results": folder}
+    return types.SimpleNamespace(**given, variants=None, override={}, **changes)
+
+
+def group_of(monkeypatch, folder, runs, **changes):
+    monkeypatch.setitem(runner.GROUPS, "trial", runs)
+    return runner._Group(
+        "trial", arguments(folder, **changes), "a GPU", "tokenizer.json", Console(quiet=True)
+    )
+
+
+def row(perplexity=10.0, **fields):
+    return {"perplexity": {"books": perplexity}, "seconds": 1.0} | fields
+
+
+def test_a_run_waits_for_the_one_it_begins_from_and_is_not_repeated(monkeypatch, tmp_path):
+    runs = [Run("late", {"method": "wanda"}, after="early"), Run("early", {"method": "dense"})]
+    pool = Pool(lambda fields: row())
+    group_of(monkeypatch, tmp_path, runs).run(pool, 2, float("inf"))
+    assert [name for name, _ in pool.calls] == ["early-seed-0", "late-seed-0"]
+    assert pool.calls[1][1]["init_from"].endswith("trial/early-seed-0")
+    assert "tokenizer" not in pool.calls[1][1]
+    again = Pool(lambda fields: row())
+    group_of(monkeypatch, tmp_path, runs).run(again, 2, float("inf"))
+    assert again.calls == []
+
+
+def test_failures_are_recorded_tried_again_and_end_a_group_that_has_nothing_else(
+    monkeypatch, tmp_path
+):
+    runs = [Run("a", {}, seed) for seed in range(9)]
+    pool = Pool(lambda fields: {"error": "ValueError: no"})
+    group_of(monkeypatch, tmp_path, runs).run(pool, 1, float("inf"))
+    assert len(pool.calls) == runner.MOST_FAILURES
+    (path,) = tmp_path.glob("accuracy-trial-*.json")
+    assert [r["error"] for r in json.loads(path.read_text())["results"]] == ["ValueError: no"] * 3
+    good = Pool(lambda fields: row())
+    group_of(monkeypatch, tmp_path, runs).run(good, 1, float("inf"))
+    assert len(good.calls) == 9
+
+
+def test_no_run_starts_when_the_time_is_up(monkeypatch, tmp_path):
+    pool = Pool(lambda fields: row())
+    group_of(monkeypatch, tmp_path, [Run("a", {})]).run(pool, 1, 0.0)
+    assert pool.calls == []
+
+
+def test_the_best_learning_rate_is_the_methods_own():
+    rows = [
+        row(9.0, method="dense", lr=1e-3),
+        row(8.0, method="dense", lr=2e-3),
+        row(7.0, method="slope", lr=4e-3),
+        {"method": "dense", "lr": 8e-3, "error": "x"},
+    ]
+    assert runner.best_rate(rows, "dense", "books") == 2e-3
+    assert runner.best_rate(rows, "sr-ste", "books") == 2e-3  # nothing tried
+
+
+def test_the_table_has_means_deviations_and_pairs_seeds():
+    def run(variant, seed, perplexity):
+        return row(perplexity, variant=variant, seed=seed, lr=1e-3)
+
+    rows = [run("dense", 0, 10.0), run("dense", 1, 20.0), run("slope", 1, 22.0)]
+    table = report_accuracy._methods(rows).splitlines()
+    assert f"15.00 ± {statistics.stdev([10.0, 20.0]):.2f}" in table[2]
+    assert table[3].split("|")[-2].strip() == "+10.0 %"
+    assert "±" not in table[3]
