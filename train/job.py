@@ -187,6 +187,8 @@ class _Job:
         self._compiles()
         while self.step < phase.end:
             if self.step == self.config.adapter_step:
+                if self.history["evals"][-1]["step"] != self.step:
+                    self._evaluate(state, phase)  # what the adapters bring is told from here on
                 state = self._join(state)
             if self.step in self.setup.method.turns:
                 train_step = self._turn(phase)
