@@ -23,7 +23,7 @@ format:  ## correct style and formatting
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-notebook:  ## run notebooks/quickstart.py and write its outputs to quickstart.ipynb
+notebook:  ## run the notebooks and write their outputs to .ipynb files
 	JAX_PLATFORMS=cpu $(PYTHON) notebooks/build.py
 
 report:  ## bring the tables in README.md and docs up to date with benchmarks/results

@@ -1,8 +1,8 @@
-"""Run quickstart.py and write it, with what it prints and draws, as quickstart.ipynb.
+"""Run the notebooks' sources and write them, with what they print and draw, as .ipynb.
 
-    python notebooks/build.py [OUTPUT]
+    python notebooks/build.py [NAME [OUTPUT]]
 
-quickstart.py is the source: edit it, and build again.
+NAME.py (quickstart.py, results.py) is the source: edit it, and build again.
 """
 
 import pathlib
@@ -14,16 +14,17 @@ import nbformat
 from nbclient import NotebookClient
 
 FOLDER = pathlib.Path(__file__).resolve().parent
-SOURCE = FOLDER / "quickstart.py"
+NAMES = ("quickstart", "results")
 
 
-def build(output: pathlib.Path) -> None:
-    """Run the notebook in a kernel of this interpreter and write it to `output`.
+def build(name: str, output: pathlib.Path | None = None) -> None:
+    """Run the notebook `name` in a kernel of this interpreter and write it to `output`.
 
     Raises:
       nbclient.exceptions.CellExecutionError: a cell raised.
     """
-    notebook = jupytext.read(SOURCE)
+    output = output or FOLDER / f"{name}.ipynb"
+    notebook = jupytext.read(FOLDER / f"{name}.py")
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number:02}"  # random ids would differ in every build
     client = NotebookClient(notebook, timeout=600, record_timing=False)
@@ -38,4 +39,5 @@ def build(output: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    build(pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else SOURCE.with_suffix(".ipynb"))
+    for name in sys.argv[1:2] or NAMES:
+        build(name, pathlib.Path(sys.argv[2]) if len(sys.argv) > 2 else None)

@@ -1,4 +1,4 @@
-"""The notebook runs, and the .ipynb that is shown is the .py that is edited."""
+"""The notebooks run, and each .ipynb that is shown is the .py that is edited."""
 
 import pathlib
 import subprocess
@@ -10,7 +10,7 @@ jupytext = pytest.importorskip("jupytext", reason="install the extra notebooks")
 pytest.importorskip("nbclient", reason="install the extra notebooks")
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "notebooks"
-SHOWN = FOLDER / "quickstart.ipynb"
+SAYS = {"quickstart": "logits unchanged to the bit", "results": "slope"}
 
 
 def cells(notebook):
@@ -24,20 +24,22 @@ def outputs(notebook, kind):
     return [output for output in every if output.get("name") == kind]
 
 
-def test_notebook_has_the_cells_of_its_source():
-    shown = jupytext.read(SHOWN)
-    assert cells(shown) == cells(jupytext.read(FOLDER / "quickstart.py")), "run: make notebook"
+@pytest.mark.parametrize("name", SAYS)
+def test_notebook_has_the_cells_of_its_source(name):
+    shown = jupytext.read(FOLDER / f"{name}.ipynb")
+    assert cells(shown) == cells(jupytext.read(FOLDER / f"{name}.py")), "run: make notebook"
     assert outputs(shown, "pictures")
-    assert SHOWN.stat().st_size < 300_000
+    assert (FOLDER / f"{name}.ipynb").stat().st_size < 300_000
 
 
-def test_notebook_runs(tmp_path):
-    built = tmp_path / "quickstart.ipynb"
-    command = [sys.executable, "-W", "default", str(FOLDER / "build.py"), str(built)]
+@pytest.mark.parametrize("name", SAYS)
+def test_notebook_runs(tmp_path, name):
+    built = tmp_path / f"{name}.ipynb"
+    command = [sys.executable, "-W", "default", str(FOLDER / "build.py"), name, str(built)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr[-3000:]
-    notebook, shown = jupytext.read(built), jupytext.read(SHOWN)
+    notebook, shown = jupytext.read(built), jupytext.read(FOLDER / f"{name}.ipynb")
     assert not outputs(notebook, "stderr")
     assert len(outputs(notebook, "pictures")) == len(outputs(shown, "pictures"))
     text = "".join(output["text"] for output in outputs(notebook, "stdout"))
-    assert "logits unchanged to the bit" in text
+    assert SAYS[name] in text
