@@ -1,5 +1,6 @@
 """`SparseDense`: `flax.linen.Dense` with a kernel that is stored, trained and saved compressed."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -11,6 +12,8 @@ from pallas_kernels import CompressedMatrix, Pattern, compress, compressed_shape
 from pallas_kernels.epilogue import ACTIVATIONS, check_activation
 from slope_jax import masks
 from slope_jax.matmul import DOUBLE_PRUNED, Working, check_backward, slope_matmul
+from slope_jax.sharded import sharded_matmul
+from slope_jax.sharding import active_mesh, cut_of
 
 MASKS = "masks"
 PRODUCT = "product"  # the name of results, for policies of jax.checkpoint
@@ -58,6 +61,12 @@ class SparseDense(nn.Dense):
       simulated: the kernel stays dense and is multiplied as it is; whoever holds the parameters masks
         it by `sparsity`. For methods whose masks change in training, to compare with: nothing is
         saved. `dot_general_cls` applies, as in `flax.linen.Dense`.
+      sections: output columns of each projection, where the layer is several in one; they add up to
+        `features`. On a mesh that cuts columns, each device takes its share of every projection:
+        see `slope_jax.sharded.split_sections`.
+
+    On a mesh with the axes of `slope_jax.sharding` (see `jax.set_mesh`) the layer's path decides how
+    its kernel is cut, and products run under `jax.shard_map`.
 
     `precision` and `dtype` work as in `flax.linen.Dense`; dtype None takes the promoted dtype of
     input and parameters. `dot_general` and `dot_general_cls` cannot apply to a compressed kernel.
@@ -81,6 +90,7 @@ class SparseDense(nn.Dense):
     implementation: str | None = None
     backward: str = DOUBLE_PRUNED
     simulated: bool = False
+    sections: tuple[int, ...] | None = None
 
     @property
     def pattern(self) -> Pattern | None:
@@ -102,6 +112,11 @@ class SparseDense(nn.Dense):
         return y if self.activation else checkpoint_name(y, PRODUCT)
 
     def _dense(self, inputs: jax.Array) -> jax.Array:
+        if self._is_sharded():
+            kernel = super().param(
+                "kernel", self.kernel_init, (inputs.shape[-1], self.features), self.param_dtype
+            )
+            return checkpoint_name(self._product(inputs, kernel), PRODUCT)
         y = super().__call__(inputs)
         adapter = self._adapter(inputs.shape[-1])
         if adapter is not None:
@@ -112,7 +127,9 @@ class SparseDense(nn.Dense):
         return y if self.activation is None else _activate(y, self.activation)
 
     def _sparse(self, inputs: jax.Array) -> jax.Array:
-        kernel = self._kernel(inputs.shape[-1])
+        return self._product(inputs, self._kernel(inputs.shape[-1]))
+
+    def _product(self, inputs: jax.Array, kernel: CompressedMatrix | jax.Array) -> jax.Array:
         bias = (
             self.param("bias", self.bias_init, (self.features,), self.param_dtype)
             if self.use_bias
@@ -121,8 +138,14 @@ class SparseDense(nn.Dense):
         adapter = self._adapter(inputs.shape[-1])
         # Parameters are promoted for their dtypes alone: slope_matmul casts them, so that their
         # gradients stay in float32.
-        inputs, *_ = self.promote_dtype(inputs, kernel.values, bias, dtype=self.dtype)
-        return slope_matmul(
+        values = getattr(kernel, "values", kernel)
+        inputs, *_ = self.promote_dtype(inputs, values, bias, dtype=self.dtype)
+        matmul = slope_matmul
+        if self._is_sharded():
+            matmul = functools.partial(
+                sharded_matmul, cut=cut_of(self.path), sections=self.sections
+            )
+        return matmul(
             inputs,
             kernel,
             working=self._working(),
@@ -140,6 +163,10 @@ class SparseDense(nn.Dense):
         value = super().param(name, init_fn, *init_args, **init_kwargs)
         working = self._working() if name == "kernel" and self.pattern is None else None
         return value if working is None else _cast_already(value, working.values)
+
+    def _is_sharded(self) -> bool:
+        plain = self.dot_general is None and self.dot_general_cls is None and not self.simulated
+        return plain and active_mesh() is not None and not self.is_initializing()
 
     def _working(self) -> Working | None:
         return self.get_variable(WORKING, "kernel")

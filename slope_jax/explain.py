@@ -12,6 +12,7 @@ from pallas_kernels import Choice, Query, choose
 from slope_jax.adapters import example_inputs
 from slope_jax.dense import ADAPTER_L, ADAPTER_R, MASKS, SparseDense
 from slope_jax.matmul import EXACT
+from slope_jax.sharding import local_product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +87,9 @@ class Explanation:
 def explain(model: nn.Module, variables: Any, *args, strict: bool = False, **kwargs) -> Explanation:
     """Says for each linear layer what it stores, what runs, and why. Computes nothing.
 
+    On a mesh (`jax.set_mesh`, see `slope_jax.sharding`) what runs is what each device runs on its
+    part; shapes and bytes are those of all devices together.
+
     Args:
       model: any Flax module; its `nn.Dense` and `SparseDense` layers are listed in call order.
       variables: from `model.init`, or shapes from `jax.eval_shape(model.init, ...)`.
@@ -153,7 +157,7 @@ def _dense_row(module: nn.Dense, x: jax.Array, variables: Any) -> Row:
 
 def _choices(module, pattern, shape, x, kernel) -> dict[str, Choice]:
     dtype = str(jnp.dtype(module.dtype or jnp.result_type(x, kernel)))
-    tokens = math.prod(x.shape[:-1])
+    tokens, shape = local_product(module.path, math.prod(x.shape[:-1]), shape)
     products = {
         "y": ("nm_matmul", shape),
         "dx": ("nm_matmul", shape[::-1]),

@@ -75,16 +75,13 @@ def slope_matmul(
     >>> slope_matmul(jnp.ones((1, 4)), w, bias=jnp.ones(4)).tolist()
     [[21.0, 23.0, 25.0, 27.0]]
     """
-    w.pattern.check_divides(w.shape[1], f"output axis of shape {w.shape}")
-    _check_adapter(adapter, w.shape)
     working = Working() if working is None else working
-    _check_working(working, x, w)
-    check_backward(backward)
-    options = _Options(precision, implementation, w.dtype, backward)
+    check_operands(x, w, working, adapter, backward)
+    options = Options(precision, implementation, w.dtype, backward)
     return _slope_matmul(x, w, working, bias, adapter, activation, options)
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
     precision: jax.lax.PrecisionLike
     implementation: str | None
     dtype: jnp.dtype  # of the weight, hence of its gradient
@@ -93,10 +90,10 @@ class _Options(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _slope_matmul(x, w, working, bias, adapter, activation, options):
-    return _product(x, w, working, bias, adapter, activation, options)[0]
+    return product(x, w, working, bias, adapter, activation, options)[0]
 
 
-def _product(x, w, working, bias, adapter, activation, options, save_preactivation=False):
+def product(x, w, working, bias, adapter, activation, options, save_preactivation=False):
     """y, z if it is to be saved, and x @ l."""
     precision, implementation = options.precision, options.implementation
     low_rank = None
@@ -121,26 +118,21 @@ def _product(x, w, working, bias, adapter, activation, options, save_preactivati
 
 def _forward(x, w, working, bias, adapter, activation, options):
     save = activation not in (None, "relu")  # where relu is flat, its y says
-    y, z, t = _product(x, w, working, bias, adapter, activation, options, save_preactivation=save)
+    y, z, t = product(x, w, working, bias, adapter, activation, options, save_preactivation=save)
     if None not in working:  # the backward pass then reads w's positions alone
         w = w.with_values(working.values)
     residuals = (x, w, working.transpose, bias, adapter, y if activation == "relu" else z, t)
     return y, residuals
 
 
-def _backward(activation, options, residuals, dy):
-    precision, implementation, dtype, backward = options
+def backward(activation, options, residuals, dy):
+    """Gradients of x, w, its copies (none), bias and adapter."""
+    precision, implementation, dtype, kind = options
     x, w, transpose, bias, adapter, z, t = residuals
-    dz = dy.astype(jnp.float32)
-    if activation is not None:
-        dz = jax.vjp(ACTIVATIONS[activation], z.astype(jnp.float32))[1](dz)[0]
-    tokens = tuple(range(dz.ndim - 1))
-    dbias = None if bias is None else dz.sum(tokens).astype(bias.dtype)
-    dz = dz.astype(x.dtype)
-    dadapter, low_rank = None, None
-    if adapter is not None:
-        dadapter, low_rank = _adapter_backward(x, t, dz, adapter, precision)
-    if backward == EXACT:
+    dz, dbias, dadapter, low_rank = outer_gradients(
+        activation, precision, (x, bias, adapter, z, t), dy
+    )
+    if kind == EXACT:
         dx = _exact_dx(dz, w, low_rank, precision)
     else:
         if transpose is None:
@@ -152,6 +144,25 @@ def _backward(activation, options, residuals, dy):
     no_gradient = np.zeros(w.metadata.shape, jax.dtypes.float0)
     dw = CompressedMatrix(dw, no_gradient, w.pattern, w.axis, w.shape)
     return dx, dw, None, dbias, dadapter
+
+
+def outer_gradients(activation, precision, residuals, dy):
+    """What comes before the products with the weight.
+
+    Returns the gradient of the product in x's dtype, those of bias and adapter, and the factors of
+    the low-rank term of dx.
+    """
+    x, bias, adapter, z, t = residuals
+    dz = dy.astype(jnp.float32)
+    if activation is not None:
+        dz = jax.vjp(ACTIVATIONS[activation], z.astype(jnp.float32))[1](dz)[0]
+    tokens = tuple(range(dz.ndim - 1))
+    dbias = None if bias is None else dz.sum(tokens).astype(bias.dtype)
+    dz = dz.astype(x.dtype)
+    dadapter, low_rank = None, None
+    if adapter is not None:
+        dadapter, low_rank = _adapter_backward(x, t, dz, adapter, precision)
+    return dz, dbias, dadapter, low_rank
 
 
 def _exact_dx(dz, w, low_rank, precision):
@@ -179,8 +190,17 @@ def _adapter_backward(x, t, dz, adapter, precision):
     return (over_tokens(x, dt, adapter[0]), over_tokens(t, dz, adapter[1])), (dt, left.T)
 
 
-# Where a layer is rematerialised, its first pass then runs `_product` without the preactivation.
-_slope_matmul.defvjp(_forward, _backward, optimize_remat=True)
+# Where a layer is rematerialised, its first pass then runs `product` without the preactivation.
+_slope_matmul.defvjp(_forward, backward, optimize_remat=True)
+
+
+def check_operands(x, w, working: Working, adapter, backward: str) -> None:
+    """Raises a ValueError unless the arguments of `slope_matmul` fit; w may be dense."""
+    if isinstance(w, CompressedMatrix):
+        w.pattern.check_divides(w.shape[1], f"output axis of shape {w.shape}")
+    _check_adapter(adapter, w.shape)
+    _check_working(working, x, w)
+    check_backward(backward)
 
 
 def check_backward(backward: str) -> None:
@@ -202,10 +222,11 @@ def _check_adapter(adapter, shape: tuple[int, int]) -> None:
 
 def _check_working(working: Working, x: jax.Array, w: CompressedMatrix) -> None:
     values, transpose = working
-    if values is not None and (values.shape, values.dtype) != (w.values.shape, x.dtype):
+    shape = getattr(w, "values", w).shape
+    if values is not None and (values.shape, values.dtype) != (shape, x.dtype):
         raise ValueError(
             f"working.values are {values.dtype}{list(values.shape)}; for this x and w they must be"
-            f" {x.dtype}{list(w.values.shape)}, as slope_jax.working_copies makes them"
+            f" {x.dtype}{list(shape)}, as slope_jax.working_copies makes them"
         )
     if transpose is None:
         return

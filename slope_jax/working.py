@@ -1,6 +1,5 @@
 """Working copies: what kernels are multiplied as, made once for many products."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,9 +8,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
-from pallas_kernels import CompressedMatrix, Pattern, Query, choose, nm_transpose
+from pallas_kernels import CompressedMatrix, Pattern
 from slope_jax.dense import MASKS, SparseDense
 from slope_jax.matmul import DOUBLE_PRUNED, Working
+from slope_jax.pieces import transposes
+from slope_jax.sharded import transposed
+from slope_jax.sharding import active_mesh, cut_of
 
 
 class Layer(NamedTuple):
@@ -92,21 +94,16 @@ def working_copies(
             metadata = _at(variables[MASKS], path)["kernel"]
             w = CompressedMatrix(kernel, metadata, layer.pattern, 0, layer.shape)
             pruned = transpose and layer.backward == DOUBLE_PRUNED
-            copies[*path, "kernel"] = Working(cast, _transposed(w, layer) if pruned else None)
+            copies[*path, "kernel"] = Working(cast, _transposed(w, layer, path) if pruned else None)
         elif values:
             copies[*path, "kernel"] = Working(cast)
     return traverse_util.unflatten_dict(copies)
 
 
-def _transposed(w: CompressedMatrix, layer: Layer) -> CompressedMatrix:
-    transpose = functools.partial(
-        nm_transpose, dtype=layer.dtype, implementation=layer.implementation
-    )
-    query = Query("nm_transpose", layer.shape, layer.pattern, str(w.dtype))
-    if choose(query, layer.implementation).implementation == "xla":
-        for _ in w.values.shape[:-2]:  # one layer after another, for each is dense for a moment
-            transpose = functools.partial(jax.lax.map, transpose)
-    return transpose(w)
+def _transposed(w: CompressedMatrix, layer: Layer, path: tuple[str, ...]) -> CompressedMatrix:
+    if active_mesh() is not None:
+        return transposed(w, cut_of(path), layer.dtype, layer.implementation)
+    return transposes(w, layer.dtype, layer.implementation)
 
 
 def _describe(module: SparseDense, x: jax.Array) -> Layer:

@@ -9,9 +9,16 @@ import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-import slope_jax.working
 from pallas_kernels import CompressedMatrix, Pattern, compress, nm_transpose
-from slope_jax import WORKING, SparseDense, Working, find_layers, slope_matmul, working_copies
+from slope_jax import (
+    WORKING,
+    SparseDense,
+    Working,
+    find_layers,
+    pieces,
+    slope_matmul,
+    working_copies,
+)
 
 
 def normal(seed, shape, dtype=jnp.float32):
@@ -140,7 +147,7 @@ def test_copies_of_a_stack_are_those_of_its_layers(monkeypatch):
         calls.append(w.values.shape)
         return nm_transpose(w, **options)
 
-    monkeypatch.setattr(slope_jax.working, "nm_transpose", counted)
+    monkeypatch.setattr(pieces, "nm_transpose", counted)
     bf16 = {path: layer._replace(dtype=jnp.dtype(jnp.bfloat16)) for path, layer in layers.items()}
     working = working_copies(variables, bf16)
     assert calls == [(8, 32), (16, 16), (4, 8)]  # up, down, last

@@ -21,6 +21,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from pallas_kernels.files import FULL, UNWRITABLE
 from slope_jax import TrainState
+from slope_jax.sharding import current_mesh, shardings
 from train import integrity
 
 
@@ -171,7 +172,13 @@ def state_bytes(state: TrainState) -> int:
 
 
 def placed(shapes: Any) -> Any:
-    """Shapes as Orbax wants them, to be restored onto the first device."""
+    """Shapes as Orbax wants them, to be restored onto the mesh that is set, or the first device."""
+    if (mesh := current_mesh()) is not None:
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            shapes,
+            shardings(shapes, mesh),
+        )
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
 

@@ -147,6 +147,19 @@ class Config:
     """Steps between evaluations on held-out data. 0: only at the end."""
     eval_batches: int = field(default=8, metadata=FREE)
     """Held-out micro-batches per evaluation, always the same ones."""
+    mesh: str = field(default="", metadata=FREE)
+    """Devices by axis, such as data:2,fsdp:2,tensor:2. data: batches are shared. fsdp: batches are
+    shared, and parameters, moments and masks too. tensor: products are cut. Empty: one device. A run
+    goes on with another mesh or number of processes as well."""
+    coordinator: str = field(default="", metadata=FREE)
+    """HOST:PORT of process 0, for a run of several processes; auto: as SLURM, Open MPI or Kubernetes
+    say."""
+    processes: int | None = field(default=None, metadata=FREE)
+    """How many processes the run has (with --coordinator=HOST:PORT)."""
+    process_id: int | None = field(default=None, metadata=FREE)
+    """Which of them this one is, from 0."""
+    heartbeat_seconds: int = field(default=100, metadata=FREE)
+    """Seconds without a sign of life after which a process counts as lost, and all others end."""
     log_every: int = field(default=1, metadata=FREE)
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = field(default=50, metadata=FREE)
@@ -178,6 +191,7 @@ class Config:
         _check_phases(self)
         _check_ranges(self)
         _check_method(self)
+        _check_mesh(self)
 
     @property
     def family(self) -> str:
@@ -359,6 +373,38 @@ def _check_ranges(config: Config) -> None:
         raise ValueError(f"vocab_size must be at least 300, got {config.vocab_size}")
     if not 0 <= config.seed < 2**31:
         raise ValueError(f"seed must lie in [0, 2**31), got {config.seed}")
+
+
+def _check_mesh(config: Config) -> None:
+    from train.mesh import parse_mesh  # which needs this module
+
+    if config.mesh:
+        parse_mesh(config.mesh)
+    if config.heartbeat_seconds < 1:
+        raise ValueError(f"heartbeat_seconds must be at least 1, got {config.heartbeat_seconds}")
+    given = (config.processes is not None, config.process_id is not None)
+    if config.coordinator in ("", "auto"):
+        if any(given):
+            raise ValueError(
+                "processes and process_id need coordinator=HOST:PORT, the address of process 0;"
+                f" got coordinator={config.coordinator!r}"
+            )
+        return
+    host, _, port = config.coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(
+            f"coordinator {config.coordinator!r} is no HOST:PORT, such as node0:12345, nor auto"
+        )
+    if not all(given):
+        raise ValueError(
+            f"coordinator={config.coordinator} needs processes and process_id as well; under SLURM,"
+            " Open MPI or Kubernetes coordinator=auto finds all three"
+        )
+    if not 0 <= config.process_id < config.processes:
+        raise ValueError(
+            f"process_id must lie in [0, {config.processes}), as processes says; got"
+            f" {config.process_id}"
+        )
 
 
 def _check_method(config: Config) -> None:

@@ -17,6 +17,11 @@ CONFIG_FILE, LOCK_FILE, TOKENIZER_FILE = "config.json", "lock", "tokenizer.json"
 LEFTOVERS = (METRICS_FILE, TOKENIZER_FILE, "corpus.json", "plan.txt", "tensorboard")
 
 
+def run_folder(config: Config) -> pathlib.Path:
+    """Where the run is kept."""
+    return pathlib.Path(config.run_dir or config.default_run_dir()).expanduser()
+
+
 @contextlib.contextmanager
 def open_folder(config: Config) -> Iterator[pathlib.Path]:
     """Create the run's folder if need be and hold it against other processes.
@@ -25,7 +30,7 @@ def open_folder(config: Config) -> Iterator[pathlib.Path]:
       ValueError: it can't be written, holds something other than a run, or another process
         trains in it.
     """
-    path = pathlib.Path(config.run_dir or config.default_run_dir()).expanduser()
+    path = run_folder(config)
     try:
         path.mkdir(parents=True, exist_ok=True)
         strangers = {p.name for p in path.iterdir()} - {LOCK_FILE}

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from train.config import Config
 from train.data import Corpus, make_dataset, prepare
 from train.folder import TOKENIZER_FILE
+from train.mesh import ALONE, Share
 
 
 class PhaseData(NamedTuple):
@@ -45,11 +46,17 @@ def open_corpus(config: Config, folder: pathlib.Path, expected: str | None) -> C
     return corpus
 
 
-def make_datasets(config: Config, corpus: Corpus) -> list[PhaseData]:
+def make_datasets(
+    config: Config, corpus: Corpus, share: Share = ALONE, multiple: int = 1
+) -> list[PhaseData]:
     """Batches of every phase; each phase draws its own order and masks.
 
     Held-out batches have the size of a micro-batch, so that evaluation needs no more memory than
     training.
+
+    Args:
+      share: what this process loads of every batch.
+      multiple: held-out batches have a multiple of so many sequences, all processes together.
     """
     datasets = []
     for phase in config.phases:
@@ -57,12 +64,16 @@ def make_datasets(config: Config, corpus: Corpus) -> list[PhaseData]:
             "objective": config.objective,
             "seq_len": phase.seq_len,
             "max_predictions": phase.max_predictions if config.objective == "mlm" else None,
+            "process_index": share.index,
+            "process_count": share.count,
         }
         seed, micro = config.seed + phase.index, phase.batch_size // phase.accumulation
         datasets.append(
             PhaseData(
                 make_dataset(corpus.train, batch_size=phase.batch_size, seed=seed, **options),
-                make_dataset(corpus.valid, batch_size=micro, train=False, **options),
+                make_dataset(
+                    corpus.valid, batch_size=micro, train=False, multiple=multiple, **options
+                ),
             )
         )
     return datasets

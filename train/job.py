@@ -1,54 +1,43 @@
 """The pretraining job: from a configuration to a trained, summarised run, through any stop."""
 
-import enum
+import contextlib
 import functools
 import json
 import math
 import pathlib
 import time
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 from rich.console import Console
 
 from pallas_kernels.files import write_atomically
 from slope_jax import TrainState
-from train import environment, summary
+from slope_jax.sharding import BATCH, size_of
+from train import environment, processes, summary
 from train.checkpoint import Checkpoints, check_space
 from train.config import Config, Phase, to_json
 from train.data import batches_from
 from train.display import Display, Speed
-from train.folder import TOKENIZER_FILE, check_config, open_folder, start_anew
+from train.folder import TOKENIZER_FILE, check_config, open_folder, run_folder, start_anew
 from train.inputs import make_datasets, open_corpus
 from train.integrity import set_aside_damaged
+from train.mesh import make_mesh, place, set_mesh, share_of
 from train.methods import wanda
 from train.metrics import MetricsWriter
-from train.plan import make_plan
+from train.plan import Plan, make_plan
+from train.processes import first_then_others, is_first, together
 from train.signals import StopRequest
 from train.state import abstract_state, as_called, init_state, join_adapters, make_setup, step_key
 from train.step import all_finite, evaluate, make_train_step
+from train.stops import Exit, Stopped, Stops
 
 LAG = 1  # steps that may be under way while the host looks at the metrics of the one before
 
 
-class Exit(enum.IntEnum):
-    """Exit codes of the command. A signal gives 128 + its number: 130 Ctrl-C, 143 SIGTERM."""
-
-    DONE = 0
-    FAILED = 1  # not finite, full disk
-    BAD_INPUT = 2
-    UNFINISHED = 75  # --max-minutes; the same command goes on
-
-
 class NonFiniteError(ArithmeticError):
     """The loss, the gradient or the state is NaN or infinite."""
-
-
-class Stopped(NamedTuple):
-    """Why a run ended ahead of its last step."""
-
-    code: int
-    reason: str
 
 
 def pretrain(config: Config, *, console: Console | None = None, stop_at: int | None = None) -> int:
@@ -69,20 +58,41 @@ def pretrain(config: Config, *, console: Console | None = None, stop_at: int | N
       OutOfSpace: the disk is full; what was saved before is intact.
     """
     started = time.monotonic()
-    plan = make_plan(config)  # finds all that can be known to be wrong without the data
-    with open_folder(config) as folder:
-        check_space(folder, plan.checkpoint_bytes)
-        console = console or Console()
-        set_aside_damaged(folder / "checkpoints", functools.partial(_say, console))
-        checkpoints = Checkpoints(folder, keep=config.keep_checkpoints)
-        try:
-            job = _Job(config, folder, checkpoints, console, started)
+    processes.connect(config)
+    mesh = make_mesh(config)
+    with set_mesh(mesh):
+        with together("plan the run"):  # finds all that is wrong without the data
+            plan = make_plan(config)
+        with _opened(config, plan, console or Console()) as (folder, console):
+            checkpoints = Checkpoints(folder, keep=config.keep_checkpoints)
             try:
-                return job.run(stop_at)
-            except ValueError as error:  # not the caller's fault any more
-                raise RuntimeError(f"training failed after step {job.step}") from error
-        finally:
-            checkpoints.close()
+                job = _Job(config, mesh, folder, checkpoints, console, started)
+                with processes.lost_together(lambda: f"after step {job.step}"):
+                    return _run(job, stop_at)
+            finally:
+                checkpoints.close()
+
+
+@contextlib.contextmanager
+def _opened(config: Config, plan: Plan, console: Console) -> Iterator[tuple[pathlib.Path, Console]]:
+    """The run's folder, which the first process holds and has made fit to go on in, and a console."""
+    with contextlib.ExitStack() as stack:
+        folder = run_folder(config)
+        with together("open the run's folder"):
+            if is_first():
+                stack.enter_context(open_folder(config))
+                check_space(folder, plan.checkpoint_bytes)
+                set_aside_damaged(folder / "checkpoints", functools.partial(_say, console))
+        if not is_first():
+            console = stack.enter_context(processes.own_log(folder))
+        yield folder, console
+
+
+def _run(job: "_Job", stop_at: int | None) -> int:
+    try:
+        return job.run(stop_at)
+    except ValueError as error:  # not the caller's fault any more
+        raise RuntimeError(f"training failed after step {job.step}") from error
 
 
 class _Job:
@@ -91,6 +101,7 @@ class _Job:
     def __init__(
         self,
         config: Config,
+        mesh: jax.sharding.Mesh | None,
         folder: pathlib.Path,
         checkpoints: Checkpoints,
         console: Console,
@@ -108,19 +119,24 @@ class _Job:
             "step_tokens": 0,
             "bad_steps": 0,
         }
-        data = self._open_record()
-        if self.fresh and config.init_from:
-            wanda.take_tokenizer(config, folder)
-        self.corpus = open_corpus(config, folder, data)
-        self.data = make_datasets(config, self.corpus)
-        self.setup = make_setup(config, vocab_size=self.corpus.vocab_size)
-        self.plan = make_plan(config, self.setup)
-        self.key = step_key(self.setup)
+        with together("read the last checkpoint"):
+            data = self._open_record()
+        self.corpus = first_then_others(
+            "prepare the data", lambda: open_corpus(config, folder, data)
+        )
+        with together("set up the model"):
+            processes.check_same(self.corpus.fingerprint, f"the text of --data={config.data}")
+            self.share, devices = share_of(mesh), size_of(mesh, BATCH) if mesh else 1
+            self.data = make_datasets(config, self.corpus, self.share, devices)
+            self.setup = make_setup(config, vocab_size=self.corpus.vocab_size)
+            self.plan = make_plan(config, self.setup)
+        self.key = processes.replicated(step_key(self.setup))
         self.speed = Speed()
         self.pending: list[tuple[int, dict[str, jax.Array]]] = []
 
     def run(self, stop_at: int | None) -> int:
-        write_atomically(self.folder / "plan.txt", f"{self.plan}\n")
+        if is_first():
+            write_atomically(self.folder / "plan.txt", f"{self.plan}\n")
         if self.step == self.config.total_steps and not self.fresh:
             self._say(f"{self.folder} is complete. To start anew, name another --run-dir.")
             return self._finish()
@@ -139,12 +155,16 @@ class _Job:
     def _open_record(self) -> str | None:
         """Take up what the last checkpoint says; returns the fingerprint of its corpus."""
         if self.fresh:
-            start_anew(self.folder, self.config)
+            _check_start(self.config)
+            if is_first():
+                start_anew(self.folder, self.config)
+                if self.config.init_from:
+                    wanda.take_tokenizer(self.config, self.folder)
             return None
         record, tokenizer = self.checkpoints.read_run(self.step)
         check_config(record["config"], self.config, self.folder)
         self.history |= record["history"]  # one of an earlier version may lack some
-        if not (self.folder / TOKENIZER_FILE).exists():
+        if is_first() and not (self.folder / TOKENIZER_FILE).exists():
             write_atomically(self.folder / TOKENIZER_FILE, json.dumps(tokenizer))
         return record["data"]
 
@@ -161,9 +181,13 @@ class _Job:
     def _train(self, stop_at: int | None) -> Stopped | None:
         total, stopped = self.config.total_steps, None
         with StopRequest(self.config.grace_seconds) as request:
+            stops = Stops(self.config, request, self.started, stop_at)
             state = self._initial_state()
             self.writer = MetricsWriter(
-                self.folder, step=self.step, tensorboard=self.config.tensorboard
+                self.folder,
+                step=self.step,
+                tensorboard=self.config.tensorboard,
+                active=is_first(),
             )
             try:
                 with Display(self.console, total=total, done=self.step) as self.display:
@@ -172,15 +196,13 @@ class _Job:
                     if total == 0:
                         self._save(state)
                     while self.step < total and not stopped:
-                        state, stopped = self._train_phase(state, request, stop_at)
+                        state, stopped = self._train_phase(state, stops)
                     self.checkpoints.wait()
             finally:
                 self.writer.close()
         return stopped
 
-    def _train_phase(
-        self, state: TrainState, request: StopRequest, stop_at: int | None
-    ) -> tuple[TrainState, Stopped | None]:
+    def _train_phase(self, state: TrainState, stops: Stops) -> tuple[TrainState, Stopped | None]:
         phase = next(p for p in self.config.phases if self.step < p.end)
         train_step = self._train_step(phase)
         batches = batches_from(self.data[phase.index].train, self.step - phase.start)
@@ -192,13 +214,14 @@ class _Job:
                 state = self._join(state)
             if self.step in self.setup.method.turns:
                 train_step = self._turn(phase)
-            state, metrics = train_step(state, next(batches), self.key)
+            batch = place(next(batches), self.share)
+            state, metrics = train_step(state, batch, self.key)
             self.step += 1
             self.pending.append((self.step, metrics))
             self._report(keep=LAG)
             if self._due(self.config.eval_every):
                 self._evaluate(state, phase)
-            stopped = self._why_stop(request, stop_at)
+            stopped = stops.after(self.step)
             if stopped or self._due(self.config.checkpoint_every):
                 self._save(state)
             if stopped:
@@ -269,7 +292,7 @@ class _Job:
         held_out = self.data[phase.index].held_out
         with self.speed.paused():
             count = min(self.config.eval_batches, len(held_out))
-            batches = [held_out[i] for i in range(count)]
+            batches = [place(held_out[i], self.share) for i in range(count)]
             metrics = evaluate(as_called(self.setup, state), batches)
         if not math.isfinite(metrics["eval_loss"]):
             self._give_up(f"the held-out loss is {metrics['eval_loss']} after step {self.step}")
@@ -314,18 +337,6 @@ class _Job:
     def _due(self, every: int) -> bool:
         return self.step == self.config.total_steps or (every > 0 and self.step % every == 0)
 
-    def _why_stop(self, request: StopRequest, stop_at: int | None) -> Stopped | None:
-        if self.step == self.config.total_steps:
-            return None
-        if request.signal is not None:
-            return Stopped(128 + request.signal, f"Stopped by {request.signal.name}")
-        if stop_at is not None and self.step >= stop_at:
-            return Stopped(Exit.UNFINISHED, f"Stopped at step {stop_at}")
-        limit = self.config.max_minutes
-        if limit and time.monotonic() - self.started > 60 * limit:
-            return Stopped(Exit.UNFINISHED, f"Stopped after {limit:g} minutes")
-        return None
-
     def _give_up(self, what: str) -> None:
         self.checkpoints.wait()
         good = self.checkpoints.latest()
@@ -341,6 +352,8 @@ class _Job:
 
     def _finish(self) -> int:
         self.checkpoints.wait()
+        if not is_first():
+            return Exit.DONE
         evals = [x for x in self.history["evals"] if x["step"] in self.checkpoints.steps()]
         best = min(evals, key=lambda x: x["eval_loss"])["step"]
         paths = {"last": self.checkpoints.path(self.step), "best": self.checkpoints.path(best)}
@@ -362,6 +375,14 @@ class _Job:
 
     def _say(self, text: str) -> None:
         _say(self.console, text)
+
+
+def _check_start(config: Config) -> None:
+    if config.mesh and config.method == "wanda":
+        raise ValueError(
+            "--method=wanda prunes on one device: start it without --mesh, stop it once it trains"
+            " (Ctrl-C, or --max-minutes), and give --mesh to the command that goes on"
+        )
 
 
 def _say(console: Console, text: str) -> None:

@@ -21,16 +21,22 @@ class MetricsWriter:
       step: completed steps that the run goes on from; later lines, which belong to work that was
         lost, are removed, and TensorBoard is told to forget them.
       tensorboard: also write RUN/tensorboard.
+      active: False writes nothing at all, for all but one of a run's processes.
     """
 
-    def __init__(self, run_dir: pathlib.Path, *, step: int, tensorboard: bool):
+    def __init__(self, run_dir: pathlib.Path, *, step: int, tensorboard: bool, active: bool = True):
         self.path = run_dir / METRICS_FILE
+        self._file = self._events = None
+        if not active:
+            return
         truncate(self.path, step)
         self._file = self.path.open("a", encoding="utf-8")
         self._events = _Events(run_dir / "tensorboard", step) if tensorboard else None
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Record metrics (plain numbers) of the state after `step` steps."""
+        if self._file is None:
+            return
         line = {"step": step} | {k: _number(v) for k, v in metrics.items()}
         with explained_errors(self.path):
             self._file.write(json.dumps(line) + "\n")
@@ -40,11 +46,15 @@ class MetricsWriter:
 
     def sync(self) -> None:
         """Return when all lines have reached the disk."""
+        if self._file is None:
+            return
         with explained_errors(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        if self._file is None:
+            return
         try:
             self.sync()
         finally:

@@ -9,8 +9,10 @@ import jax
 from flax import traverse_util
 
 from slope_jax import Explanation, TrainState, explain
+from slope_jax.sharding import active_mesh, state_specs
 from train.config import Config
 from train.display import size
+from train.mesh import abstract_mesh, check_mesh, parse_mesh, set_mesh
 from train.methods import FIELDS, METHODS
 from train.state import Setup, abstract_state, compute_dtype, make_setup
 
@@ -45,6 +47,7 @@ class Plan:
         during a step; activations are not counted.
       adapters: linear layers that get adapters.
       explanation: what each linear stores and what runs, at the last phase's micro-batch.
+      device_bytes: the state on each device of the mesh; None without a mesh.
     """
 
     config: Config
@@ -52,6 +55,7 @@ class Plan:
     adapters: int
     rank: int
     explanation: Explanation
+    device_bytes: int | None = None
 
     @property
     def parameters(self) -> tuple[int, int]:
@@ -85,7 +89,13 @@ def make_plan(config: Config, setup: Setup | None = None) -> Plan:
     Raises:
       ValueError: whatever is wrong with the configuration, the model or the method.
     """
-    setup = setup or make_setup(config)
+    mesh = abstract_mesh(config) if active_mesh() is None else None
+    with set_mesh(mesh):
+        return _plan(config, setup or make_setup(config))
+
+
+def _plan(config: Config, setup: Setup) -> Plan:
+    check_mesh(config, (setup.adapted or setup.model).config, simulated=setup.method.simulated)
     control = _control(config)
     dense = abstract_state(
         make_setup(control, vocab_size=setup.model.config.vocab_size), adapters=False
@@ -103,6 +113,7 @@ def make_plan(config: Config, setup: Setup | None = None) -> Plan:
         adapters=adapters if setup.adapted else 0,
         rank=model.config.rank,
         explanation=explanation,
+        device_bytes=_device_bytes(state, config),
     )
 
 
@@ -126,6 +137,21 @@ def _amounts(state: TrainState, dense: TrainState) -> dict[str, Amount]:
         name: Amount(ours[name][0], theirs[name][0], ours[name][1], theirs[name][1])
         for name in ROWS
     }
+
+
+def _device_bytes(state: TrainState, config: Config) -> int | None:
+    """Parameters, masks, optimizer state and gradients on one device."""
+    if not config.mesh:
+        return None
+    sizes = parse_mesh(config.mesh)
+    total = 0
+    for tree in (state.params, state.masks, state.opt_state, state.params):
+        for leaf, spec in zip(*map(jax.tree.leaves, (tree, state_specs(tree))), strict=True):
+            cut = [axes for axes in spec if axes is not None]
+            names = [a for axes in cut for a in (axes if isinstance(axes, tuple) else (axes,))]
+            count = math.prod(sizes[name] for name in names)
+            total += math.prod(leaf.shape) * leaf.dtype.itemsize // count
+    return total
 
 
 def _parts(state: TrainState) -> dict[str, tuple[int, int]]:
@@ -153,7 +179,7 @@ def _total(leaves: Iterable[Any]) -> tuple[int, int]:
 
 
 def _run_text(plan: Plan) -> str:
-    config, device = plan.config, jax.devices()[0]
+    config = plan.config
     stored, dense = plan.parameters
     method = METHODS[config.method]
     how = f"sparsity {config.sparsity}, " if "sparsity" in method.fields else ""
@@ -163,9 +189,10 @@ def _run_text(plan: Plan) -> str:
         f"parameters {stored:,} stored, {dense:,} in the dense model; density of the pruned "
         f"kernels {plan.density:.3f}",
         f"{config.optimizer}, {config.schedule} schedule, weight decay {config.weight_decay}, clip "
-        f"{config.clip or 'none'}; computed in {compute_dtype(config)} on {device.device_kind}, "
-        f"one of {jax.device_count()} device(s)",
+        f"{config.clip or 'none'}; computed in {compute_dtype(config)} on {_devices(config)}",
     ]
+    if plan.device_bytes is not None:
+        lines.append(f"mesh {config.mesh}: {size(plan.device_bytes)} of state on each device")
     if plan.adapters:
         left = config.total_steps - config.adapter_step
         lines.append(
@@ -176,6 +203,14 @@ def _run_text(plan: Plan) -> str:
         lines.append("no adapters")
     lines += path_lines(plan.explanation)
     return "\n".join(lines)
+
+
+def _devices(config: Config) -> str:
+    kind, found = jax.devices()[0].device_kind, jax.device_count()
+    if not config.mesh:
+        return f"{kind}, one of {found} device(s)"
+    count = math.prod(parse_mesh(config.mesh).values())
+    return f"{count} x {kind}, of {found} in {jax.process_count()} process(es)"
 
 
 def path_lines(explanation: Explanation) -> list[str]:

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import optax
 from flax import linen as nn
 
 from slope_jax import TrainState, add_adapters, models
+from slope_jax.sharding import active_mesh, state_specs
 from train.config import Config
 from train.methods import METHODS, Method
 from train.optimizer import make_optimizer, make_schedule
@@ -76,8 +78,9 @@ def is_stacked(path: tuple) -> bool:
 
 
 def init_state(setup: Setup) -> TrainState:
-    """The state before the first step, compiled as one function."""
-    return jax.jit(functools.partial(_init, setup))(jax.random.fold_in(setup.key, 0))
+    """The state before the first step, compiled as one function, on the mesh if one is set."""
+    init, key = functools.partial(_init, setup), jax.random.fold_in(setup.key, 0)
+    return jax.jit(init, out_shardings=_placed(lambda: init(key)))(key)
 
 
 def join_adapters(setup: Setup, state: TrainState) -> tuple[TrainState, int]:
@@ -93,7 +96,13 @@ def join_adapters(setup: Setup, state: TrainState) -> tuple[TrainState, int]:
         return state
 
     # Compiled, so that the fresh optimizer state of existing parameters is never allocated.
-    return jax.jit(join, donate_argnums=0)(state), counts[0]
+    out_shardings = _placed(lambda: join(state))
+    return jax.jit(join, donate_argnums=0, out_shardings=out_shardings)(state), counts[0]
+
+
+def _placed(make: Callable[[], TrainState]) -> Any:
+    """Where the leaves of what `make` gives lie on the mesh; None without one."""
+    return None if active_mesh() is None else state_specs(jax.eval_shape(make))
 
 
 def as_called(setup: Setup, state: TrainState) -> TrainState:

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from slope_jax import WORKING, TrainState, find_layers, working_copies
 from slope_jax.models.stack import GRADIENT
+from slope_jax.sharding import batch_spec, constrain, constrain_state
 from train.loss import cross_entropy
 from train.methods import Method
 
@@ -102,6 +104,9 @@ def make_train_step(
         key = jax.random.fold_in(key, state.step)
         tokens, sequences = _totals(batch)
         micros = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+        micros = jax.tree.map(
+            lambda x: constrain(x, PartitionSpec(None, *batch_spec(x.ndim - 1))), micros
+        )
         first = jax.tree.map(lambda x: x[0], micros)
         if method is not None:
             masks = method.update_masks(state.params, state.masks, state.step)
@@ -130,7 +135,7 @@ def make_train_step(
         good = None
         if skip_bad:
             good = jnp.isfinite(metrics["grad_norm"]) & jnp.isfinite(metrics["loss"])
-        return _updated(state, grads, good), metrics
+        return constrain_state(_updated(state, grads, good)), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
@@ -217,7 +222,7 @@ def _accumulate(objective: Callable, params, micros: Batch, accumulation: int):
     Backward passes add into one set of buffers, layer by layer: a micro-batch's own gradients are
     never there as a whole.
     """
-    totals = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), params)
+    totals = jax.tree.map(jax.new_ref, constrain_state(jax.tree.map(jnp.zeros_like, params)))
 
     def body(sums, inputs):
         index, micro = inputs

@@ -1,5 +1,6 @@
 """Multi-head self-attention, and the choice of the program that computes it."""
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -7,11 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import PartitionSpec
 
 from slope_jax.models.cache import CACHE
 from slope_jax.models.config import TransformerConfig
 from slope_jax.models.layers import linear
 from slope_jax.models.rope import rotate
+from slope_jax.sharded import split_sections
+from slope_jax.sharding import BATCH, TENSOR, active_mesh
 
 IN_ORDER = Layout((0, 1, 2, 3))
 
@@ -101,16 +105,27 @@ def _attend(config: TransformerConfig, query, key, value, causal: bool, context:
         return mixed.astype(dtype)
     # A window as long as the sequence is none. JAX counts the tokens to the left, without one's own.
     narrow = config.window is not None and config.window < key.shape[1]
-    mixed = jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
+    attend = functools.partial(
+        jax.nn.dot_product_attention,
         is_causal=causal,
-        key_value_seq_lengths=context.lengths,
         local_window_size=(config.window - 1, 0) if narrow else None,
         implementation=config.attention or best.implementation,
     )
-    return mixed.astype(dtype)
+    return _by_heads(attend, query, key, value, context.lengths).astype(dtype)
+
+
+def _by_heads(attend, query, key, value, lengths: jax.Array | None) -> jax.Array:
+    """`attend`, on a mesh of whole sequences and heads on every device."""
+    if active_mesh() is None or query.shape[0] == 1:
+        return attend(query, key, value, key_value_seq_lengths=lengths)
+
+    def local(query, key, value, lengths):
+        return attend(query, key, value, key_value_seq_lengths=lengths)
+
+    heads, rows = PartitionSpec(BATCH, None, TENSOR, None), PartitionSpec(BATCH)
+    specs = (heads, heads, heads, rows)
+    mapped = jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)
+    return mapped(query, key, value, lengths)
 
 
 def _seen(config: TransformerConfig, positions: jax.Array, slots: int) -> jax.Array:
@@ -145,10 +160,11 @@ class Attention(nn.Module):
         """(B, S, hidden) to (B, S, hidden)."""
         config, patterns = self.config, dict(self.patterns)
         heads, kv_heads = config.num_heads, config.num_kv_heads
-        width = (heads + 2 * kv_heads) * config.head_dim
-        qkv = linear(config, patterns["attention/qkv"], width, name="qkv")(x)
-        qkv = qkv.reshape(*x.shape[:2], heads + 2 * kv_heads, config.head_dim)
-        query, key, value = jnp.split(qkv, (heads, heads + kv_heads), axis=2)
+        sections = tuple(n * config.head_dim for n in (heads, kv_heads, kv_heads))
+        qkv = linear(
+            config, patterns["attention/qkv"], sum(sections), sections=sections, name="qkv"
+        )(x)
+        query, key, value = self._heads(qkv, sections)
         if context.rotary is not None:
             query, key = (rotate(part, context.rotary) for part in (query, key))
         key, value = self._remember(key, value, context.positions)
@@ -161,6 +177,15 @@ class Attention(nn.Module):
             name="output",
         )
         return output(mixed.reshape(x.shape))
+
+    def _heads(self, qkv: jax.Array, sections: tuple[int, ...]) -> list[jax.Array]:
+        """Queries, keys and values (B, S, heads, head_dim)."""
+        head_dim = self.config.head_dim
+        if active_mesh() is None or self.is_initializing():
+            qkv = qkv.reshape(*qkv.shape[:2], -1, head_dim)
+            heads, kv_heads, _ = (n // head_dim for n in sections)
+            return jnp.split(qkv, (heads, heads + kv_heads), axis=2)
+        return [p.reshape(*p.shape[:2], -1, head_dim) for p in split_sections(qkv, sections)]
 
     def _remember(self, key: jax.Array, value: jax.Array, positions: jax.Array | None):
         """The keys and values to attend to: all that the cache holds, if tokens join it later."""

@@ -5,11 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from pallas_kernels.epilogue import ACTIVATIONS
 from slope_jax.dense import SparseDense, inverse_rank_normal
 from slope_jax.models.config import TransformerConfig
 from slope_jax.policy import DENSE
+from slope_jax.sharded import sharded_head, sharded_take, split_sections
+from slope_jax.sharding import WHOLE, active_mesh, constrain, cut_of
 
 normal_init = nn.initializers.normal(0.02)
 
@@ -22,6 +25,7 @@ def linear(
     name: str | None,
     kernel_init: nn.initializers.Initializer | None = None,
     activation: str | None = None,
+    sections: tuple[int, ...] | None = None,
 ) -> SparseDense:
     """A `SparseDense` as the model's configuration asks; adapters belong to pruned ones only.
 
@@ -44,6 +48,7 @@ def linear(
         param_dtype=config.param_dtype,
         kernel_init=kernel_init or nn.initializers.normal(config.init_std),
         activation=activation,
+        sections=sections,
         name=name,
     )
 
@@ -89,7 +94,21 @@ class Embed(nn.Embed):
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Integers (...) to (..., features)."""
+        if self._is_sharded():
+            if cut_of(self.path) is not WHOLE:
+                return sharded_take(self.embedding, inputs, self.dtype)
+            whole = constrain(self.embedding, PartitionSpec())
+            return jnp.take(whole, inputs, axis=0).astype(self.dtype)
         return jnp.take(self.embedding, inputs, axis=0).astype(self.dtype)
+
+    def attend(self, query: jax.Array) -> jax.Array:
+        """(..., features) to (..., rows): products with every row."""
+        if self._is_sharded():
+            return sharded_head(query, self.embedding, self.dtype)
+        return super().attend(query)
+
+    def _is_sharded(self) -> bool:
+        return active_mesh() is not None and not self.is_initializing()
 
 
 def embedding(config: TransformerConfig, rows: int, name: str | None) -> Embed:
@@ -178,7 +197,7 @@ def gated(gate_up: jax.Array, activation: str) -> jax.Array:
 
     The backward pass recomputes it, so that nothing but `gate_up` is kept.
     """
-    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+    gate, up = split_sections(gate_up.astype(jnp.float32), (gate_up.shape[-1] // 2,) * 2)
     return (ACTIVATIONS[activation](gate) * up).astype(gate_up.dtype)
 
 
@@ -194,7 +213,13 @@ class GatedMlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, S, hidden) to (B, S, hidden)."""
         config, patterns = self.config, dict(self.patterns)
-        gate_up = linear(config, patterns["mlp/gate_up"], 2 * config.mlp_size, name="gate_up")
+        gate_up = linear(
+            config,
+            patterns["mlp/gate_up"],
+            2 * config.mlp_size,
+            sections=(config.mlp_size,) * 2,
+            name="gate_up",
+        )
         down = linear(
             config,
             patterns["mlp/down"],

@@ -1,6 +1,7 @@
 """From a token store to batches: a Grain dataset in which batch i is a function of (seed, i)."""
 
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +27,7 @@ def make_dataset(
     process_count: int = 1,
     max_predictions: int | None = None,
     train: bool = True,
+    multiple: int = 1,
 ) -> Any:
     """Batches of a token store as a ``grain.MapDataset`` of dicts of numpy arrays.
 
@@ -45,6 +47,7 @@ def make_dataset(
       train: False gives the evaluation set: one pass in a fixed order with fixed masks, whole
         batches only, no example twice. A split with fewer examples than ``batch_size`` gives one
         smaller batch.
+      multiple: of which that smaller batch has a multiple of rows; of ``process_count`` anyway.
 
     Returns:
       A ``grain.MapDataset``. mlm: ``input_ids``, ``token_type_ids`` (B, S), ``lengths``,
@@ -87,11 +90,12 @@ def make_dataset(
     if train:
         order = order.repeat()
     else:
-        batch_size = min(batch_size, _round_down(source.num_examples, process_count))
+        unit = math.lcm(process_count, multiple)
+        batch_size = min(batch_size, _round_down(source.num_examples, unit))
         if batch_size == 0:
             raise ValueError(
                 f"the {store.split} split has {source.num_examples} examples of {seq_len} tokens, "
-                f"fewer than {process_count} processes: raise --valid-fraction"
+                f"too few to be shared by {unit} devices or processes: raise --valid-fraction"
             )
         length = source.num_examples // batch_size
     batches = _Batches(source, order, batch_size, process_index, process_count, length)

@@ -45,6 +45,11 @@ class Method:
     noisy: ClassVar[bool] = False  # whether the backward pass draws random numbers
     adapts: ClassVar[bool] = False  # whether adapters can join
 
+    @property
+    def simulated(self) -> bool:
+        """Whether its products are dense ones of kernels that it masks."""
+        return bool(self.options().get("simulated", False))
+
     def __init__(self, config: Config):
         self.config = config
         self.kernels = pruned_kernels(variant_config(config.model, **self.options()))

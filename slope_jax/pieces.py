@@ -1,0 +1,55 @@
+"""What one device does with its piece of a weight, compressed or dense. No collectives."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import CompressedMatrix, Query, choose, nm_transpose
+from pallas_kernels.epilogue import ACTIVATIONS
+from slope_jax import matmul
+from slope_jax.matmul import Options, Working
+
+
+def product(x, w, bias, adapter, activation, options: Options, save: bool):
+    """y, the pre-activation if it is to be saved, and x @ l; w has x's dtype."""
+    if isinstance(w, CompressedMatrix):
+        return matmul.product(x, w, Working(), bias, adapter, activation, options, save)
+    z, t = jnp.matmul(x, w, precision=options.precision), None
+    if adapter is not None:
+        t = jnp.matmul(x, adapter[0], precision=options.precision)
+        z = z + jnp.matmul(t, adapter[1], precision=options.precision)
+    if bias is not None:
+        z = z + bias.astype(z.dtype).reshape((1,) * (z.ndim - 1) + (-1,))
+    y = z if activation is None else ACTIVATIONS[activation](z)
+    return y, z if save else None, t
+
+
+def gradients(activation, options: Options, residuals, dy):
+    """dx, dw, dbias, dadapter; of a compressed w the residuals have its transpose as well."""
+    x, w, _, bias, adapter, z, t = residuals
+    if isinstance(w, CompressedMatrix):
+        dx, dw, _, dbias, dadapter = matmul.backward(activation, options, residuals, dy)
+        return dx, dw.values, dbias, dadapter
+    precision = options.precision
+    dz, dbias, dadapter, low_rank = matmul.outer_gradients(
+        activation, precision, (x, bias, adapter, z, t), dy
+    )
+    dx = jnp.matmul(dz, w.T, precision=precision)
+    if low_rank is not None:
+        dx = dx + jnp.matmul(*low_rank, precision=precision)
+    tokens = tuple(range(x.ndim - 1))
+    dw = jax.lax.dot_general(
+        x, dz, ((tokens, tokens), ((), ())), precision, preferred_element_type=jnp.float32
+    )
+    return dx, dw.astype(options.dtype), dbias, dadapter
+
+
+def transposes(w: CompressedMatrix, dtype, implementation: str | None) -> CompressedMatrix:
+    """`nm_transpose` of a matrix or a stack of them."""
+    transpose = functools.partial(nm_transpose, dtype=dtype, implementation=implementation)
+    query = Query("nm_transpose", w.shape, w.pattern, str(w.dtype))
+    if choose(query, implementation).implementation == "xla":
+        for _ in w.values.shape[:-2]:  # one layer after another, for each is dense for a moment
+            transpose = functools.partial(jax.lax.map, transpose)
+    return transpose(w)
