@@ -34,6 +34,7 @@ from slope_jax.sharding import (
     Cut,
     active_mesh,
     batch_spec,
+    cut_problems,
     size_of,
 )
 
@@ -82,7 +83,7 @@ def sharded_matmul(
       The others: as of `slope_matmul`.
 
     Raises:
-      ValueError: no mesh is set, or the batch does not divide.
+      ValueError: no mesh is set, or it does not divide the batch or the kernel.
     """
     mesh = active_mesh()
     if mesh is None:
@@ -92,6 +93,8 @@ def sharded_matmul(
     place = Place(cut, sections, mesh.shape[FSDP], mesh.shape[TENSOR])
     working = Working() if working is None else working
     matmul.check_operands(x, w, working, adapter, backward)
+    if problems := cut_problems("a linear", w.shape, getattr(w, "pattern", None), cut, mesh.shape):
+        raise ValueError("; ".join(problems) + ": use fewer devices along these axes")
     options = Options(precision, implementation, w.dtype, backward)
     return _sharded(x, w, working, bias, adapter, activation, options, place)
 

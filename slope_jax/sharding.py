@@ -180,6 +180,27 @@ def granule(pattern: Pattern | None) -> int:
     return math.lcm(per_byte, pattern.n) // pattern.n * pattern.m
 
 
+def cut_problems(
+    what: str, shape: tuple[int, int], pattern: Pattern | None, cut: Cut, sizes: Mapping[str, int]
+) -> list[str]:
+    """Why a mesh of these sizes cannot cut an (in, out) matrix; nothing if it can."""
+    unit, kind = granule(pattern), pattern or "dense"
+    found = []
+    for side, size, axes in zip(("input", "output"), shape, (cut.inputs, cut.outputs), strict=True):
+        name = f"of {what} ({kind}, cut as {cut.name}) the {side} axis"
+        found += _uneven(name, size, axes, sizes, unit)
+    return found
+
+
+def _uneven(what: str, size: int, axes: Axes, sizes: Mapping[str, int], unit: int = 1) -> list[str]:
+    count = math.prod(sizes[axis] for axis in axes)
+    if count == 1 or size % (count * unit) == 0:
+        return []
+    over = " x ".join(f"{axis} {sizes[axis]}" for axis in axes)
+    whole = f" in multiples of {unit}" if unit > 1 else ""
+    return [f"{what} has {size}, which {over} = {count} devices cannot cut{whole}"]
+
+
 def check_model(config: Any, sizes: Mapping[str, int]) -> None:
     """Refuse a mesh that cannot cut the model evenly.
 
@@ -194,11 +215,7 @@ def check_model(config: Any, sizes: Mapping[str, int]) -> None:
     problems = []
 
     def check(what: str, size: int, axes: Axes, unit: int = 1) -> None:
-        count = math.prod(sizes[axis] for axis in axes)
-        if count > 1 and size % (count * unit):
-            over = " x ".join(f"{axis} {sizes[axis]}" for axis in axes)
-            whole = f" in multiples of {unit}" if unit > 1 else ""
-            problems.append(f"{what} has {size}, which {over} = {count} devices cannot cut{whole}")
+        problems.extend(_uneven(what, size, axes, sizes, unit))
 
     check("num_heads", config.num_heads, (TENSOR,))
     check("num_kv_heads", config.num_kv_heads, (TENSOR,))
@@ -210,17 +227,15 @@ def check_model(config: Any, sizes: Mapping[str, int]) -> None:
         if (path, text) in seen:
             continue
         seen.add((path, text))
-        cut, unit = cut_of(path.split("/")), granule(pattern)
-        if linear.tied:
-            cut = COLUMN
-        what = f"of {path} ({text}, cut as {cut.name}) the {{}} axis"
-        check(what.format("input"), linear.in_features, cut.inputs, unit)
-        check(what.format("output"), linear.out_features, cut.outputs, unit)
+        cut = COLUMN if linear.tied else cut_of(path.split("/"))
+        shape = (linear.in_features, linear.out_features)
+        problems += cut_problems(path, shape, pattern, cut, sizes)
         if cut.exchanged:
             is_qkv = path.endswith("qkv")
             heads = config.num_kv_heads * config.head_dim
             name = f"of {path} ({text}) the smallest projection"
-            check(name, heads if is_qkv else linear.out_features // 2, (TENSOR,), unit)
+            smallest = heads if is_qkv else linear.out_features // 2
+            check(name, smallest, (TENSOR,), granule(pattern))
         if config.rank and pattern is not None:
             inputs = (TENSOR, FSDP) if cut.parallel == "inputs" else (FSDP,)
             check(f"of {path}/adapter_l the input axis", linear.in_features, inputs)
