@@ -1,8 +1,21 @@
-"""Strict settings for every test: promotions that hide a bug raise instead."""
+"""Settings for every test and the processes that it starts.
+
+Strict: promotions that hide a bug raise instead. Quick: most of the time goes into compiling small
+programs that run once or twice, so on a CPU XLA optimizes little and keeps what it compiled;
+JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests the programs that users have.
+"""
 
 import os
+import pathlib
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", str(os.environ["JAX_PLATFORMS"] == "cpu"))
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", str(os.environ["JAX_PLATFORMS"] == "cpu"))
+# A folder for each worker of pytest: JAX writes these files in place, others would read a half.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="slope_jax-compiled-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import hypothesis
 import jax
@@ -13,6 +26,11 @@ hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes; everything else runs on the first
+COMPILED = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+
+
+def pytest_unconfigure():
+    shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 @pytest.fixture
@@ -46,17 +64,13 @@ def small_text(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def compilation_cache(tmp_path_factory):
-    """The folder where compiled programs are kept, for tests that compile the same ones again."""
-    folder = tmp_path_factory.getbasetemp() / "compiled"
-    settings = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
+@pytest.fixture
+def optimized():
+    """Programs as users have them, for what holds to the last bits only there."""
+    name = "jax_disable_most_optimizations"
+    before = getattr(jax.config, name)
+    jax.clear_caches()
+    jax.config.update(name, False)
+    yield
+    jax.config.update(name, before)
+    jax.clear_caches()

@@ -2,6 +2,7 @@
 
 import itertools
 
+import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pallas_kernels import CompressedMatrix, Pattern, compress, decompress, kept_mask, positions_of
+from pallas_kernels import CompressedMatrix, Pattern, compress, decompress, positions_of
 
 PATTERNS = ["1:2", "2:4", "1:4", "2:8", "4:8", "3:7", "1:16", "5:16", "4:4"]
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
@@ -68,19 +69,19 @@ def special_matrix(pattern, axis, dtype, seed=0):
 def test_matches_the_oracle_bit_for_bit_on_special_values(text, dtype, axis):
     pattern = Pattern.parse(text)
     w = special_matrix(pattern, axis, dtype)
-    c = compress(w, text, axis=axis)
+    c = compiled.compress(w, text, axis=axis)
     dense, values, positions = oracle(w, pattern, axis)
     np.testing.assert_array_equal(bits(c.values), bits(values))
-    np.testing.assert_array_equal(positions_of(c), positions)
-    np.testing.assert_array_equal(bits(decompress(c)), bits(dense))
+    np.testing.assert_array_equal(compiled.positions_of(c), positions)
+    np.testing.assert_array_equal(bits(compiled.decompress(c)), bits(dense))
 
 
 @pytest.mark.parametrize("text", PATTERNS)
 def test_metadata_is_a_little_endian_bit_stream(text):
     pattern = Pattern.parse(text)
     w = jax.random.normal(jax.random.key(0), (3 * pattern.m, 5))
-    c = compress(w, text)
-    positions = np.asarray(positions_of(c))
+    c = compiled.compress(w, text)
+    positions = np.asarray(compiled.positions_of(c))
     for column in range(w.shape[1]):
         stream = [p >> b & 1 for p in positions[:, column] for b in range(pattern.bits)]
         expected = np.packbits(np.array(stream, np.uint8), bitorder="little")
@@ -89,7 +90,7 @@ def test_metadata_is_a_little_endian_bit_stream(text):
 
 def test_2_4_in_16_bits_takes_nine_sixteenths():
     w = jnp.zeros((64, 32), jnp.bfloat16)
-    assert compress(w, "2:4").nbytes * 16 == w.nbytes * 9
+    assert compiled.compress(w, "2:4").nbytes * 16 == w.nbytes * 9
 
 
 @settings(max_examples=60, deadline=None)
@@ -99,11 +100,11 @@ def test_2_4_in_16_bits_takes_nine_sixteenths():
 )
 def test_any_bits_survive(w, text):
     w = jnp.asarray(w)
-    c = compress(w, text)
-    mask = np.asarray(kept_mask(c))
+    c = compiled.compress(w, text)
+    mask = np.asarray(compiled.kept_mask(c))
     assert (mask.reshape(-1, c.m, 3).sum(1) == c.n).all()
-    np.testing.assert_array_equal(bits(decompress(c)), np.where(mask, bits(w), 0))
-    again = compress(decompress(c), text, mask=jnp.asarray(mask))
+    np.testing.assert_array_equal(bits(compiled.decompress(c)), np.where(mask, bits(w), 0))
+    again = compiled.compress(compiled.decompress(c), text, mask=jnp.asarray(mask))
     np.testing.assert_array_equal(bits(again.values), bits(c.values))
     np.testing.assert_array_equal(again.metadata, c.metadata)
 
@@ -130,14 +131,16 @@ def test_masked_out_nan_and_inf_leave_nothing_behind():
 
 def test_leading_axes_and_vmap_agree_with_one_matrix_at_a_time():
     w = jax.random.normal(jax.random.key(0), (3, 8, 6))
-    stacked = compress(w, "2:4")
-    mapped = jax.vmap(lambda w: compress(w, "2:4"))(w)
+    stacked = compiled.compress(w, "2:4")
+    mapped = jax.vmap(lambda w: compiled.compress(w, "2:4"))(w)
     for i in range(3):
         one = compress(w[i], "2:4")
         for many in (stacked, mapped):
             np.testing.assert_array_equal(many.values[i], one.values)
             np.testing.assert_array_equal(many.metadata[i], one.metadata)
-    np.testing.assert_array_equal(decompress(stacked)[2], decompress(compress(w[2], "2:4")))
+    np.testing.assert_array_equal(
+        compiled.decompress(stacked)[2], compiled.decompress(compiled.compress(w[2], "2:4"))
+    )
 
 
 def test_is_a_pytree_with_two_leaves_and_static_shape():

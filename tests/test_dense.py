@@ -149,6 +149,7 @@ class _Block(nn.Module):
         return nn.tanh(self.body(16, name="linear")(x)), None
 
 
+@pytest.mark.usefixtures("optimized")
 def test_scan_over_layers_and_remat():
     model = Stack()
     variables = model.init(jax.random.key(0), X)

@@ -32,7 +32,6 @@ from train.optimizer import make_optimizer, make_schedule
 from train.recipes import make_config
 
 ROOT = pathlib.Path(__file__).parents[1]
-pytestmark = pytest.mark.usefixtures("compilation_cache")
 FAULTS = {}
 
 

@@ -23,7 +23,6 @@ from train.tasks.scoring import score
 from train.tasks.setup import load_run
 from train.tasks.step import make_predict_step, on_device, predict
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
 WORDS = ["sparse", "kernel", "mask", "values", "dense", "layer", "adapter", "rank", "token"]
 NAMES = ["anna", "bob", "carla", "dora", "emil"]
 

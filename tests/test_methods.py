@@ -378,7 +378,7 @@ def options(folder, **fields):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, small_text, compilation_cache):
+def folder(tmp_path_factory, small_text):
     path = tmp_path_factory.mktemp("methods")
     shutil.copytree(small_text, path / "text")
     return path

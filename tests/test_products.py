@@ -1,5 +1,6 @@
 """The three products: exact on integers, within the rounding of their dtype on random data."""
 
+import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +11,6 @@ from pallas_kernels import (
     Query,
     choose,
     compress,
-    decompress,
-    kept_mask,
     nm_matmul,
     nm_sddmm,
     nm_transpose,
@@ -25,11 +24,11 @@ SHAPES = [(16, 8), (32, 40), (48, 24)]
 
 
 def integers(seed, shape, dtype=jnp.float32):
-    return jax.random.randint(jax.random.key(seed), shape, -8, 9).astype(dtype)
+    return jnp.asarray(np.random.default_rng(seed).integers(-8, 9, shape).astype(dtype))
 
 
 def weight(seed, shape, pattern, dtype=jnp.float32, axis=0):
-    return compress(integers(seed, shape, dtype), pattern, axis=axis)
+    return compiled.compress(integers(seed, shape, dtype), pattern, axis=axis)
 
 
 @pytest.mark.parametrize("implementation", [None, "xla"])
@@ -39,8 +38,8 @@ def weight(seed, shape, pattern, dtype=jnp.float32, axis=0):
 def test_matmul_is_exact_on_integers(implementation, shape, pattern, lead):
     w = weight(0, shape, pattern)
     x = integers(1, (*lead, shape[0]))
-    y = nm_matmul(x, w, implementation=implementation)
-    np.testing.assert_array_equal(y, np.asarray(x) @ np.asarray(decompress(w)))
+    y = compiled.nm_matmul(x, w, implementation=implementation)
+    np.testing.assert_array_equal(y, np.asarray(x) @ np.asarray(compiled.decompress(w)))
 
 
 @pytest.mark.parametrize("implementation", [None, "xla"])
@@ -50,9 +49,9 @@ def test_sddmm_is_exact_on_integers(implementation, pattern, axis):
     shape = (32, 48)
     w = weight(0, shape, pattern, axis=axis)
     x, dy = integers(1, (2, 3, 32)), integers(2, (2, 3, 48))
-    dw = nm_sddmm(x, dy, w, implementation=implementation)
-    dense = np.einsum("abi,abo->io", x, dy) * np.asarray(kept_mask(w))
-    np.testing.assert_array_equal(decompress(w.with_values(dw)), dense)
+    dw = compiled.nm_sddmm(x, dy, w, implementation=implementation)
+    dense = np.einsum("abi,abo->io", x, dy) * np.asarray(compiled.kept_mask(w))
+    np.testing.assert_array_equal(compiled.decompress(w.with_values(dw)), dense)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
@@ -62,30 +61,32 @@ def test_transpose_prunes_again_along_the_other_axis(pattern, shape, dtype):
     """Ties abound among small integers, so the oracle must break them the same way: lower first."""
     w = weight(0, shape, pattern, dtype)
     n, m = w.n, w.m
-    dense = np.asarray(decompress(w).astype(jnp.float32))
+    dense = np.asarray(compiled.decompress(w).astype(jnp.float32))
     expected = np.zeros_like(dense)
     for row, start in np.ndindex(shape[0], shape[1] // m):
         group = dense[row, start * m : (start + 1) * m]
         keep = sorted(range(m), key=lambda i: (-abs(group[i]), i))[:n]
         for i in keep:
             expected[row, start * m + i] = group[i]
-    w_t = nm_transpose(w)
+    w_t = compiled.nm_transpose(w)
     assert (w_t.shape, w_t.axis, w_t.dtype) == (shape[::-1], 0, dtype)
-    np.testing.assert_array_equal(decompress(w_t).astype(jnp.float32), expected.T)
+    np.testing.assert_array_equal(compiled.decompress(w_t).astype(jnp.float32), expected.T)
 
 
 def test_transpose_selects_before_it_casts():
-    w = compress(jnp.array([[1.0, 1.001, 1.002, 1.003]] * 4) * jnp.array([[1.0]] * 4), "4:4")
-    w = compress(decompress(w), "2:4")
-    dense = decompress(nm_transpose(w, dtype=jnp.bfloat16))
+    w = compiled.compress(
+        jnp.array([[1.0, 1.001, 1.002, 1.003]] * 4) * jnp.array([[1.0]] * 4), "4:4"
+    )
+    w = compiled.compress(compiled.decompress(w), "2:4")
+    dense = compiled.decompress(compiled.nm_transpose(w, dtype=jnp.bfloat16))
     kept = np.asarray(dense.T != 0)
     np.testing.assert_array_equal(kept[:2], [[False, False, True, True]] * 2)
     assert dense.dtype == jnp.bfloat16
 
 
 def test_transpose_keeps_nan_and_treats_negative_zero_as_zero():
-    w = compress(jnp.array([[1.0, jnp.nan, -0.0, 3.0], [0.0, -0.0, 0.0, 0.0]] * 2), "2:4")
-    row = decompress(nm_transpose(w))[:, 0]
+    w = compiled.compress(jnp.array([[1.0, jnp.nan, -0.0, 3.0], [0.0, -0.0, 0.0, 0.0]] * 2), "2:4")
+    row = compiled.decompress(compiled.nm_transpose(w))[:, 0]
     assert np.isnan(row[1])
     assert row[3] == 3.0
     assert row[0] == row[2] == 0.0
@@ -96,34 +97,34 @@ def test_error_is_within_twice_that_of_the_dense_product(dtype):
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (96, 256)).astype(dtype)
     dy = jax.random.normal(keys[1], (96, 128)).astype(dtype)
-    w = compress(jax.random.normal(keys[2], (256, 128)).astype(dtype), "2:4")
-    exact = np.asarray(x, np.float64) @ np.asarray(decompress(w), np.float64)
-    dense = np.abs(np.asarray(x @ decompress(w), np.float64) - exact).max()
-    sparse = nm_matmul(x, w, implementation="xla")
+    w = compiled.compress(jax.random.normal(keys[2], (256, 128)).astype(dtype), "2:4")
+    exact = np.asarray(x, np.float64) @ np.asarray(compiled.decompress(w), np.float64)
+    dense = np.abs(np.asarray(x @ compiled.decompress(w), np.float64) - exact).max()
+    sparse = compiled.nm_matmul(x, w, implementation="xla")
     assert np.abs(np.asarray(sparse, np.float64) - exact).max() <= 2 * dense
     exact = np.asarray(x, np.float64).T @ np.asarray(dy, np.float64)
     dense = np.abs(np.asarray(x.T @ dy, np.float64) - exact).max()
-    dw = nm_sddmm(x, dy, w, implementation="xla")
-    mask = np.asarray(kept_mask(w))
-    error = np.asarray(decompress(w.with_values(dw)), np.float64) - exact * mask
+    dw = compiled.nm_sddmm(x, dy, w, implementation="xla")
+    mask = np.asarray(compiled.kept_mask(w))
+    error = np.asarray(compiled.decompress(w.with_values(dw)), np.float64) - exact * mask
     assert np.abs(error).max() <= 2 * dense
 
 
 def test_accumulates_in_float32():
     """4096 ones: a bfloat16 accumulator would stop at 256."""
-    w = compress(jnp.ones((8192, 4), jnp.bfloat16), "2:4")
-    y = nm_matmul(jnp.ones((1, 8192), jnp.bfloat16), w, out_dtype=jnp.float32)
+    w = compiled.compress(jnp.ones((8192, 4), jnp.bfloat16), "2:4")
+    y = compiled.nm_matmul(jnp.ones((1, 8192), jnp.bfloat16), w, out_dtype=jnp.float32)
     assert y.tolist() == [[4096.0] * 4]
     x, dy = jnp.ones((4096, 8), jnp.bfloat16), jnp.ones((4096, 4), jnp.bfloat16)
-    w = compress(jnp.ones((8, 4), jnp.bfloat16), "2:4")
-    assert nm_sddmm(x, dy, w, out_dtype=jnp.float32).tolist() == [[4096.0] * 4] * 4
+    w = compiled.compress(jnp.ones((8, 4), jnp.bfloat16), "2:4")
+    assert compiled.nm_sddmm(x, dy, w, out_dtype=jnp.float32).tolist() == [[4096.0] * 4] * 4
 
 
 def test_works_under_vmap_and_jit():
     w = weight(0, (16, 8), "2:4")
     x = integers(1, (3, 5, 16))
     y = jax.jit(jax.vmap(nm_matmul, in_axes=(0, None)))(x, w)
-    np.testing.assert_array_equal(y, nm_matmul(x, w))
+    np.testing.assert_array_equal(y, compiled.nm_matmul(x, w))
 
 
 W = compress(jnp.ones((8, 4)), "2:4")
@@ -173,11 +174,14 @@ def test_sddmm_adds_into_a_buffer_in_float32(into_dtype, out_dtype, axis):
     # 17, so that the product alone would be rounded in bfloat16.
     x, dy = 17 * integers(1, (7, 32), jnp.bfloat16), integers(2, (7, 48), jnp.bfloat16)
     into = 256 * integers(3, w.values.shape, into_dtype)
-    dense = np.asarray(x, np.float32).T @ np.asarray(dy, np.float32) * np.asarray(kept_mask(w))
-    buffer = decompress(w.with_values(into.astype(jnp.float32)))
+    dense = (
+        np.asarray(x, np.float32).T @ np.asarray(dy, np.float32) * np.asarray(compiled.kept_mask(w))
+    )
+    buffer = compiled.decompress(w.with_values(into.astype(jnp.float32)))
     exact = jnp.asarray(dense + np.asarray(buffer)).astype(out_dtype or into_dtype)
-    found = nm_sddmm(x, dy, w, into=into, out_dtype=out_dtype)
+    found = compiled.nm_sddmm(x, dy, w, into=into, out_dtype=out_dtype)
     assert found.dtype == exact.dtype
     np.testing.assert_array_equal(
-        np.asarray(decompress(w.with_values(found)), np.float32), np.asarray(exact, np.float32)
+        np.asarray(compiled.decompress(w.with_values(found)), np.float32),
+        np.asarray(exact, np.float32),
     )

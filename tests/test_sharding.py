@@ -18,7 +18,6 @@ from slope_jax.matmul import Working
 from slope_jax.sharding import AXES, COLUMN, FUSED, ROW, WHOLE, leaf_spec
 from train.step import loss_sums
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
 DEVICES = 8
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 1, 4), (2, 2, 2))  # data, fsdp, tensor
 SECTIONS = {"fused columns": (128, 64, 64)}

@@ -17,8 +17,6 @@ from train.pretrain import main
 from train.recipes import make_config
 from train.state import init_state, make_setup
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory, small_text):

@@ -17,8 +17,6 @@ from train.generate import main
 from train.recipes import make_config
 from train.state import init_state, join_adapters, make_setup
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
 
 def save_run(folder, texts, model, step, **fields):
     """A run's checkpoint without the run: its first state, after `step` steps in name."""
