@@ -5,6 +5,9 @@ start, prepare data, train, save and give birth to adapters, and started anew by
 After every kill the checkpoints must be whole and none may be lost; a run that reached its end must
 equal one that was never stopped, bit for bit: parameters, masks, moments, counters, key, metrics.
 
+The variant "processes" trains in two processes on a mesh of eight devices: one of the two is killed,
+and the other must end by itself.
+
 Children are forked from a process that has imported everything and computed nothing.
 """
 
@@ -14,6 +17,7 @@ import contextlib
 import os
 import random
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -50,7 +54,18 @@ VARIANTS = {
         "dropout": 0.1,
     },
     "asynchronous": {"model": "gpt2-nano", "seq-len": 8, "batch-size": 2, "seed": 1},
+    "processes": {
+        "model": "gpt2-nano",
+        "seq-len": 8,
+        "batch-size": 8,
+        "mesh": "data:2,fsdp:2,tensor:2",
+        "heartbeat-seconds": 5,
+        "adapter-rank": 8,
+    },
 }
+PROCESSES = {"processes": 2}  # one if not named
+DEVICES = 8
+ENDED_ALONE = (1, -signal.SIGABRT)  # of those that lost another process
 
 
 class Kill(NamedTuple):
@@ -136,16 +151,18 @@ class Soak:
         before, lines = latest(run), last_step(run)
         number = signal.SIGTERM if self.rng.random() < SIGTERM_SHARE else signal.SIGKILL
         starting = self.rng.random() < STARTING_SHARE
-        child = start(lambda: _train(name, run), run.with_suffix(".log"))
+        children = _start_all(name, run)
+        child = children.pop(self.rng.randrange(len(children)))
         if starting:
             time.sleep(self.rng.uniform(0, 5))
         else:
             wait_until(lambda: last_step(run) > lines or not alive(child))
             time.sleep(self.rng.uniform(0, TRAINING_SECONDS))
-        status = end_of(child, number)
-        if os.waitstatus_to_exitcode(status) == 0:
+        code = os.waitstatus_to_exitcode(end_of(child, number))
+        others = [os.waitstatus_to_exitcode(wait_for(other)) for other in children]
+        if code == 0 and not any(others):
             return None
-        self._check_end(status, number, run)
+        self._check_end(code, others, number, run)
         step, saved = last_step(run), latest(run)
         assert saved >= before, f"{run}: checkpoint {before} is gone, {saved} is the latest"
         if saved:
@@ -153,18 +170,25 @@ class Soak:
             assert not found, f"{run}: {found}"
         return Kill(number.name, moment(run, lines), max(0, step - saved))
 
-    def _check_end(self, status: int, number: signal.Signals, run: Path) -> None:
-        code = os.waitstatus_to_exitcode(status)
-        assert code in (-number, 128 + number), (
-            f"exit code {code} after {number.name}:\n{run.with_suffix('.log').read_text()[-3000:]}"
-        )
+    def _check_end(self, code: int, others: list[int], number: signal.Signals, run: Path) -> None:
+        saved = code == 128 + number
+        right = all(other == code if saved else other in ENDED_ALONE for other in others)
+        if not (saved or code == -number) or not right:
+            raise AssertionError(
+                f"exit codes {[code, *others]} after {number.name}:\n"
+                f"{run.with_suffix('.log').read_text()[-3000:]}"
+            )
         if code == 128 + number and (step := last_step(run)) > 0:
             assert latest(run) == step, (
                 f"{run}: {number.name} after step {step} saved {latest(run)}"
             )
 
     def _finish(self, name: str, run: Path) -> None:
-        self._expect(lambda: _train(name, run), run.with_suffix(".log"))
+        codes = [os.waitstatus_to_exitcode(wait_for(child)) for child in _start_all(name, run)]
+        if any(codes):
+            raise RuntimeError(
+                f"exit codes {codes}:\n{run.with_suffix('.log').read_text()[-5000:]}"
+            )
 
     def _check_equal(self, whole: Path, run: Path) -> None:
         assert record(whole) == record(run), f"{run}: other metrics than those of {whole}"
@@ -183,7 +207,7 @@ def start(function: Callable[[], int], log: Path) -> int:
         return child
     try:
         os.setsid()
-        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         code = function()
@@ -273,14 +297,39 @@ def command(name: str, run: Path) -> list[str]:
     return ["--no-tensorboard", *(f"--{key}={value}" for key, value in fields.items())]
 
 
-def _train(name: str, run: Path) -> int:
+def _start_all(name: str, run: Path) -> list[int]:
+    """The children that train: one, or several processes of one run."""
+    run.with_suffix(".log").unlink(missing_ok=True)
+    count = PROCESSES.get(name, 1)
+    if count == 1:
+        return [start(lambda: _train(name, run, []), run.with_suffix(".log"))]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    options = [f"--coordinator={address}", f"--processes={count}"]
+    return [
+        start(
+            lambda i=i: _train(name, run, [*options, f"--process-id={i}"]), run.with_suffix(".log")
+        )
+        for i in range(count)
+    ]
+
+
+def _train(name: str, run: Path, options: list[str]) -> int:
+    import jax
+
     from train import pretrain
 
+    if options:
+        jax.config.update("jax_num_cpu_devices", DEVICES // PROCESSES[name])
     if name == "asynchronous":
         _save_behind_the_steps()
-    arguments = command(name, run)
+    arguments = command(name, run) + options
     sys.argv[1:] = arguments
-    return pretrain.main(arguments)
+    code = pretrain.main(arguments)
+    if options:
+        jax.distributed.shutdown()  # which waits for the others, as at an interpreter's end
+    return code
 
 
 def _save_behind_the_steps() -> None:

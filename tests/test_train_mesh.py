@@ -1,0 +1,269 @@
+"""Runs on meshes: refused ahead where they cannot work, equal to those of one device where they do."""
+
+import functools
+import json
+import math
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from rich.console import Console
+
+from slope_jax.sharding import AXES, state_specs
+from train import metrics, processes
+from train.checkpoint import Checkpoints
+from train.job import Exit, pretrain
+from train.mesh import Share, abstract_mesh, make_mesh, parse_mesh, place, set_mesh, share_of
+from train.plan import make_plan
+from train.recipes import make_config
+from train.state import abstract_state, make_setup
+
+STEPS, JOIN = 6, 3
+SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
+MESH = "data:2,fsdp:2,tensor:2"
+
+
+def options(folder, **fields):
+    return {
+        "data": f"text:{folder / 'text' / '*.txt'}",
+        "cache_dir": str(folder / "cache"),
+        "vocab_size": 300,
+        "valid_fraction": 0.2,
+        "seq_len": 16,
+        "batch_size": 16,
+        "accumulation": 2,
+        "steps": STEPS,
+        "adapter_start": JOIN / STEPS,
+        "adapter_rank": 8,
+        "eval_every": 3,
+        "eval_batches": 2,
+        "checkpoint_every": 2,
+        "keep_checkpoints": 9,
+        "tensorboard": False,
+        **fields,
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, small_text):
+    path = tmp_path_factory.mktemp("mesh")
+    shutil.copytree(small_text, path / "text")
+    return path
+
+
+def run(config, stop_at=None) -> tuple[int, str]:
+    with open(os.devnull, "w") as nowhere:
+        console = Console(file=nowhere, record=True, width=200)
+        code = pretrain(config, console=console, stop_at=stop_at)
+    return code, console.export_text()
+
+
+def losses(path) -> dict[int, float]:
+    lines = metrics.read(path / "metrics.jsonl")
+    return {x["step"]: x["loss"] for x in lines if "loss" in x}
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """A run on one device."""
+    config = make_config("gpt2-nano", **options(folder, run_dir=str(folder / "alone")))
+    assert run(config)[0] == Exit.DONE
+    return config, folder / "alone"
+
+
+@pytest.fixture(scope="module")
+def meshed(folder):
+    """The same on eight, stopped where adapters join, and its checkpoint before they did."""
+    config = make_config("gpt2-nano", **options(folder, run_dir=str(folder / "meshed"), mesh=MESH))
+    code, text = run(config, stop_at=JOIN)
+    assert code == Exit.UNFINISHED
+    assert f"mesh {MESH}: " in text
+    shutil.copytree(folder / "meshed", folder / "stopped")
+    code, text = run(config)
+    assert code == Exit.DONE
+    assert f"Going on after step {JOIN}" in text
+    assert "adapters of rank 8 join 15 linears" in text
+    return config, folder / "meshed"
+
+
+def test_a_run_on_a_mesh_equals_that_of_one_device(alone, meshed):
+    expected, ours = losses(alone[1]), losses(meshed[1])
+    assert ours.keys() == expected.keys() == set(range(1, STEPS + 1))
+    np.testing.assert_allclose(list(ours.values()), list(expected.values()), rtol=1e-5)
+
+
+def restored(config, path, step):
+    vocab = len(json.loads((path / "tokenizer.json").read_text())["model"]["vocab"])
+    setup = make_setup(config, vocab_size=vocab)
+    checkpoints = Checkpoints(path, keep=9, read_only=True)
+    state, _ = checkpoints.restore(step, abstract_state(setup, adapters=step > JOIN))
+    checkpoints.close()
+    return state
+
+
+def test_a_checkpoint_is_the_same_on_any_mesh(meshed):
+    config, path = meshed
+    whole = restored(config, path, STEPS)
+    other = make_config("gpt2-nano", **options(path.parent, mesh="fsdp:4"))
+    with set_mesh(make_mesh(other)):
+        cut = restored(other, path, STEPS)
+        kernel = cut.params["layers_1_to_3"]["mlp"]["up"]["kernel"]
+        assert len(kernel.sharding.device_set) == 4
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.device_get((whole.params, whole.masks, whole.opt_state)),
+        jax.device_get((cut.params, cut.masks, cut.opt_state)),
+    )
+
+
+def test_a_run_goes_on_on_another_mesh(folder, alone, meshed):
+    path = folder / "elsewhere"
+    shutil.copytree(folder / "stopped", path)
+    config = make_config("gpt2-nano", **options(folder, run_dir=str(path)))
+    code, text = run(config)
+    assert code == Exit.DONE
+    assert f"Going on after step {JOIN}" in text
+    ours, expected = losses(path), losses(meshed[1])
+    assert ours.keys() == expected.keys()
+    np.testing.assert_allclose(list(ours.values()), list(expected.values()), rtol=1e-5)
+
+
+def test_every_leaf_lies_where_the_rules_say(meshed):
+    config, path = meshed
+    mesh = make_mesh(config)
+    with set_mesh(mesh):
+        state = restored(config, path, STEPS)
+        specs = state_specs((state.params, state.masks, state.opt_state))
+        leaves = jax.tree.leaves((state.params, state.masks, state.opt_state))
+    adapters = state.params["layers_0"]["attention"]["output"]["adapter_l"]
+    for leaf, spec in zip(leaves, jax.tree.leaves(specs), strict=True):
+        assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
+    assert adapters.sharding.shard_shape(adapters.shape) == (adapters.shape[0] // 4, 8)
+
+
+# Refused ahead
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data:2,pipe:4", "'pipe:4' is no axis and size; write sizes by axis, such as data:2"),
+        ("data:0", "'data:0' is no axis and size"),
+        ("data", "'data' is no axis and size"),
+        ("data:2,data:4", "names data twice"),
+    ],
+)
+def test_a_mesh_that_cannot_be_read(text, message):
+    with pytest.raises(ValueError, match=message):
+        make_config("gpt2-nano", mesh=text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"processes": 2}, "need coordinator=HOST:PORT"),
+        ({"coordinator": "auto", "process_id": 1}, "need coordinator=HOST:PORT"),
+        ({"coordinator": "node0"}, "'node0' is no HOST:PORT"),
+        ({"coordinator": "node0:99999"}, "'node0:99999' is no HOST:PORT"),
+        ({"coordinator": "node0:1234"}, "needs processes and process_id as well"),
+        (
+            {"coordinator": "node0:1234", "processes": 2, "process_id": 2},
+            r"process_id must lie in \[0, 2\), as processes says; got 2",
+        ),
+        ({"heartbeat_seconds": 0}, "heartbeat_seconds must be at least 1, got 0"),
+    ],
+)
+def test_processes_that_cannot_be(fields, message):
+    with pytest.raises(ValueError, match=message):
+        make_config("gpt2-nano", **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"mesh": "data:3", "batch_size": 8},
+            "micro-batches of 8 .* make batch_size a multiple of 3",
+        ),
+        ({"mesh": "tensor:3"}, r"num_heads has \d+, which tensor 3 = 3 devices cannot cut"),
+        (
+            {"mesh": "tensor:2", "method": "sr-ste"},
+            "multiplies densely and cannot be cut by tensor",
+        ),
+    ],
+)
+def test_a_plan_finds_what_a_mesh_cannot_do(fields, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(make_config("gpt2-nano", **fields))
+
+
+def test_a_mesh_of_more_devices_than_there_are():
+    config = make_config("gpt2-nano", mesh="data:64", batch_size=64)
+    with pytest.raises(ValueError, match="has 64 devices, but there are 8"):
+        make_mesh(config)
+
+
+def test_wanda_starts_on_one_device(folder, tmp_path):
+    fields = {"method": "wanda", "init_from": str(tmp_path), "mesh": "data:2"}
+    fields |= {"adapter_rank": 0, "run_dir": str(tmp_path / "run")}
+    with pytest.raises(ValueError, match="prunes on one device: start it without --mesh"):
+        run(make_config("gpt2-nano", **options(folder, **fields)))
+
+
+def test_the_plan_of_a_mesh_needs_no_devices():
+    text = str(make_plan(make_config("gpt2-small", mesh="fsdp:256", batch_size=256)))
+    assert "mesh fsdp:256: " in text
+
+
+@pytest.mark.parametrize("mesh", ["fsdp:2,tensor:4", "data:8", MESH])
+def test_the_bytes_of_a_device(mesh):
+    config = make_config("gpt2-nano", mesh=mesh, batch_size=8, adapter_rank=8)
+    plan = make_plan(config)
+    setup = make_setup(config)
+    state = abstract_state(setup, adapters=True)
+    with set_mesh(make_mesh(config)) as _:
+        tree = (state.params, state.masks, state.opt_state, state.params)
+        shards = jax.tree.map(
+            lambda x, spec: (
+                math.prod(NamedSharding(make_mesh(config), spec).shard_shape(x.shape))
+                * x.dtype.itemsize
+            ),
+            tree,
+            state_specs(tree),
+        )
+    assert plan.device_bytes == sum(jax.tree.leaves(shards))
+
+
+# Batches
+
+
+def test_what_a_process_loads():
+    config = make_config("gpt2-nano", mesh=MESH)
+    assert share_of(None) == share_of(make_mesh(config)) == Share(0, 1)
+    assert parse_mesh("tensor:2,data:3") == {"data": 3, "fsdp": 1, "tensor": 2}
+    mesh = make_mesh(config)
+    batch = {"input_ids": np.arange(32, dtype=np.int32).reshape(8, 4)}
+    with set_mesh(mesh):
+        placed = place(batch, Share(0, 1))["input_ids"]
+    np.testing.assert_array_equal(placed, batch["input_ids"])
+    assert placed.sharding.shard_shape(placed.shape) == (2, 4)  # rows by data and fsdp
+    assert place(batch, Share(0, 1)) is batch
+
+
+def test_an_abstract_mesh_has_the_axes_of_the_mesh():
+    config = make_config("gpt2-nano", mesh="fsdp:4")
+    mesh, abstract = make_mesh(config), abstract_mesh(config)
+    assert mesh.abstract_mesh == abstract
+    assert dict(abstract.shape) == dict(zip(AXES, (1, 4, 1), strict=True))
+    assert abstract_mesh(make_config("gpt2-nano")) is None
+
+
+def test_one_process_agrees_with_itself():
+    assert processes.Agreement().agree(143) == 143
+    assert processes.first_then_others("count", functools.partial(int, "7")) == 7
+    processes.check_same("text", "it")
+    with pytest.raises(ValueError, match="wrong"), processes.together("fail"):
+        raise ValueError("wrong")
