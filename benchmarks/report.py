@@ -39,8 +39,7 @@ def main() -> None:
         old = page.read_text(encoding="utf-8")
         if (new := updated(old, tables, page.name)) != old:
             changed[page] = new
-    drawn = pictures.drawn(DOCS) | report_training.drawn(DOCS) | report_accuracy.drawn(DOCS)
-    for path, new in drawn.items():
+    for path, new in drawn().items():
         if not path.exists() or path.read_text(encoding="utf-8") != new:
             changed[path] = new
     if arguments.check and changed:
@@ -66,6 +65,11 @@ def updated(
     if found != tables.keys():
         raise ValueError(f"{name} has markers for {sorted(found)}; the tables are {sorted(tables)}")
     return SECTION.sub(lambda match: f"{match[1]}{tables[match[2]]()}\n{match[3]}", text)
+
+
+def drawn() -> dict[Path, str]:
+    """The text of every picture of the records, by its path in docs."""
+    return pictures.drawn(DOCS) | report_training.drawn(DOCS) | report_accuracy.drawn(DOCS)
 
 
 def quickstart(folder: Path = RESULTS) -> str:

@@ -16,7 +16,6 @@ from benchmarks import (
     problems,
     report,
     report_kernels,
-    report_training,
     shapes,
 )
 from benchmarks.bench import Bench, check_kernels, result
@@ -323,7 +322,7 @@ def test_pictures_are_up_to_date():
     (pinned,) = re.findall(r"^matplotlib==([\w.]+)", pins, re.MULTILINE)
     if importlib.metadata.version("matplotlib") != pinned:
         pytest.skip(f"pictures are compared with matplotlib {pinned}")
-    drawn = pictures.drawn(report.DOCS) | report_training.drawn(report.DOCS)
+    drawn = report.drawn()
     assert {path.name for path in drawn} == {path.name for path in report.DOCS.glob("*.svg")}
     for path, text in drawn.items():
         assert path.read_text(encoding="utf-8") == text, "run: make report"
