@@ -89,9 +89,10 @@ def main() -> None:
                 dense = row if case.method == "dense" else dense
                 row |= {f"{name}_ratio": round(row[f"{name}_bytes"] / dense[f"{name}_bytes"], 4) for name in ("sent", "compiled", "planned")}  # fmt: skip
                 record["results"].append(row)
-                path = write_record(record, arguments.results)
+                write_record(record, arguments.results)
                 print(f"{line(row)}, {time.monotonic() - begin:.0f} s", flush=True)
-    print(f"{path.name}: {len(record['results'])} results")
+    path = write_record(record, arguments.results)
+    print(f"{path.name}: {len(record['results'])} results, {len(record['left_out'])} left out")
 
 
 class Refused(ValueError):

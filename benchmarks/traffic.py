@@ -15,6 +15,7 @@ from slope_jax.sharding import COLUMN, DATA, FSDP, TENSOR, cut_of
 
 GRADIENT_BYTES = 4  # float32, as parameters are
 FORWARD, BACKWARD, GRADIENT = "forward", "backward", "gradient"
+HEAD, TABLE = "head", "table"
 # Bytes that each of k devices sends, of the whole array, by rings.
 _SHARES = {
     "all-gather": lambda k: (k - 1) / k,
@@ -25,12 +26,13 @@ _SHARES = {
 
 
 class Item(NamedTuple):
-    """Something that devices exchange: of which layer (None: outside of them), when, and how.
+    """Something that devices exchange: what for, when, and how.
 
-    `sent` are the bytes that each device sends.
+    `place` is the number of a layer, `HEAD` for linears outside of the layers, or `TABLE` for the
+    token table; `sent` are the bytes that each device sends.
     """
 
-    layer: int | None
+    place: int | str
     phase: str
     kind: str
     axis: str
@@ -57,32 +59,32 @@ def items(
     """
     result = []
 
-    def add(layer, phase, kind, axis, nbytes):
+    def add(place, phase, kind, axis, nbytes):
         if sizes[axis] > 1 and nbytes:
             sent = nbytes * _SHARES[kind](sizes[axis])
-            result.append(Item(layer, phase, kind, axis, sent))
+            result.append(Item(place, phase, kind, axis, sent))
 
-    def weight(layer, phase, nbytes, cut):
+    def weight(place, phase, nbytes, cut):
         """Gathers a matrix of so many bytes on all devices together."""
         here = nbytes / (sizes[TENSOR] if cut.parallel else 1)
         if cut.exchanged:
-            add(layer, phase, "all-to-all", TENSOR, here / sizes[FSDP])
-        add(layer, phase, "all-gather", FSDP, here)
+            add(place, phase, "all-to-all", TENSOR, here / sizes[FSDP])
+        add(place, phase, "all-gather", FSDP, here)
 
-    def gradient(layer, nbytes, cut):
+    def gradient(place, nbytes, cut):
         here = nbytes / (sizes[TENSOR] if cut.parallel else 1)
-        add(layer, GRADIENT, "reduce-scatter", FSDP, here)
+        add(place, GRADIENT, "reduce-scatter", FSDP, here)
         if cut.exchanged:
-            add(layer, GRADIENT, "all-to-all", TENSOR, here / sizes[FSDP])
-        add(layer, GRADIENT, "all-reduce", DATA, here / sizes[FSDP])
+            add(place, GRADIENT, "all-to-all", TENSOR, here / sizes[FSDP])
+        add(place, GRADIENT, "all-reduce", DATA, here / sizes[FSDP])
 
-    def activations(layer, phase, width):
-        add(layer, phase, "all-reduce", TENSOR, tokens * width * itemsize)
+    def activations(place, phase, width):
+        add(place, phase, "all-reduce", TENSOR, tokens * width * itemsize)
 
-    kept = {s.start for s in config.segments if merged and s.stop - s.start == 1} | {None}
+    kept = {s.start for s in config.segments if merged and s.stop - s.start == 1} | {HEAD}
     for linear in config.linears:
         where = linear.path.split("/")
-        layer = int(where[1]) if where[0] == "layers" else None
+        place = int(where[1]) if where[0] == "layers" else HEAD
         cut = COLUMN if linear.tied else cut_of(where)
         entries = linear.in_features * linear.out_features
         text = config.patterns[linear.path]
@@ -92,31 +94,31 @@ def items(
             pattern = Pattern.parse(text)
             values = entries * pattern.n // pattern.m
             metadata = values * pattern.bits / 8
-        again = layer not in kept
-        weight(layer, FORWARD, values * itemsize, cut)
-        weight(layer, FORWARD, metadata, cut)
+        again = place not in kept
+        weight(place, FORWARD, values * itemsize, cut)
+        weight(place, FORWARD, metadata, cut)
         if text != "dense":  # the transpose; and positions, for the gradient
-            weight(layer, BACKWARD, values * itemsize, cut)
-            weight(layer, BACKWARD, metadata * (2 if again else 1), cut)
+            weight(place, BACKWARD, values * itemsize, cut)
+            weight(place, BACKWARD, metadata * (2 if again else 1), cut)
         elif again:
-            weight(layer, BACKWARD, values * itemsize, cut)
-        gradient(layer, values * GRADIENT_BYTES, cut)
+            weight(place, BACKWARD, values * itemsize, cut)
+        gradient(place, values * GRADIENT_BYTES, cut)
         if config.rank and text != "dense":
             adapters = config.rank * (linear.in_features + linear.out_features)
             for phase in (FORWARD, BACKWARD) if again else (FORWARD,):
-                add(layer, phase, "all-gather", FSDP, adapters * itemsize)
+                add(place, phase, "all-gather", FSDP, adapters * itemsize)
             # In the compute dtype, unlike those of kernels.
-            add(layer, GRADIENT, "reduce-scatter", FSDP, adapters * itemsize)
-            add(layer, GRADIENT, "all-reduce", DATA, adapters * itemsize / sizes[FSDP])
+            add(place, GRADIENT, "reduce-scatter", FSDP, adapters * itemsize)
+            add(place, GRADIENT, "all-reduce", DATA, adapters * itemsize / sizes[FSDP])
         if cut.parallel == "outputs":
-            activations(layer, BACKWARD, linear.in_features)
+            activations(place, BACKWARD, linear.in_features)
         if cut.parallel == "inputs":
-            activations(layer, FORWARD, linear.out_features)
+            activations(place, FORWARD, linear.out_features)
     cut = cut_of(("embeddings", "token"))
     entries = config.padded_vocab_size * config.hidden_size
-    weight(None, FORWARD, entries * itemsize, cut)
-    activations(None, FORWARD, config.hidden_size)
-    gradient(None, entries * GRADIENT_BYTES, cut)
+    weight(TABLE, FORWARD, entries * itemsize, cut)
+    activations(TABLE, FORWARD, config.hidden_size)
+    gradient(TABLE, entries * GRADIENT_BYTES, cut)
     return result
 
 
