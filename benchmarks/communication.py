@@ -50,6 +50,7 @@ class Case:
     rank: int
     sequences: int  # of a micro-batch, for each device along data and fsdp
     length: int
+    remat: bool = False
     dtype: str = "bfloat16"
 
     @property
@@ -65,6 +66,7 @@ class Case:
             mesh=self.mesh,
             adapter_rank=self.rank,
             dtype=self.dtype,
+            remat=self.remat,
             seq_len=(self.length,),
             batch_size=(share * self.sequences,),
         )
@@ -73,7 +75,8 @@ class Case:
 def main() -> None:
     arguments = _arguments()
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    record = make_record("communication", [], device=cpu(), module="benchmarks.communication")
+    name = f"communication-{arguments.part}" if arguments.part else "communication"
+    record = make_record(name, [], device=cpu(), module="benchmarks.communication")
     record["left_out"] = []
     for model in arguments.models:
         for mesh in arguments.meshes:
@@ -104,7 +107,9 @@ def cases(model: str, mesh: str, arguments: argparse.Namespace) -> list[Case]:
     chosen = steps.setting(model)
     length, sequences = arguments.length or chosen.length, arguments.sequences or chosen.sequences
     rank = shapes.adapter_rank(models.variant_config(model).hidden_size)
-    make = functools.partial(Case, model, mesh, sequences=sequences, length=length)
+    make = functools.partial(
+        Case, model, mesh, sequences=sequences, length=length, remat=arguments.remat
+    )
     found = [make("dense", 0), make("slope", 0)]
     alone = parse_mesh(mesh)[FSDP] == DEVICES
     return [*found, make("slope", rank)] if arguments.adapters and alone else found
@@ -149,6 +154,7 @@ def measure(case: Case) -> dict[str, Any]:
         case.sizes,
         tokens=case.sequences * case.length,
         itemsize=jnp.dtype(case.dtype).itemsize,
+        remat=case.remat,
     )
     added = [c for c in asked if c.key not in dtypes]
     return {
@@ -159,6 +165,7 @@ def measure(case: Case) -> dict[str, Any]:
         "mesh": case.mesh,
         "tokens": case.sequences * case.length,  # of a micro-batch, for each share of a batch
         "length": case.length,
+        "remat": case.remat,
         "dtype": case.dtype,
         "collectives": len(found),
         "sent_bytes": round(sum(c.sent for c in asked)),
@@ -219,6 +226,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, help="tokens in a sequence; each model's if left out")
     parser.add_argument("--sequences", type=int, help="of a micro-batch, for each device")
     parser.add_argument("--no-adapters", dest="adapters", action="store_false")
+    parser.add_argument("--remat", action="store_true", help="keep the inputs of layers alone")
+    parser.add_argument("--part", help="of the record's name")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the record")
     return parser.parse_args()
 

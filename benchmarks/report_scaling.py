@@ -37,7 +37,7 @@ def communication(folder: Path = RESULTS) -> str:
         lines.append(
             (
                 row["model"],
-                row["mesh"],
+                _mesh(row),
                 f"{row['rank']}",
                 f"{dense['sent_bytes'] / GB:.3f}",
                 f"{row['sent_bytes'] / GB:.3f}",
@@ -72,7 +72,7 @@ def kinds(folder: Path = RESULTS) -> str:
         for key in dict.fromkeys((*sides[0], *sides[1])):
             both = [side.get(key, 0) for side in sides]
             if max(both) >= 1e5:
-                lines.append((row["model"], row["mesh"], *key, *(f"{x / 1e6:,.1f}" for x in both)))
+                lines.append((row["model"], _mesh(row), *key, *(f"{x / 1e6:,.1f}" for x in both)))
     return markdown(header, lines)
 
 
@@ -87,7 +87,7 @@ def added(folder: Path = RESULTS) -> str:
             lines.append(
                 (
                     row["model"],
-                    row["mesh"],
+                    _mesh(row),
                     f"{dense['added']['bytes'] / 1e6:,.1f}",
                     f"{row['added']['bytes'] / 1e6:,.1f}",
                     f"{row['added']['bytes'] / row['sent_bytes']:.2%}",
@@ -186,8 +186,12 @@ def drawn(docs: Path, folder: Path = RESULTS) -> dict[Path, str]:
 def _pairs(found: list[dict[str, Any]]) -> list[tuple[dict, dict]]:
     """Each sparse result beside the dense one of its model and mesh."""
     rows = [row for record in found for row in record["results"]]
-    dense = {(r["model"], r["mesh"]): r for r in rows if r["method"] == "dense"}
-    return [(dense[r["model"], r["mesh"]], r) for r in rows if r["method"] != "dense"]
+    dense = {(r["model"], _mesh(r)): r for r in rows if r["method"] == "dense"}
+    return [(dense[r["model"], _mesh(r)], r) for r in rows if r["method"] != "dense"]
+
+
+def _mesh(row: dict[str, Any]) -> str:
+    return f"{row['mesh']}, remat" if row.get("remat") else row["mesh"]
 
 
 def _measured(folder: Path) -> list[dict[str, Any]]:

@@ -45,18 +45,26 @@ def items(
     *,
     tokens: int = 0,
     itemsize: int = 2,
-    merged: bool = True,
+    remat: bool = False,
 ) -> list[Item]:
-    """All that one device sends in a step without accumulation or rematerialised products.
+    """All that one device sends in a step without accumulation.
 
     Args:
       config: the model, dense or sparse.
       sizes: devices by axis of the mesh, all three.
       tokens: of a micro-batch on one device; only where `tensor` cuts products.
       itemsize: bytes of the compute dtype.
-      merged: whether layers that are not scanned keep what they gathered forward for the backward
-        pass, as XLA does. Layers that are scanned gather it again.
+      remat: whether layers keep their inputs alone, and compute all else twice. Not with `tensor`.
+
+    As XLA's CPU backend has it, what a layer needs twice in a pass is gathered once: dense kernels for
+    dx and to compute again, positions for all that needs them. Layers that are not scanned keep what
+    was gathered forward for the backward pass, rematerialised or not.
+
+    Raises:
+      ValueError: `remat` with `tensor`, of which there is no account.
     """
+    if remat and sizes[TENSOR] > 1:
+        raise ValueError("there is no account of rematerialised layers that tensor cuts")
     result = []
 
     def add(place, phase, kind, axis, nbytes):
@@ -81,7 +89,8 @@ def items(
     def activations(place, phase, width):
         add(place, phase, "all-reduce", TENSOR, tokens * width * itemsize)
 
-    kept = {s.start for s in config.segments if merged and s.stop - s.start == 1} | {HEAD}
+    kept = {s.start for s in config.segments if s.stop - s.start == 1} | {HEAD}
+    *_, last = config.layer_linears()  # what comes of it is not computed again
     for linear in config.linears:
         where = linear.path.split("/")
         place = int(where[1]) if where[0] == "layers" else HEAD
@@ -100,6 +109,8 @@ def items(
         if text != "dense":  # the transpose; and positions, for the gradient
             weight(place, BACKWARD, values * itemsize, cut)
             weight(place, BACKWARD, metadata * (2 if again else 1), cut)
+            if remat and again and not linear.path.endswith(last):
+                weight(place, BACKWARD, values * itemsize, cut)
         elif again:
             weight(place, BACKWARD, values * itemsize, cut)
         gradient(place, values * GRADIENT_BYTES, cut)
