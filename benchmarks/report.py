@@ -18,6 +18,7 @@ from benchmarks import (
     report_accuracy,
     report_inference,
     report_kernels,
+    report_scaling,
     report_training,
 )
 from benchmarks.record import RESULTS, ROOT
@@ -69,7 +70,8 @@ def updated(
 
 def drawn() -> dict[Path, str]:
     """The text of every picture of the records, by its path in docs."""
-    return pictures.drawn(DOCS) | report_training.drawn(DOCS) | report_accuracy.drawn(DOCS)
+    parts = (pictures, report_training, report_accuracy, report_scaling)
+    return {path: text for part in parts for path, text in part.drawn(DOCS).items()}
 
 
 def quickstart(folder: Path = RESULTS) -> str:
@@ -177,6 +179,14 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "accuracy-rates": report_accuracy.rates,
         "accuracy-ablations": report_accuracy.ablations,
         "accuracy-small": report_accuracy.small,
+    },
+    DOCS / "scaling.md": {
+        "communication": report_scaling.communication,
+        "communication-kinds": report_scaling.kinds,
+        "communication-added": report_scaling.added,
+        "scaling-assumed": report_scaling.assumptions,
+        "scaling-links": report_scaling.links,
+        "scaling-weak": report_scaling.weak,
     },
 }
 
