@@ -68,7 +68,7 @@ def small_text(tmp_path_factory):
 def optimized():
     """Programs as users have them, for what holds to the last bits only there."""
     name = "jax_disable_most_optimizations"
-    before = getattr(jax.config, name)
+    before = jax.config.read(name)
     jax.clear_caches()
     jax.config.update(name, False)
     yield

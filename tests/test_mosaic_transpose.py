@@ -128,6 +128,7 @@ def check_same(values, metadata, expected: CompressedMatrix, exact: bool) -> Non
 
 @pytest.mark.parametrize("source", DTYPES)
 @pytest.mark.parametrize("target", DTYPES)
+@pytest.mark.usefixtures("optimized")  # the payload of a NaN is XLA's to choose
 def test_a_blocks_arithmetic_is_the_definition(source, target):
     w = adversarial(source, (128, 256))
     values, metadata = transpose_on_numpy(w, target)
@@ -141,6 +142,7 @@ def test_a_blocks_arithmetic_is_the_definition(source, target):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("optimized")  # the payload of a NaN is XLA's to choose
 def test_every_order_of_four_magnitudes(dtype):
     """All ties and orders of four outputs, with zero, Inf and NaN among the magnitudes."""
     infinity = INFINITY[dtype]
