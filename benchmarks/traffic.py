@@ -56,9 +56,9 @@ def items(
       itemsize: bytes of the compute dtype.
       remat: whether layers keep their inputs alone, and compute all else twice. Not with `tensor`.
 
-    As XLA's CPU backend has it, what a layer needs twice in a pass is gathered once: dense kernels for
-    dx and to compute again, positions for all that needs them. Layers that are not scanned keep what
-    was gathered forward for the backward pass, rematerialised or not.
+    As XLA's CPU backend has it, what a layer needs twice in a pass is gathered once: kernels for dx
+    and to compute again, positions for all that needs them. Layers that are not scanned keep what was
+    gathered forward for the backward pass, rematerialised or not.
 
     Raises:
       ValueError: `remat` with `tensor`, of which there is no account.
@@ -90,7 +90,6 @@ def items(
         add(place, phase, "all-reduce", TENSOR, tokens * width * itemsize)
 
     kept = {s.start for s in config.segments if s.stop - s.start == 1} | {HEAD}
-    *_, last = config.layer_linears()  # what comes of it is not computed again
     for linear in config.linears:
         where = linear.path.split("/")
         place = int(where[1]) if where[0] == "layers" else HEAD
@@ -106,21 +105,16 @@ def items(
         again = place not in kept
         weight(place, FORWARD, values * itemsize, cut)
         weight(place, FORWARD, metadata, cut)
-        if text != "dense":  # the transpose; and positions, for the gradient
+        if again:
             weight(place, BACKWARD, values * itemsize, cut)
-            weight(place, BACKWARD, metadata * (2 if again else 1), cut)
-            if remat and again and not linear.path.endswith(last):
-                weight(place, BACKWARD, values * itemsize, cut)
-        elif again:
-            weight(place, BACKWARD, values * itemsize, cut)
+            weight(place, BACKWARD, metadata, cut)
         gradient(place, values * GRADIENT_BYTES, cut)
         if config.rank and text != "dense":
             adapters = config.rank * (linear.in_features + linear.out_features)
             for phase in (FORWARD, BACKWARD) if again else (FORWARD,):
                 add(place, phase, "all-gather", FSDP, adapters * itemsize)
-            # In the compute dtype, unlike those of kernels.
-            add(place, GRADIENT, "reduce-scatter", FSDP, adapters * itemsize)
-            add(place, GRADIENT, "all-reduce", DATA, adapters * itemsize / sizes[FSDP])
+            add(place, GRADIENT, "reduce-scatter", FSDP, adapters * GRADIENT_BYTES)
+            add(place, GRADIENT, "all-reduce", DATA, adapters * GRADIENT_BYTES / sizes[FSDP])
         if cut.parallel == "outputs":
             activations(place, BACKWARD, linear.in_features)
         if cut.parallel == "inputs":

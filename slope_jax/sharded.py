@@ -4,7 +4,8 @@ Arguments and results are global arrays; inside, every device sees plain local m
 sparse kernels run as on one device and are chosen by local shapes. A linear
 
     gathers its kernel over `fsdp`: compressed values in the compute dtype, and metadata,
-    multiplies (for dx by the double-pruned transpose, made of the local piece, then gathered),
+    multiplies (for dx by the double-pruned transpose of what it gathered; where working copies are
+    held, of its own piece, then gathered),
     adds up over `tensor` what its cut leaves in parts,
     scatters its gradient, compressed and in float32, back over `fsdp`, and adds it up over `data`.
 
@@ -188,16 +189,18 @@ def _backward(activation, options, place, residuals, dy):
     arguments = (x, dy, z, t, values, metadata, transpose, bias, adapter)
 
     def local(x, dy, z, t, values, metadata, transpose, bias, adapter):
-        weight, other = None, None
-        if is_sparse:
-            if options.backward == EXACT:
-                weight = _gathered_weight(values.astype(x.dtype), metadata, w, place)
-            else:
-                other = _gathered_transpose(values, metadata, transpose, w, x.dtype, options, place)
-                weight = _positions(metadata, w, place)
+        other = None
+        if transpose is None:
+            weight = _gathered_weight(values.astype(x.dtype), metadata, w, place)
+            if is_sparse and options.backward != EXACT:
+                other = nm_transpose(weight, implementation=options.implementation)
         else:
-            weight = _gathered_weight(values.astype(x.dtype), None, w, place)
+            other = _gathered_transpose(transpose, w, place)
+            weight = _positions(metadata, w, place)
         adapter_here = _gathered_adapter(adapter, x.dtype, place)
+        if adapter is not None:  # whose gradients have the dtype of these, until they are summed
+            kinds = [a.dtype for a in adapter]
+            adapter_here = tuple(a.astype(k) for a, k in zip(adapter_here, kinds, strict=True))
         bias_here = _own_columns(bias, place)
         saved = (x, weight, other, bias_here, adapter_here, z, t)
         dx, dw, dbias, dadapter = pieces.gradients(activation, options, saved, dy)
@@ -288,10 +291,7 @@ def _positions(metadata, like: CompressedMatrix, place: Place) -> CompressedMatr
     return _local_matrix(values, metadata, like.pattern)
 
 
-def _gathered_transpose(values, metadata, transpose, like, dtype, options, place: Place):
-    if transpose is None:
-        piece = _local_matrix(values, metadata, like.pattern)
-        transpose = nm_transpose(piece, dtype=dtype, implementation=options.implementation)
+def _gathered_transpose(transpose, like, place: Place):
     values = _gathered(transpose.values, place, turned=True)
     return _local_matrix(values, _gathered(transpose.metadata, place, turned=True), like.pattern)
 

@@ -91,13 +91,17 @@ def join_adapters(setup: Setup, state: TrainState) -> tuple[TrainState, int]:
     counts = []
 
     def join(state: TrainState) -> TrainState:
-        state, count = add_adapters(state, setup.adapted, jax.random.fold_in(setup.key, 1))
+        state, count = _join(setup, state)
         counts.append(count)
         return state
 
     # Compiled, so that the fresh optimizer state of existing parameters is never allocated.
     out_shardings = _placed(lambda: join(state))
     return jax.jit(join, donate_argnums=0, out_shardings=out_shardings)(state), counts[0]
+
+
+def _join(setup: Setup, state: TrainState) -> tuple[TrainState, int]:
+    return add_adapters(state, setup.adapted, jax.random.fold_in(setup.key, 1))
 
 
 def _placed(make: Callable[[], TrainState]) -> Any:
@@ -122,7 +126,7 @@ def abstract_state(setup: Setup, *, adapters: bool) -> TrainState:
     """Shapes and dtypes of the state, before or after the adapters join; no memory, no compute."""
     state = jax.eval_shape(functools.partial(_init, setup), setup.key)
     if adapters:
-        state = jax.eval_shape(lambda s: join_adapters(setup, s)[0], state)
+        state = jax.eval_shape(lambda s: _join(setup, s)[0], state)
     return state
 
 
