@@ -42,6 +42,7 @@ def options(folder, **fields):
         "eval_batches": 2,
         "checkpoint_every": 2,
         "keep_checkpoints": 9,
+        "dropout": 0.1,  # drawn alike whatever is cut
         "tensorboard": False,
         **fields,
     }
@@ -66,35 +67,6 @@ def losses(path) -> dict[int, float]:
     return {x["step"]: x["loss"] for x in lines if "loss" in x}
 
 
-@pytest.fixture(scope="module")
-def alone(folder):
-    """A run on one device."""
-    config = make_config("gpt2-nano", **options(folder, run_dir=str(folder / "alone")))
-    assert run(config)[0] == Exit.DONE
-    return config, folder / "alone"
-
-
-@pytest.fixture(scope="module")
-def meshed(folder):
-    """The same on eight, stopped where adapters join, and its checkpoint before they did."""
-    config = make_config("gpt2-nano", **options(folder, run_dir=str(folder / "meshed"), mesh=MESH))
-    code, text = run(config, stop_at=JOIN)
-    assert code == Exit.UNFINISHED
-    assert f"mesh {MESH}: " in text
-    shutil.copytree(folder / "meshed", folder / "stopped")
-    code, text = run(config)
-    assert code == Exit.DONE
-    assert f"Going on after step {JOIN}" in text
-    assert "adapters of rank 8 join 15 linears" in text
-    return config, folder / "meshed"
-
-
-def test_a_run_on_a_mesh_equals_that_of_one_device(alone, meshed):
-    expected, ours = losses(alone[1]), losses(meshed[1])
-    assert ours.keys() == expected.keys() == set(range(1, STEPS + 1))
-    np.testing.assert_allclose(list(ours.values()), list(expected.values()), rtol=1e-5)
-
-
 def restored(config, path, step):
     vocab = len(json.loads((path / "tokenizer.json").read_text())["model"]["vocab"])
     setup = make_setup(config, vocab_size=vocab)
@@ -104,44 +76,48 @@ def restored(config, path, step):
     return state
 
 
-def test_a_checkpoint_is_the_same_on_any_mesh(meshed):
-    config, path = meshed
-    whole = restored(config, path, STEPS)
-    other = make_config("gpt2-nano", **options(path.parent, mesh="fsdp:4"))
-    with set_mesh(make_mesh(other)):
-        cut = restored(other, path, STEPS)
-        kernel = cut.params["layers_1_to_3"]["mlp"]["up"]["kernel"]
-        assert len(kernel.sharding.device_set) == 4
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        jax.device_get((whole.params, whole.masks, whole.opt_state)),
-        jax.device_get((cut.params, cut.masks, cut.opt_state)),
-    )
+def test_a_run_on_a_mesh_is_that_of_one_device_and_goes_on_anywhere(folder):
+    """One test, so that its runs are not made by two workers."""
+    path = folder / "meshed"
+    config = make_config("gpt2-nano", **options(folder, run_dir=str(path), mesh=MESH))
+    code, text = run(config, stop_at=JOIN)
+    assert code == Exit.UNFINISHED
+    assert f"mesh {MESH}: " in text
+    shutil.copytree(path, folder / "alone")
 
-
-def test_a_run_goes_on_on_another_mesh(folder, alone, meshed):
-    path = folder / "elsewhere"
-    shutil.copytree(folder / "stopped", path)
-    config = make_config("gpt2-nano", **options(folder, run_dir=str(path)))
     code, text = run(config)
     assert code == Exit.DONE
     assert f"Going on after step {JOIN}" in text
-    ours, expected = losses(path), losses(meshed[1])
-    assert ours.keys() == expected.keys()
-    np.testing.assert_allclose(list(ours.values()), list(expected.values()), rtol=1e-5)
+    assert "adapters of rank 8 join 15 linears" in text
 
+    # From where adapters join, on one device; and all of it on one device.
+    alone = make_config("gpt2-nano", **options(folder, run_dir=str(folder / "alone")))
+    code, text = run(alone)
+    assert code == Exit.DONE
+    assert f"Going on after step {JOIN}" in text
+    whole = make_config("gpt2-nano", **options(folder, run_dir=str(folder / "whole")))
+    assert run(whole)[0] == Exit.DONE
+    expected = losses(folder / "whole")
+    assert expected.keys() == set(range(1, STEPS + 1))
+    for ours in (losses(path), losses(folder / "alone")):
+        assert ours.keys() == expected.keys()
+        np.testing.assert_allclose(list(ours.values()), list(expected.values()), rtol=1e-5)
 
-def test_every_leaf_lies_where_the_rules_say(meshed):
-    config, path = meshed
-    mesh = make_mesh(config)
-    with set_mesh(mesh):
-        state = restored(config, path, STEPS)
-        specs = state_specs((state.params, state.masks, state.opt_state))
-        leaves = jax.tree.leaves((state.params, state.masks, state.opt_state))
-    adapters = state.params["layers_0"]["attention"]["output"]["adapter_l"]
-    for leaf, spec in zip(leaves, jax.tree.leaves(specs), strict=True):
-        assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
-    assert adapters.sharding.shard_shape(adapters.shape) == (adapters.shape[0] // 4, 8)
+    # Restored on one device, on eight and on four: the same numbers, cut as the rules say.
+    state = restored(alone, path, STEPS)
+    trees = (state.params, state.masks, state.opt_state)
+    for mesh in (MESH, "fsdp:4"):
+        other = make_config("gpt2-nano", **options(folder, mesh=mesh))
+        devices = make_mesh(other)
+        with set_mesh(devices):
+            cut = restored(other, path, STEPS)
+        ours = (cut.params, cut.masks, cut.opt_state)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(trees), jax.device_get(ours))
+        specs = jax.tree.leaves(state_specs(ours))
+        for leaf, spec in zip(jax.tree.leaves(ours), specs, strict=True):
+            assert leaf.sharding.is_equivalent_to(NamedSharding(devices, spec), leaf.ndim)
+        adapter = cut.params["layers_0"]["attention"]["output"]["adapter_l"]  # cut by both
+        assert adapter.sharding.shard_shape(adapter.shape) == (adapter.shape[0] // 4, 8)
 
 
 # Refused ahead
