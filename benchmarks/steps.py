@@ -11,12 +11,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh
 
 from benchmarks import shapes
 from pallas_kernels import Pattern, compress
 from pallas_kernels.samples import CUBLAS
 from slope_jax import TrainState, explain, find_layers, models
+from slope_jax.sharding import AXES
 from train.config import Config
+from train.mesh import set_mesh
 from train.methods import METHODS
 from train.optimizer import make_optimizer, make_schedule
 from train.state import Setup, abstract_state, is_stacked
@@ -76,7 +79,7 @@ def setting(model: str) -> Setting:
 class Case:
     """One program: a model cut to `depth` layers, dense or sparse, and what a step trains on.
 
-    `rank` is that of the adapters, below 1 a fraction of the width, to the next multiple of 8.
+    `meshed` is whether it runs through `slope_jax.sharded`, on a mesh of one device. `rank` is that of the adapters, below 1 a fraction of the width, to the next multiple of 8.
     """
 
     model: str
@@ -91,6 +94,7 @@ class Case:
     moments: str = "float32"
     implementation: str | None = None
     dtype: str = "bfloat16"
+    meshed: bool = False
 
     @property
     def name(self) -> str:
@@ -213,6 +217,16 @@ class Run:
 
 def lower(case: Case) -> Lowered:
     """Traces and lowers a case's step and the function that makes its state."""
+    with set_mesh(_one_device() if case.meshed else None):
+        return _lower(case)
+
+
+def _one_device() -> Mesh:
+    kinds = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh((1,) * len(AXES), AXES, axis_types=kinds, devices=jax.devices()[:1])
+
+
+def _lower(case: Case) -> Lowered:
     setup = case.setup()
     state = abstract_state(setup, adapters=False)
     inputs = setup.model.example_inputs(case.sequences // case.accumulation, case.length)

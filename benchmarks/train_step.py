@@ -356,12 +356,17 @@ def add_compiler_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--xla", type=_options, default={}, help="NAME=VALUE,... for the compiler")
 
 
+def add_rounds(parser: argparse.ArgumentParser) -> None:
+    """How often, and for how long, each program is timed."""
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each variant")
+    parser.add_argument("--seconds", type=float, default=0.6, help="of a turn; at least 3 steps")
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add_arguments(parser)
     add_compiler_arguments(parser)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each variant")
-    parser.add_argument("--seconds", type=float, default=0.6, help="of a turn; at least 3 steps")
+    add_rounds(parser)
     return parser.parse_args()
 
 

@@ -10,7 +10,8 @@ import pytest
 from pallas_kernels import compress, decompress, nm_matmul
 from pallas_kernels.epilogue import ACTIVATIONS, Epilogue
 from pallas_kernels.mosaic import support
-from slope_jax import slope_matmul
+from slope_jax import sharding, slope_matmul
+from slope_jax.sharded import sharded_matmul
 
 obstacle = support.device_obstacle()
 
@@ -164,6 +165,28 @@ def test_kernels_lower_under_shard_map():
     x, w, bias, _ = jax.eval_shape(lambda: problem((64, 128, 256, 8)))
     lowered = jax.jit(sharded(call)).trace(x, w, bias).lower(lowering_platforms=("cuda",))
     assert "nm_matmul" in lowered.as_text()
+
+
+@needs_jax
+@pytest.mark.parametrize("cut", [sharding.WHOLE, sharding.COLUMN, sharding.FUSED, sharding.ROW])
+def test_kernels_lower_inside_of_a_model_on_a_mesh(cut, monkeypatch):
+    """y, dx, dw and the transpose, with bias and adapters, each device on its piece."""
+    monkeypatch.setattr(support, "device_obstacle", lambda: None)
+
+    def loss(x, w, bias, adapter):
+        y = sharded_matmul(x, w, cut, bias=bias, adapter=adapter, implementation="mosaic")
+        return (y.astype(jnp.float32) ** 2).sum()
+
+    shape = jax.ShapeDtypeStruct
+    x, bias = shape((8, 32, 512), jnp.bfloat16), shape((512,), jnp.float32)
+    w = jax.eval_shape(lambda w: compress(w, "2:4"), shape((512, 512), jnp.float32))
+    adapter = (shape((512, 8), jnp.float32), shape((8, 512), jnp.float32))
+    auto = (jax.sharding.AxisType.Auto,) * 3
+    with jax.set_mesh(jax.make_mesh((2, 2, 2), sharding.AXES, axis_types=auto)):
+        step = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3), allow_int=True))
+        text = step.trace(x, w, bias, adapter).lower(lowering_platforms=("cuda",)).as_text()
+    for kernel in ("nm_matmul", "nm_sddmm", "nm_transpose"):
+        assert kernel in text
 
 
 @needs_gpu

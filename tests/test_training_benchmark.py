@@ -12,7 +12,16 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import memory, pictures, report, report_training, step_profile, steps, train_step
+from benchmarks import (
+    memory,
+    pictures,
+    report,
+    report_training,
+    sharded_step,
+    step_profile,
+    steps,
+    train_step,
+)
 from benchmarks.step_profile import Event, Instruction
 from benchmarks.steps import Case
 from benchmarks.train_step import Failed, Timing
@@ -216,6 +225,28 @@ def test_a_run_writes_its_record_and_goes_on_after_a_failure(
     assert len(fake_programs) == 18
     assert {flag for _, flag in fake_programs} == {autotune}
     assert "bert-tiny" in capsys.readouterr().err
+
+
+def test_the_sharded_step_is_timed_beside_the_plain_one(fake_programs, monkeypatch, tmp_path):
+    arguments = ["--models=gpt2-nano", "--preheat=0", "--seconds=0", f"--results={tmp_path}"]
+    monkeypatch.setattr("sys.argv", ["sharded_step", *arguments])
+    sharded_step.main()
+    (path,) = tmp_path.glob("*.json")
+    ((row,),) = [json.loads(path.read_text())["results"]]
+    assert len(row["sharded_rounds_ms"]) == len(row["unsharded_rounds_ms"]) == 3
+    timings = [Timing((10.0, 30.0, 20.0), 5, 1.0, False), Timing((21.0, 22.0, 90.0), 6, 1.0, False)]
+    planned = [case for case, _ in fake_programs]
+    row = sharded_step.result(planned, timings, FakeProgram(planned[1]))
+    assert (row["unsharded_ms"], row["sharded_ms"], row["ratio"]) == (20.0, 22.0, 1.1)
+    assert [case.meshed for case, _ in fake_programs] == [False, True]
+    assert {case.sparsity for case, _ in fake_programs} == {"2:4"}
+
+
+@pytest.mark.parametrize("meshed", [False, True])
+def test_only_a_step_on_a_mesh_is_mapped_over_devices(meshed):
+    case = Case("gpt2-nano", 3, 2, 16, dtype="float32", meshed=meshed)
+    text = steps.lower(case).step.as_text()
+    assert ("sdy.mesh @mesh" in text) == meshed
 
 
 def test_a_run_ends_in_time_and_says_what_is_left(fake_programs, monkeypatch, tmp_path):

@@ -84,9 +84,9 @@ def make_train_step(
 ) -> Callable:
     """The jitted step `(state, batch, key) -> (state, metrics)`; it takes over the state's buffers.
 
-    Gradients are those of what the model is called with, which by most methods is `state.params`. A batch is split into `accumulation` micro-batches along
-    its first axis, run one after another; the loss is the mean over the predictions of the *whole*
-    batch, so the split changes nothing but memory.
+    Gradients are those of what the model is called with, which by most methods is `state.params`. A
+    batch is split into `accumulation` micro-batches along its first axis, run one after another; the
+    loss is the mean over the predictions of the *whole* batch, so the split changes nothing but memory.
 
     Args:
       accumulation: micro-batches in a batch.
