@@ -158,16 +158,14 @@ def _each(rows: list[Row]) -> str:
 
 
 def _curves(pyplot, rows: list[Row]):
-    """Held-out loss over steps, the mean of the seeds."""
+    """Held-out loss over steps, the mean of the seeds, where all of them were evaluated."""
     figure, axis = pyplot.subplots(figsize=(6.4, 3.8))
     for variant, found in by_variant(rows).items():
-        steps = [step for step, _ in found[0]["curve"] if step > 0]
+        curves = [dict(map(tuple, row["curve"])) for row in found]
+        steps = sorted(step for step in set.intersection(*map(set, curves)) if step > 0)
         if not steps:
             continue
-        losses = [
-            statistics.fmean(dict(map(tuple, row["curve"]))[step] for row in found)
-            for step in steps
-        ]
+        losses = [statistics.fmean(curve[step] for curve in curves) for step in steps]
         axis.plot(steps, losses, linewidth=1.1, label=variant)
     axis.set(xlabel="step", ylabel="held-out loss, nats a token", xscale="log")
     axis.legend(fontsize=7)

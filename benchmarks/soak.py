@@ -81,6 +81,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--part", help="name of the record, for some of the variants")
     parser.add_argument("--results", type=Path, default=None, help="folder of the record")
     arguments = parser.parse_args()
     _prepare_children()
@@ -97,7 +98,7 @@ def main() -> int:
     from train import environment
 
     record = make_record(
-        "soak",
+        f"soak-{arguments.part}" if arguments.part else "soak",
         results,
         device=environment.cpu(),
         module="benchmarks.soak",

@@ -109,3 +109,21 @@ def test_the_table_has_means_deviations_and_pairs_seeds():
     assert f"15.00 ± {statistics.stdev([10.0, 20.0]):.2f}" in table[2]
     assert table[3].split("|")[-2].strip() == "+10.0 %"
     assert "±" not in table[3]
+
+
+def test_curves_are_means_where_all_seeds_were_evaluated():
+    drawn = {}
+    axis = types.SimpleNamespace(
+        plot=lambda steps, losses, label, **_: drawn.setdefault(label, (steps, losses)),
+        set=lambda **_: None,
+        legend=lambda **_: None,
+    )
+    figure = types.SimpleNamespace(tight_layout=lambda: None)
+    pyplot = types.SimpleNamespace(subplots=lambda **_: (figure, axis))
+    rows = [
+        row(variant="slope", curve=[[0, 9.0], [10, 4.0], [20, 3.0]]),
+        row(variant="slope", curve=[[0, 9.0], [10, 5.0], [15, 3.5], [20, 2.0]]),
+        row(variant="dense", curve=[[0, 9.0]]),
+    ]
+    report_accuracy._curves(pyplot, rows)
+    assert drawn == {"slope": ([10, 20], [4.5, 2.5])}
