@@ -84,8 +84,8 @@ def leaf_spec(path: tuple[str, ...], ndim: int) -> PartitionSpec:
         "kernel"). A longer path counts by its end: `opt_state` has its names ahead.
       ndim: axes of the leaf; those ahead of the last two count layers and are not cut.
 
-    >>> leaf_spec(("layers_1_to_11", "mlp", "up", "kernel"), 3)
-    PartitionSpec(None, 'fsdp', 'tensor')
+    >>> tuple(leaf_spec(("layers_1_to_11", "mlp", "up", "kernel"), 3))
+    (None, 'fsdp', 'tensor')
     """
     *where, name = path
     cut = cut_of(where)

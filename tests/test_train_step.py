@@ -10,7 +10,7 @@ import pytest
 from scipy.special import log_softmax
 
 import slope_jax.matmul
-import slope_jax.working
+import slope_jax.pieces
 from pallas_kernels import nm_transpose
 from pallas_kernels.mosaic import support
 from pallas_kernels.samples import CUBLAS
@@ -168,7 +168,7 @@ def casts_of_kernels(jaxpr, state) -> Counter:
 @pytest.mark.parametrize("method", ["slope", "dense"])
 def test_micro_batches_share_one_cast_and_one_transpose_of_each_kernel(method, monkeypatch):
     made: list[str] = []
-    for module in (slope_jax.working, slope_jax.matmul):
+    for module in (slope_jax.pieces, slope_jax.matmul):
 
         def counted(w, module=module, dtype=None, **options):
             made.append(module.__name__)
@@ -178,7 +178,7 @@ def test_micro_batches_share_one_cast_and_one_transpose_of_each_kernel(method, m
         monkeypatch.setattr(module, "nm_transpose", counted)
     sparse = 7 if method == "slope" else 0  # 4 of the stack, 3 of the first layer
     step, state = traced(2, method=method)
-    assert made == ["slope_jax.working"] * sparse
+    assert made == ["slope_jax.pieces"] * sparse
     # The dense control scans over all its layers alike: 4 stacks. Here the first layer is apart.
     assert casts_of_kernels(step.jaxpr, state) == {0: 8 if sparse else 4}
     made.clear()
@@ -187,7 +187,7 @@ def test_micro_batches_share_one_cast_and_one_transpose_of_each_kernel(method, m
     assert casts_of_kernels(step.jaxpr, state)[1] >= 4  # by the scanned layers themselves
     made.clear()
     traced(1, hold_copies=True, method=method)
-    assert made == ["slope_jax.working"] * sparse
+    assert made == ["slope_jax.pieces"] * sparse
 
 
 def test_gradients_are_added_where_they_arise():
