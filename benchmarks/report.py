@@ -179,6 +179,8 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "accuracy-rates": report_accuracy.rates,
         "accuracy-ablations": report_accuracy.ablations,
         "accuracy-small": report_accuracy.small,
+        "accuracy-bert": report_accuracy.bert,
+        "accuracy-glue": report_accuracy.glue,
     },
     DOCS / "scaling.md": {
         "communication": report_scaling.communication,

@@ -36,6 +36,24 @@ def small(folder: Path = RESULTS) -> str:
     return _pages("gpt2-small", folder, _each)
 
 
+def bert(folder: Path = RESULTS) -> str:
+    """All methods with a masked LM: perplexity of masked words held out."""
+    return _pages("bert-methods", folder, _methods)
+
+
+def glue(folder: Path = RESULTS) -> str:
+    """What the BERTs of every method score after finetuning."""
+    pages = []
+    for record in records("accuracy-bert-glue", folder):
+        rows = _finished(record["results"])
+        if rows:
+            failed = [
+                f"Failed: {r['variant']}: {r['error']}" for r in record["results"] if "error" in r
+            ]
+            pages.append("\n\n".join([_scores(rows), *failed]) + sources([record]))
+    return "\n\n".join(pages) or MISSING
+
+
 def drawn(docs: Path, folder: Path = RESULTS) -> dict[Path, str]:
     """The learning curves, by their path in `docs`."""
     found = records("accuracy-gpt2-methods", folder)
@@ -137,6 +155,27 @@ def _against(found: list[Row], control: dict[int, Row], text: str) -> str:
 def _spread(values: Iterable[float]) -> str:
     mean, deviation = mean_and_deviation(values)
     return f"{mean:,.2f}" + ("" if deviation is None else f" ± {deviation:,.2f}")
+
+
+def _scores(rows: list[Row]) -> str:
+    """Percent of each task's metric, mean and standard deviation over the seeds of pretraining."""
+    tasks = dict.fromkeys((row["task"], row["metric"]) for row in rows)
+    methods: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        method = row["variant"].rpartition(",")[0]
+        methods.setdefault(method, {}).setdefault(row["task"], []).append(100 * row["score"])
+    header = ("method", "seeds", *(f"{task}, {metric}" for task, metric in tasks))
+    return markdown(
+        header,
+        [
+            (
+                method,
+                f"{min(map(len, found.values()))}",
+                *(_spread(found[task]) if task in found else "–" for task, _ in tasks),
+            )
+            for method, found in methods.items()
+        ],
+    )
 
 
 def _each(rows: list[Row]) -> str:

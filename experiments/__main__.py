@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -27,7 +27,7 @@ from rich.console import Console
 
 from benchmarks.record import RESULTS, make_record, write_record
 from experiments import work
-from experiments.runs import ALONE, GPT2, GROUPS, Run
+from experiments.runs import ALONE, COMMON, GROUPS, Run, family_of
 from pallas_kernels.tuning import slug
 from train.environment import JOB_PACKAGES
 
@@ -42,11 +42,13 @@ def main() -> None:
     stop = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
     console = Console(width=120)
     with futures.ProcessPoolExecutor(arguments.parallel, mp_context=context) as pool:
-        device, tokenizer = pool.submit(
-            work.prepare_data, arguments.data, arguments.folder
+        families = sorted(set(map(family_of, arguments.groups)))
+        device, tokenizers = pool.submit(
+            work.prepare_data, arguments.data, arguments.folder, families
         ).result()
         for group in arguments.groups:
             parallel = 1 if group in ALONE else arguments.parallel
+            tokenizer = tokenizers[family_of(group)]
             _Group(group, arguments, device, tokenizer, console).run(pool, parallel, stop)
 
 
@@ -72,7 +74,8 @@ class _Group:
                 if time.monotonic() + self.longest > stop:
                     break
                 waiting.remove(run)
-                submit = functools.partial(pool.submit, work.train, self._fields(run))
+                function, fields = self._job(run)
+                submit = functools.partial(pool.submit, function, fields)
                 started = submit(self._folder(run.name), self.arguments.valid)
                 running[started] = (run, time.monotonic())
             if not running:
@@ -94,22 +97,37 @@ class _Group:
         return any((row["variant"], row["seed"]) == (variant, seed) for row in done)
 
     def _ready(self, run: Run) -> bool:
+        if run.task is not None:
+            return (self._folder(_before(run), self._methods) / "summary.json").exists()
         return run.after is None or self._done(run.after, run.seed)
 
-    def _folder(self, name: str) -> pathlib.Path:
+    @property
+    def _methods(self) -> str:
+        return f"{family_of(self.name)}-methods"
+
+    def _folder(self, name: str, group: str | None = None) -> pathlib.Path:
         safe = "".join(c if c.isalnum() else "-" for c in name)
-        return self.arguments.folder / self.name / safe
+        return self.arguments.folder / (group or self.name) / safe
+
+    def _job(self, run: Run) -> tuple[Callable, dict[str, Any]]:
+        if run.task is None:
+            return work.train, self._fields(run)
+        fields = {"task": run.task, "data": self.arguments.glue, "seeds": (run.seed,)}
+        fields["checkpoint"] = str(self._folder(_before(run), self._methods))
+        return work.finetune, fields | dict(run.fields) | self.arguments.override_tasks
 
     def _fields(self, run: Run) -> dict[str, Any]:
-        fields = GPT2 | dict(run.fields) | {"seed": run.seed}
+        fields = dict(COMMON[family_of(self.name)]) | dict(run.fields) | {"seed": run.seed}
         fields |= {"data": self.arguments.data, "tokenizer": self.tokenizer}
         fields["cache_dir"] = str(self.arguments.folder / "tokens")
         if run.after is not None:
-            fields["init_from"] = str(self._folder(f"{run.after}-seed-{run.seed}"))
+            fields["init_from"] = str(self._folder(_before(run)))
             del fields["tokenizer"]  # that of the other run
         if run.tuned_as is not None:
-            rows = read(self.arguments.results, "gpt2-lr", self.device)
-            fields["lr"] = best_rate(rows, run.tuned_as, next(iter(self.arguments.valid)))
+            family = family_of(self.name)
+            rows = read(self.arguments.results, f"{family}-lr", self.device)
+            text = work.HELD_OUT if family == "bert" else next(iter(self.arguments.valid))
+            fields["lr"] = best_rate(rows, run.tuned_as, text)
         return fields | self.arguments.override
 
     def _add(self, run: Run, found: Mapping[str, Any]) -> None:
@@ -122,10 +140,13 @@ class _Group:
             packages=JOB_PACKAGES,
         )
         write_record(record | {"valid": self.text}, self.arguments.results)
-        told = found.get("error") or ", ".join(
-            f"{name} {value:.2f}" for name, value in found["perplexity"].items()
-        )
+        numbers = found.get("perplexity") or {found.get("metric"): found.get("score")}
+        told = found.get("error") or ", ".join(f"{k} {v:.2f}" for k, v in numbers.items())
         self.console.print(f"{self.name}: {run.name}: {told}  ({found.get('seconds')} s)")
+
+
+def _before(run: Run) -> str:
+    return f"{run.after}-seed-{run.seed}"
 
 
 def best_rate(rows: Sequence[Mapping[str, Any]], method: str, text: str) -> float:
@@ -161,6 +182,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--valid", type=_named_file, action="append", required=True, help="NAME=FILE to score"
     )
+    parser.add_argument(
+        "--glue", default="", help="folder of its tasks for bert-glue; TensorFlow Datasets if empty"
+    )
     parser.add_argument("--parallel", type=int, default=4, help="runs at a time")
     parser.add_argument("--minutes", type=float, help="start no run that would end after")
     parser.add_argument(
@@ -169,6 +193,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="of the records")
     parser.add_argument(
         "--override", type=json.loads, default={}, help="JSON of fields for all runs, for trials"
+    )
+    parser.add_argument(
+        "--override-tasks", type=json.loads, default={}, help="the same for runs of bert-glue"
     )
     arguments = parser.parse_args()
     arguments.valid = dict(arguments.valid)

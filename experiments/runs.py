@@ -1,7 +1,8 @@
 """The runs of each group: what differs from the group's common settings.
 
-A group is a question; its runs answer it. They are runs of the training job and nothing else, so
-each can be repeated alone by ``python -m train.pretrain`` with the fields of its record.
+A group is a question; its runs answer it. They are runs of the training jobs and nothing else, so
+each can be repeated alone by ``python -m train.pretrain`` (those of a task by ``train.finetune``) with
+the fields of its record.
 """
 
 import dataclasses
@@ -21,7 +22,10 @@ class Run:
       variant: what it is called in tables; runs of one variant differ in their seed alone.
       seed: of initialisation, masks, data order.
       after: variant of the run of the same seed that must have ended; its folder is `init_from`.
-      tuned_as: variant of group "gpt2-lr" whose best learning rate it takes; None: its own `lr`.
+      tuned_as: method of the family's group of learning rates ("gpt2-lr") whose best one it takes;
+        None: its own `lr`.
+      task: of `train.finetune`, from the run `after` in the group of the family's methods; `fields`
+        are then those of `train.tasks.config.FinetuneConfig`.
     """
 
     variant: str
@@ -29,6 +33,7 @@ class Run:
     seed: int = 0
     after: str | None = None
     tuned_as: str | None = None
+    task: str | None = None
 
     @property
     def name(self) -> str:
@@ -53,6 +58,21 @@ GPT2 = {
     "log_every": 10,
     "tensorboard": False,
 }
+# About 12.8 million parameters besides the embeddings. No second phase of longer sequences.
+BERT = GPT2 | {
+    "model": "bert-small",
+    "seq_len": 128,
+    "max_predictions": 20,
+    "batch_size": 256,
+    "steps": 1920,
+    "weight_decay": 0.01,
+    "beta2": 0.98,
+    "eps": 1e-6,
+    "eval_every": 240,
+    "eval_batches": 16,
+}
+TASKS = ("glue/cola", "glue/sst2", "glue/rte")
+FINETUNED = ("dense", "slope", "slope, adapters 6.25 %", "half the blocks", "extended SR-STE")
 SLOPE_LR, DENSE_LR, CHANGING_LR = "slope", "dense", "sr-ste"
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -141,10 +161,30 @@ def gpt2_small() -> list[Run]:
     ]
 
 
+def glue() -> list[Run]:
+    """BERTs of every method that was pretrained with three seeds, finetuned on three tasks."""
+    return [
+        Run(f"{variant}, {task}", {}, seed, variant, task=task)
+        for seed in SEEDS
+        for task in TASKS
+        for variant in FINETUNED
+    ]
+
+
+# Common fields by the family that a group's name begins with.
+COMMON: dict[str, Mapping[str, Any]] = {"gpt2": GPT2, "bert": BERT}
 GROUPS: dict[str, Sequence[Run]] = {
     "gpt2-lr": learning_rates(),
     "gpt2-methods": methods(),
     "gpt2-ablations": ablations(),
     "gpt2-small": gpt2_small(),
+    "bert-lr": learning_rates(),
+    "bert-methods": methods(),
+    "bert-glue": glue(),
 }
 ALONE = frozenset({"gpt2-small"})  # runs whose speed counts
+
+
+def family_of(group: str) -> str:
+    """The family of models of a group, such as "gpt2"."""
+    return group.split("-")[0]

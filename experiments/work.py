@@ -5,36 +5,56 @@ import math
 import pathlib
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.runs import GPT2
+from experiments.runs import COMMON
 from pallas_kernels.files import write_atomically
 
+HELD_OUT = "held out"  # the text that masked-LM runs are compared by: of their own data
 FIELDS = ("method", "sparsity", "mask_init", "backward", "adapter_rank", "adapter_start")
 FIELDS += ("adapter_init_scale", "adapter_lr_scale", "implementation", "prune_dy", "seed")
 BATCH = 32
 
 
-def prepare_data(data: str, folder: pathlib.Path) -> tuple[str, str]:
-    """The device's name, and a tokenizer made once for all runs, with its tokens in the cache."""
+def prepare_data(
+    data: str, folder: pathlib.Path, families: Sequence[str]
+) -> tuple[str, dict[str, str]]:
+    """The device's name, and for each family a tokenizer made once, with its tokens in the cache."""
     from train.data import prepare
     from train.environment import accelerator
 
-    cache, path = folder / "tokens", folder / "tokenizer.json"
-    if not path.exists():
-        corpus = prepare(data, objective="clm", vocab_size=GPT2["vocab_size"], cache_dir=cache)
-        write_atomically(path, corpus.tokenizer.to_json())
-    prepare(data, objective="clm", tokenizer=path, cache_dir=cache)
-    return accelerator(), str(path)
+    paths = {}
+    for family in families:
+        objective = "mlm" if family == "bert" else "clm"
+        cache, path = folder / "tokens", folder / f"tokenizer-{objective}.json"
+        if not path.exists():
+            size = COMMON[family]["vocab_size"]
+            corpus = prepare(data, objective=objective, vocab_size=size, cache_dir=cache)
+            write_atomically(path, corpus.tokenizer.to_json())
+        prepare(data, objective=objective, tokenizer=path, cache_dir=cache)
+        paths[family] = str(path)
+    return accelerator(), paths
 
 
 def train(
     fields: Mapping[str, Any], folder: pathlib.Path, valid: Mapping[str, pathlib.Path]
 ) -> dict[str, Any]:
     """Runs the job (or goes on with it) and scores the texts; {"error": ...} if it fails."""
+    return _caught(_train, fields, folder, valid)
+
+
+def finetune(
+    fields: Mapping[str, Any], folder: pathlib.Path, valid: Mapping[str, pathlib.Path]
+) -> dict[str, Any]:
+    """Finetunes a run on a task; {"error": ...} if it fails. `valid` has no part in it."""
+    return _caught(_finetune, fields, folder, valid)
+
+
+def _caught(function, fields, folder, valid):
+    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return _train(fields, folder, valid)
+        return function(fields, folder, valid)
     except Exception as error:
         (folder.parent / f"{folder.name}.error").write_text(traceback.format_exc())
         return {"error": f"{type(error).__name__}: {error}"[:500]}
@@ -48,13 +68,42 @@ def _train(fields, folder, valid):
 
     started = time.monotonic()
     config = Config(**fields, run_dir=str(folder))
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / f"{folder.name}.log", "a", encoding="utf-8") as log:
         pretrain(config, console=Console(file=log, width=120))
     summary = json.loads((folder / "summary.json").read_text())
-    perplexities = score(folder, valid)
+    perplexities = _held_out(summary) if config.objective == "mlm" else score(folder, valid)
     seconds = time.monotonic() - started
     return result(config, summary, perplexities, _curve(folder), seconds)
+
+
+def _finetune(fields, folder, valid):
+    from rich.console import Console
+
+    from train.tasks.config import FinetuneConfig
+    from train.tasks.job import finetune
+
+    started = time.monotonic()
+    config = FinetuneConfig(**fields, out=str(folder))
+    with open(folder.parent / f"{folder.name}.log", "a", encoding="utf-8") as log:
+        record = finetune(config, console=Console(file=log, width=120))
+    return {
+        "task": config.task,
+        "metric": record["metric"],
+        "score": record["mean"]["last"][record["metric"]]["mean"],
+        "mean": record["mean"],
+        "finetuning_seeds": sorted(map(int, record["seeds"])),
+        "run": record["run"],
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _held_out(summary) -> dict[str, dict[str, Any]]:
+    """A masked LM has no perplexity of a text; that of masked words held out, at the end."""
+    last = summary["held_out_last"]
+    loss = last["eval_loss"]
+    return {
+        HELD_OUT: {"perplexity": last["eval_perplexity"], "nats_per_token": loss, "tokens": None}
+    }
 
 
 def result(config, summary, perplexities, curve, seconds: float) -> dict[str, Any]:
