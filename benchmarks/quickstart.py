@@ -46,13 +46,18 @@ def run(model: str, method: str, runs: Path, options: list[str]) -> dict[str, An
     Raises:
       SystemExit: the job failed; with its exit code.
     """
-    folder = runs / f"{model}-{method}"
+    folder = folder_of(runs, model, method)
     command = ["-m", "train.pretrain", f"--model={model}", f"--method={method}"]
     command += [f"--run-dir={folder}", *EVALUATION, *options]
     done = subprocess.run([sys.executable, *command])
     if done.returncode:
         sys.exit(done.returncode)
     return json.loads((folder / "summary.json").read_text())
+
+
+def folder_of(runs: Path, model: str, method: str) -> Path:
+    """Where `run` leaves a run."""
+    return runs / f"{model}-{method}"
 
 
 def result_of(summary: dict[str, Any]) -> dict[str, Any]:

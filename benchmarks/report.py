@@ -173,6 +173,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "inference": report_inference.summary,
         "inference-weights": report_inference.weights,
         "inference-times": report_inference.times,
+        "generation": report_inference.generation,
     },
     DOCS / "accuracy.md": {
         "accuracy": report_accuracy.summary,

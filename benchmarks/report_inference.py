@@ -27,6 +27,46 @@ def weights(folder: Path = RESULTS) -> str:
     return _by_device(folder, _weights)
 
 
+def generation(folder: Path = RESULTS) -> str:
+    """Text of models trained here: time to the first token, and the rate of those that follow."""
+    pages = [
+        f"{record['device']}, {_served(record)}:\n\n{_generated(record['results'])}"
+        + sources([record])
+        for record in records("generation-", folder)
+    ]
+    return "\n\n".join(pages) or MISSING.replace("inference", "generation")
+
+
+def _served(record: dict[str, Any]) -> str:
+    name = record["benchmark"].removeprefix("generation-")
+    sides = [
+        f"{method} {side['bytes'] / 1e6:,.1f} MB{' with adapters' if side['adapters'] else ''}"
+        for method, side in record["models"].items()
+    ]
+    return f"{name} after {record['models']['dense']['steps']} steps ({', '.join(sides)})"
+
+
+def _generated(rows: list[dict[str, Any]]) -> str:
+    header = ("prompts", "first token, dense, ms", "2:4, ms", "speed-up", "then tokens/s, dense", "2:4", "speed-up", "first call, dense, s", "2:4, s")  # fmt: skip
+    return markdown(
+        header,
+        [
+            (
+                f"{row['batch']} x {row['prompt']}",
+                f"{row['dense_first_ms']:,.1f}",
+                f"{row['sparse_first_ms']:,.1f}",
+                f"{row['first_speedup']:.2f}",
+                f"{row['dense_tokens_per_s']:,.0f}",
+                f"{row['sparse_tokens_per_s']:,.0f}",
+                f"{row['speedup']:.2f}",
+                f"{row['dense_compiling_s']:.1f}",
+                f"{row['sparse_compiling_s']:.1f}",
+            )
+            for row in rows
+        ],
+    )
+
+
 def _by_device(folder: Path, text: Callable[[list[dict], list[dict]], str]) -> str:
     found: dict[str, list[dict[str, Any]]] = {}
     for record in records("inference", folder):
