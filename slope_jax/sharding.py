@@ -211,6 +211,28 @@ def check_model(config: Any, sizes: Mapping[str, int]) -> None:
     Raises:
       ValueError: lists every size that does not divide, the rule, and what to do.
     """
+    refuse(sizes, model_problems(config, sizes), "this model")
+
+
+def refuse(sizes: Mapping[str, int], problems: Iterable[str], what: str) -> None:
+    """Raise a ValueError that lists the problems of a mesh of these sizes, if there are any."""
+    if problems := list(dict.fromkeys(problems)):
+        mesh = ",".join(f"{axis}:{sizes.get(axis, 1)}" for axis in AXES)
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise ValueError(
+            f"the mesh {mesh} does not divide {what}:\n{listed}\nKernels are cut on whole groups of"
+            " N:M and whole bytes of metadata. Use fewer devices along these axes and more along"
+            " data."
+        )
+
+
+def model_problems(config: Any, sizes: Mapping[str, int]) -> list[str]:
+    """Every size of a model that a mesh cannot cut evenly; nothing if it can.
+
+    Args:
+      config: a `slope_jax.models.TransformerConfig`.
+      sizes: devices by mesh axis; those left out are 1.
+    """
     sizes = dict.fromkeys(AXES, 1) | dict(sizes)
     problems = []
 
@@ -241,14 +263,7 @@ def check_model(config: Any, sizes: Mapping[str, int]) -> None:
             check(f"of {path}/adapter_l the input axis", linear.in_features, inputs)
             check(f"of {path}/adapter_r the output axis", linear.out_features, (FSDP,))
     check("hidden_size", config.hidden_size, (FSDP,))
-    if problems:
-        listed = "\n".join(f"  {problem}" for problem in problems)
-        raise ValueError(
-            "the mesh "
-            + ",".join(f"{axis}:{sizes[axis]}" for axis in AXES)
-            + f" does not divide this model:\n{listed}\nKernels are cut on whole groups of N:M and"
-            " whole bytes of metadata. Use fewer devices along these axes and more along data."
-        )
+    return problems
 
 
 def _entry(axes: Axes):

@@ -237,6 +237,6 @@ def test_an_abstract_mesh_has_the_axes_of_the_mesh():
 def test_one_process_agrees_with_itself():
     assert processes.Agreement().agree(143) == 143
     assert processes.first_then_others("count", functools.partial(int, "7")) == 7
-    processes.check_same("text", "it")
+    processes.check_same("text", "it", "do")
     with pytest.raises(ValueError, match="wrong"), processes.together("fail"):
         raise ValueError("wrong")

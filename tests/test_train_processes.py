@@ -1,5 +1,6 @@
-"""A run of two processes with four devices each: one is killed, both go on, nothing is lost."""
+"""Processes agree, fail together and find each other; a run of two of them loses nothing."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from train import integrity, metrics
+from train import integrity, metrics, processes
 from train.job import Exit, pretrain
 from train.recipes import make_config
 
@@ -43,31 +44,23 @@ def folder(tmp_path_factory, small_text):
 
 def start(folder, *options, mesh="data:2,fsdp:2,tensor:2", log="log"):
     """Two processes of one run; what they say goes to RUN.log.0 and RUN.log.1."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
     given = OPTIONS | {
         "data": f"text:{folder / 'text' / '*.txt'}",
         "cache_dir": folder / "cache",
         "run_dir": folder / "run",
         "mesh": mesh,
         "heartbeat_seconds": 5,
-        "coordinator": address,
+        "coordinator": free_address(),
         "processes": 2,
     }
     arguments = [f"--{k.replace('_', '-')}={v}" for k, v in given.items()]
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-    }
     children = []
     for i in range(2):
         with (folder / f"{log}.{i}").open("w") as file:
             command = [sys.executable, "-m", "train.pretrain", "--no-tensorboard", *arguments]
             command += [f"--process-id={i}", *options]
             children.append(
-                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+                subprocess.Popen(command, cwd=ROOT, env=environment(4), stdout=file, stderr=file)
             )
     return children
 
@@ -83,6 +76,160 @@ def said(folder, index, log="log") -> str:
 def losses(path) -> dict[int, float]:
     lines = metrics.read(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
     return {x["step"]: x["loss"] for x in lines if "loss" in x}
+
+
+# Both processes do one after the other; what each of them met is printed as a line of JSON.
+TALK = """
+import json, pathlib, sys
+from train import processes
+from train.job import Exit
+from train.mesh import make_mesh, set_mesh
+from train.recipes import make_config
+from train.signals import StopRequest
+from train.stops import Stops
+
+index, address, folder = int(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3])
+fields = {"coordinator": address, "processes": 2, "process_id": index, "mesh": "data:4"}
+fields |= {"heartbeat_seconds": 10, "batch_size": 8}
+config = make_config("gpt2-nano", **fields)
+processes.connect(config)
+
+def fail(error):
+    with processes.together("work"):
+        if index == 1 and error is not None:
+            raise error
+
+def met(function, *arguments):
+    try:
+        return function(*arguments)
+    except BaseException as error:
+        return [type(error).__name__, str(error)]
+
+def stops():
+    request = StopRequest()
+    all_stops, codes = Stops(config, request, 0.0, None), []
+    for step in range(1, 5):
+        if step == 2 and index == 1:
+            request.signal = __import__("signal").SIGTERM
+        stopped = all_stops.after(step)
+        codes.append(None if stopped is None else [stopped.code, stopped.reason])
+        if stopped:
+            break
+    return codes
+
+answers = {
+    "nothing": met(fail, None),
+    "bad": met(fail, ValueError("mine")),
+    "memory": met(fail, MemoryError("no room")),
+    "interrupt": met(fail, KeyboardInterrupt()),
+    "same": met(processes.check_same, "a", "it", "do"),
+    "other": met(processes.check_same, f"a{index}", "it", "do"),
+    "command": met(processes.check_command, config),
+    "other command": met(processes.check_command, make_config("gpt2-nano", lr=1e-3 * (1 + index))),
+    "folder": met(processes.check_shared, folder),
+    "other folder": met(processes.check_shared, folder / str(index)),
+    "first": met(processes.first_then_others, "count", lambda: 10 + index),
+    "first fails": met(processes.first_then_others, "count", lambda: int("x" * (1 - index) or 1)),
+}
+with set_mesh(make_mesh(config)):
+    answers["stops"] = stops()
+print(json.dumps(answers))
+sys.stdout.flush()
+if index == 1:
+    with processes.lost_together(lambda: "here"):
+        raise RuntimeError("alone")
+with processes.lost_together(lambda: "there"):
+    fail(None)
+"""
+
+
+def free_address() -> str:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def environment(devices: int) -> dict[str, str]:
+    cpu = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    return os.environ | {"PYTHONPATH": str(ROOT)} | cpu
+
+
+def test_processes_agree_and_fail_together(tmp_path):
+    address = free_address()
+    for index in range(2):
+        (tmp_path / str(index)).mkdir()
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", TALK, str(index), address, str(tmp_path)],
+            cwd=ROOT,
+            env=environment(2),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for index in range(2)
+    ]
+    texts = [child.communicate(timeout=PATIENCE) for child in children]
+    told = [out.splitlines() for out, _ in texts]
+    assert told[0][0] == f"process 0 of 2 meets the others at {address}, within 300 s"
+    first, second = (json.loads(next(x for x in lines if x[0] == "{")) for lines in told)
+
+    could_not = "process 1 of 2 could not work: see what it says"
+    assert first["nothing"] is second["nothing"] is None
+    assert [first["bad"], second["bad"]] == [["ValueError", could_not], ["ValueError", "mine"]]
+    assert [first["memory"], second["memory"]] == [
+        ["OSError", could_not],
+        ["MemoryError", "no room"],
+    ]
+    assert [first["interrupt"], second["interrupt"]] == [
+        ["OSError", could_not],
+        ["KeyboardInterrupt", ""],
+    ]
+    assert first["same"] is second["same"] is first["command"] is second["command"] is None
+    assert first["other"] == second["other"]
+    assert first["other"] == ["ValueError", "it is not the same in process 1 as in the first: do"]
+    for answers, rate in ((first, 0.001), (second, 0.002)):
+        assert answers["other command"] == [
+            "ValueError",
+            f"process 1 has another --lr than the first (this one has [{rate}]): give all processes"
+            " the same command but for --process-id",
+        ]
+    assert first["folder"] is second["folder"] is None
+    assert first["other folder"][0] == second["other folder"][0] == "ValueError"
+    assert "give a --run-dir on a disk that all hosts share" in second["other folder"][1]
+    assert not list(tmp_path.rglob(".shared*"))
+    assert [first["first"], second["first"]] == [10, 11]
+    assert first["first fails"][0] == second["first fails"][0] == "ValueError"
+    assert "process 0 of 2 could not count" in second["first fails"][1]
+
+    # Told at one step, known to both at the next.
+    assert first["stops"] == [
+        None,
+        None,
+        [143, "Stopped, as another process of the run was asked to"],
+    ]
+    assert second["stops"] == [None, None, [143, "Stopped by SIGTERM"]]
+
+    # At once, without an orderly end, for which the first would have to be there.
+    assert children[1].returncode == 1
+    assert "process 1 of 2 failed: alone here. The same command" in texts[1][1]
+    assert children[0].returncode in (1, -signal.SIGABRT)
+
+
+def test_an_address_that_cannot_be_used_is_named(monkeypatch):
+    fields = {"processes": 2, "mesh": "data:2", "batch_size": 8}
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        config = make_config("gpt2-nano", coordinator=f"here:{port}", process_id=0, **fields)
+        with pytest.raises(ValueError, match=f"here:{port}: port {port} of this host cannot be"):
+            processes.connect(config)
+    monkeypatch.setattr(processes, "MEETING_SECONDS", 0.5)
+    address = free_address()
+    config = make_config("gpt2-nano", coordinator=address, process_id=1, **fields)
+    with pytest.raises(ValueError, match=f"{address}: nothing answers there .*; start process 0"):
+        processes.connect(config)
 
 
 def test_a_killed_process_ends_the_run_and_the_same_command_goes_on(folder):

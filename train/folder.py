@@ -14,7 +14,7 @@ from train.config import Config, free_fields, to_json
 from train.metrics import METRICS_FILE
 
 CONFIG_FILE, LOCK_FILE, TOKENIZER_FILE = "config.json", "lock", "tokenizer.json"
-LEFTOVERS = (METRICS_FILE, TOKENIZER_FILE, "corpus.json", "plan.txt", "tensorboard")
+LEFTOVERS = (METRICS_FILE, TOKENIZER_FILE, "corpus*.json", "plan.txt", "tensorboard")
 
 
 def run_folder(config: Config) -> pathlib.Path:
@@ -51,8 +51,7 @@ def open_folder(config: Config) -> Iterator[pathlib.Path]:
 
 def start_anew(path: pathlib.Path, config: Config) -> None:
     """Remove what a run that never reached a checkpoint left, and note the configuration."""
-    for name in LEFTOVERS:
-        target = path / name
+    for target in [target for name in LEFTOVERS for target in path.glob(name)]:
         if target.is_dir():
             shutil.rmtree(target)
         else:
@@ -87,6 +86,11 @@ def _take(lock, path: pathlib.Path) -> None:
             f"process {owner} trains in run folder {path} already; wait for it, stop it, or name "
             f"another folder with --run-dir"
         ) from None
+    except OSError as error:
+        raise ValueError(
+            f"run folder {path} cannot be locked ({error.strerror}): its file system has no flock;"
+            " mount it with locks (Lustre: -o flock), or name another folder with --run-dir"
+        ) from error
     lock.seek(0)
     lock.truncate()
     lock.write(str(os.getpid()))

@@ -3,6 +3,8 @@
 import pathlib
 from typing import Any, NamedTuple
 
+import jax
+
 from train.config import Config
 from train.data import Corpus, make_dataset, prepare
 from train.folder import TOKENIZER_FILE
@@ -27,7 +29,7 @@ def open_corpus(config: Config, folder: pathlib.Path, expected: str | None) -> C
     Raises:
       ValueError: the data can't be used, or isn't what the run was started on.
     """
-    kept = folder / TOKENIZER_FILE
+    kept, index = folder / TOKENIZER_FILE, jax.process_index()
     corpus = prepare(
         config.data,
         objective=config.objective,
@@ -36,6 +38,7 @@ def open_corpus(config: Config, folder: pathlib.Path, expected: str | None) -> C
         valid_fraction=config.valid_fraction,
         cache_dir=config.cache_dir or None,
         run_dir=folder,
+        record=f"corpus-{index}.json" if index else "corpus.json",
     )
     if expected not in (None, corpus.fingerprint):
         raise ValueError(

@@ -59,18 +59,22 @@ def pretrain(config: Config, *, console: Console | None = None, stop_at: int | N
     """
     started = time.monotonic()
     processes.connect(config)
-    mesh = make_mesh(config)
-    with set_mesh(mesh):
+    job: _Job | None = None
+    where = lambda: f"after step {job.step}" if job else "before the first step"  # noqa: E731
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(processes.lost_together(where))
+        processes.check_command(config)
         with together("plan the run"):  # finds all that is wrong without the data
+            mesh = make_mesh(config)
+            stack.enter_context(set_mesh(mesh))
             plan = make_plan(config)
-        with _opened(config, plan, console or Console()) as (folder, console):
+        folder, console = stack.enter_context(_opened(config, plan, console or Console()))
+        with together("open the checkpoints"):
             checkpoints = Checkpoints(folder, keep=config.keep_checkpoints)
-            try:
-                job = _Job(config, mesh, folder, checkpoints, console, started)
-                with processes.lost_together(lambda: f"after step {job.step}"):
-                    return _run(job, stop_at)
-            finally:
-                checkpoints.close()
+            stack.callback(checkpoints.close)
+        with processes.lost_together(where):  # ahead of closing, which waits for the others
+            job = _Job(config, mesh, folder, checkpoints, console, started)
+            return _run(job, stop_at)
 
 
 @contextlib.contextmanager
@@ -83,8 +87,11 @@ def _opened(config: Config, plan: Plan, console: Console) -> Iterator[tuple[path
                 stack.enter_context(open_folder(config))
                 check_space(folder, plan.checkpoint_bytes)
                 set_aside_damaged(folder / "checkpoints", functools.partial(_say, console))
-        if not is_first():
-            console = stack.enter_context(processes.own_log(folder))
+        if jax.process_count() > 1:
+            processes.check_shared(folder)
+        with together("write a log"):
+            if not is_first():
+                console = stack.enter_context(processes.own_log(folder))
         yield folder, console
 
 
@@ -119,13 +126,22 @@ class _Job:
             "step_tokens": 0,
             "bad_steps": 0,
         }
+        processes.check_same(
+            f"{checkpoints.latest()}",
+            f"the last checkpoint in {folder}",
+            "its disk is slow to show all hosts the same; try again, or another --run-dir",
+        )
         with together("read the last checkpoint"):
             data = self._open_record()
         self.corpus = first_then_others(
             "prepare the data", lambda: open_corpus(config, folder, data)
         )
+        processes.check_same(
+            self.corpus.fingerprint,
+            f"the text of --data={config.data}",
+            "give every process the same files and packages",
+        )
         with together("set up the model"):
-            processes.check_same(self.corpus.fingerprint, f"the text of --data={config.data}")
             self.share, devices = share_of(mesh), size_of(mesh, BATCH) if mesh else 1
             self.data = make_datasets(config, self.corpus, self.share, devices)
             self.setup = make_setup(config, vocab_size=self.corpus.vocab_size)

@@ -9,7 +9,16 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from slope_jax.sharding import AXES, BATCH, TENSOR, batch_spec, check_model, current_mesh, size_of
+from slope_jax.sharding import (
+    AXES,
+    BATCH,
+    TENSOR,
+    batch_spec,
+    current_mesh,
+    model_problems,
+    refuse,
+    size_of,
+)
 from train.config import Config
 
 
@@ -53,11 +62,18 @@ def make_mesh(config: Config) -> Mesh | None:
     if needed > found or (count > 1 and needed != found):
         raise ValueError(
             f"--mesh={config.mesh} has {needed} devices, but there are {found}"
-            f" ({count} process(es)); make their product {found}"
+            f" ({count} process(es)); make their product {found}{_few_seen(count)}"
         )
     devices = jax.devices()[:needed]
     shape = tuple(sizes.values())
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def _few_seen(processes: int) -> str:
+    """Under SLURM and Open MPI JAX gives a process one device, however many the host has."""
+    if jax.default_backend() == "cpu" or processes == 1 or jax.local_device_count() > 1:
+        return ""
+    return ", or, if a host has more than one device, start a process for each of them"
 
 
 @contextlib.contextmanager
@@ -94,9 +110,9 @@ def check_mesh(config: Config, model: Any, simulated: bool) -> None:
     if not config.mesh:
         return
     sizes = parse_mesh(config.mesh)
-    check_model(model, sizes)
+    problems = model_problems(model, sizes)
     if simulated and sizes[TENSOR] > 1:
-        raise ValueError(
+        problems.append(
             f"--method={config.method} multiplies densely and cannot be cut by tensor:"
             f"{sizes[TENSOR]}; use data and fsdp"
         )
@@ -104,12 +120,13 @@ def check_mesh(config: Config, model: Any, simulated: bool) -> None:
     for phase in config.phases:
         micro = phase.batch_size // phase.accumulation
         if micro % share:
-            raise ValueError(
+            problems.append(
                 f"micro-batches of {micro} sequences (batch_size {phase.batch_size} / accumulation"
                 f" {phase.accumulation}) cannot be shared by data:{sizes['data']} x fsdp:"
                 f"{sizes['fsdp']} = {share} devices; make batch_size a multiple of"
                 f" {share * phase.accumulation}, or cut by tensor"
             )
+    refuse(sizes, problems, "this run")
 
 
 class Share(NamedTuple):

@@ -4,8 +4,8 @@
     python -m train.pretrain --model=gpt2-small --recipe=paper --dry-run
 
 Running the same command again goes on from the last checkpoint. Exit codes: 0 done, 1 failed
-(diverged, full disk), 2 bad input, 75 stopped by --max-minutes, 130 and 143 stopped and saved upon
-Ctrl-C and SIGTERM.
+(diverged, full disk, a lost process), 2 bad input, 75 stopped by --max-minutes, 130 and 143 stopped
+and saved upon Ctrl-C and SIGTERM; a second Ctrl-C ends it at once, unsaved.
 """
 
 import argparse

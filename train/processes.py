@@ -5,10 +5,14 @@ folder, writes what a run records, and reports; the others write RUN/process-K.l
 """
 
 import contextlib
+import json
 import logging
 import os
 import pathlib
+import secrets
+import socket
 import sys
+import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,11 +25,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
+from pallas_kernels.files import write_atomically
 from slope_jax.sharding import AXES, current_mesh
-from train.config import Config
+from train import environment
+from train.config import Config, to_json
 
 AUTOMATIC = "auto"
 FAILED, BAD_INPUT = 1, 2  # what a process tells the others
+MEETING_SECONDS, PARTING_SECONDS = 300, 60  # how long processes wait for each other
+OWN = ("process_id", "coordinator", "cache_dir", "max_minutes", "grace_seconds", "dry_run")
 
 T = TypeVar("T")
 
@@ -40,8 +48,13 @@ def connect(config: Config) -> None:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is noted by `signals`
-    patience = {"heartbeat_timeout_seconds": config.heartbeat_seconds}
+    patience = {
+        "initialization_timeout": MEETING_SECONDS,
+        "heartbeat_timeout_seconds": config.heartbeat_seconds,
+        "shutdown_timeout_seconds": PARTING_SECONDS,
+    }
     if config.coordinator != AUTOMATIC:
+        _reach(config)
         jax.distributed.initialize(
             config.coordinator,
             num_processes=config.processes,
@@ -51,12 +64,50 @@ def connect(config: Config) -> None:
         return
     try:
         jax.distributed.initialize(**patience)
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:  # of the client of some scheduler, too
         raise ValueError(
-            f"--coordinator={AUTOMATIC}: no SLURM, Open MPI, Kubernetes or TPU pod says which"
-            f" processes there are ({error}); give --coordinator=HOST:PORT, --processes and"
-            " --process-id"
+            f"--coordinator={AUTOMATIC}: no SLURM, Open MPI, Kubernetes (which needs the package"
+            f" kubernetes) or TPU pod says which processes there are ({error}); give"
+            " --coordinator=HOST:PORT, --processes and --process-id"
         ) from error
+
+
+def _reach(config: Config) -> None:
+    """Raise a ValueError unless the first process can listen, or another one can speak to it.
+
+    JAX would end the process, without a word of the address.
+    """
+    host, _, port = config.coordinator.rpartition(":")
+    host = host.strip("[]")
+    count, address = config.processes, config.coordinator
+    print(
+        f"process {config.process_id} of {count} meets the others at {address}, within"
+        f" {MEETING_SECONDS} s",
+        flush=True,
+    )
+    if config.process_id == 0:
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind(("", int(port)))
+            except OSError as error:
+                raise ValueError(
+                    f"--coordinator={address}: port {port} of this host cannot be used"
+                    f" ({error.strerror}); is another run's first process here? Give a free port"
+                ) from error
+        return
+    deadline = time.monotonic() + MEETING_SECONDS
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"--coordinator={address}: nothing answers there ({error}); start process 0 on"
+                    " that host, and give a name and port that all hosts can reach"
+                ) from error
+        time.sleep(0.2)
 
 
 def is_first() -> bool:
@@ -68,16 +119,21 @@ def is_first() -> bool:
 def together(what: str) -> Iterator[None]:
     """Leave the block when all processes have; if it fails in one of them, it fails in all.
 
+    What calls for all processes itself (`check_same`) may only come first in the block.
+
     Raises:
-      ValueError, OSError: of this process, or in the name of another one.
+      BaseException: of this process; a ValueError or an OSError in the name of another one.
     """
     error = None
     try:
         yield
-    except (ValueError, NotImplementedError, OSError) as caught:
+    except BaseException as caught:
+        if jax.process_count() == 1 or _is_of_all(caught):
+            raise
         error = caught
     if jax.process_count() > 1:
-        kind = 0 if error is None else FAILED if isinstance(error, OSError) else BAD_INPUT
+        bad = isinstance(error, (ValueError, NotImplementedError))
+        kind = 0 if error is None else BAD_INPUT if bad else FAILED
         kinds = np.asarray(multihost_utils.process_allgather(np.int32(kind))).reshape(-1)
         if error is None and kinds.any():
             index = int(np.flatnonzero(kinds)[0])
@@ -85,7 +141,17 @@ def together(what: str) -> Iterator[None]:
                 f"process {index} of {jax.process_count()} could not {what}: see what it says"
             )
     if error is not None:
-        raise error
+        raise _of_all(error)
+
+
+def _of_all(error: BaseException) -> BaseException:
+    """Marks an error that every process raises, so that none need wait for another."""
+    error.in_all_processes = True
+    return error
+
+
+def _is_of_all(error: BaseException) -> bool:
+    return getattr(error, "in_all_processes", False)
 
 
 def first_then_others(what: str, function: Callable[[], T]) -> T:
@@ -96,15 +162,56 @@ def first_then_others(what: str, function: Callable[[], T]) -> T:
         return function() if result is None else result
 
 
-def check_same(text: str, what: str) -> None:
-    """Raise a ValueError unless all processes have the same text."""
-    digest = np.int32(zlib.crc32(text.encode()) >> 1)
-    digests = np.asarray(multihost_utils.process_allgather(digest)).reshape(-1)
-    if others := np.flatnonzero(digests != digests[0]).tolist():
-        raise ValueError(
-            f"{what} is not the same in process {others[0]} as in the first: give every process the"
-            " same files and packages"
+def check_same(text: str, what: str, remedy: str) -> None:
+    """Raise a ValueError in all processes unless they have the same text."""
+    if (other := _first_other([text])) is not None:
+        raise _of_all(
+            ValueError(f"{what} is not the same in process {other[0]} as in the first: {remedy}")
         )
+
+
+def check_command(config: Config) -> None:
+    """Raise a ValueError in all processes unless they were given the same command and packages."""
+    versions = json.dumps(environment.versions(environment.JOB_PACKAGES))
+    check_same(versions, "what is installed", f"this one has {versions}")
+    fields = {n: v for n, v in to_json(config).items() if n not in OWN}
+    if (other := _first_other([json.dumps(value) for value in fields.values()])) is not None:
+        index, name = other[0], list(fields)[other[1]]
+        option = f"--{name.replace('_', '-')}"
+        raise _of_all(
+            ValueError(
+                f"process {index} has another {option} than the first (this one has"
+                f" {fields[name]!r}): give all processes the same command but for --process-id"
+            )
+        )
+
+
+def _first_other(texts: list[str]) -> tuple[int, int] | None:
+    """The first process that differs from the first one, and the first text in which it does."""
+    digests = np.asarray([zlib.crc32(text.encode()) >> 1 for text in texts], np.int32)
+    found = np.asarray(multihost_utils.process_allgather(digests)).reshape(-1, len(texts))
+    others = np.argwhere(found != found[0])
+    return tuple(others[0].tolist()) if len(others) else None
+
+
+def check_shared(folder: pathlib.Path) -> None:
+    """Raise a ValueError in all processes unless `folder` is one and the same in all of them."""
+    number = np.int32(secrets.randbits(30))
+    number = int(multihost_utils.broadcast_one_to_all(number))
+    mark = folder / f".shared-{number}"  # a name that no cache of a file system remembers
+    with together("write to the run's folder"):
+        if is_first():
+            write_atomically(mark, "")
+    try:
+        with together("see the run's folder"):
+            if not mark.exists():
+                raise ValueError(
+                    f"{folder} is not the folder of that name which the first process has: give a"
+                    " --run-dir on a disk that all hosts share"
+                )
+    finally:
+        if is_first():
+            mark.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -115,10 +222,9 @@ def lost_together(where: Callable[[], str]) -> Iterator[None]:
     """
     try:
         yield
-    except ArithmeticError:  # which all have alike
-        raise
     except BaseException as error:
-        if jax.process_count() == 1:
+        alike = isinstance(error, ArithmeticError) or _is_of_all(error)
+        if jax.process_count() == 1 or alike:
             raise
         name = f"process {jax.process_index()} of {jax.process_count()}"
         if isinstance(error, jax.errors.JaxRuntimeError):

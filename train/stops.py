@@ -10,10 +10,13 @@ from train.signals import StopRequest
 
 
 class Exit(enum.IntEnum):
-    """Exit codes of the command. A signal gives 128 + its number: 130 Ctrl-C, 143 SIGTERM."""
+    """Exit codes of the command.
+
+    A signal gives 128 + its number: 130 Ctrl-C, 143 SIGTERM, with all saved unless a second one came.
+    """
 
     DONE = 0
-    FAILED = 1  # not finite, full disk, a lost process
+    FAILED = 1  # not finite, full disk, a lost process, no time to save after SIGTERM
     BAD_INPUT = 2
     UNFINISHED = 75  # --max-minutes; the same command goes on
 

@@ -27,6 +27,7 @@ from train.data.tokenizer import (
 VALID_FRACTION = 0.02
 # Enough to settle the merges of a vocabulary of this kind; more only takes longer.
 TOKENIZER_SAMPLE_CHARS = 24_000_000
+KEPT = "kept from this run"
 log = logging.getLogger(__name__)
 
 
@@ -69,6 +70,7 @@ def prepare(
     valid_fraction: float = VALID_FRACTION,
     cache_dir: str | Path | None = None,
     run_dir: str | Path | None = None,
+    record: str = "corpus.json",
     workers: int | None = None,
 ) -> Corpus:
     """Makes a corpus ready for ``make_dataset``, from the cache where it can.
@@ -88,9 +90,10 @@ def prepare(
       vocab_size: size of a trained vocabulary; a tiny corpus may yield fewer tokens.
       valid_fraction: share of the documents to hold out for evaluation.
       cache_dir: default ``default_cache_dir()``.
-      run_dir: the tokenizer is saved there as ``tokenizer.json``, and ``corpus.json`` names the
+      run_dir: the tokenizer is saved there as ``tokenizer.json``, and ``record`` names the
         token store. Called again with the same arguments, a run goes on with the tokens it began
         with, even if source files (an upgraded package, say) have changed since.
+      record: processes with caches of their own need records of their own.
       workers: processes; default one per core.
 
     Returns:
@@ -127,7 +130,7 @@ def prepare(
         run = Path(run_dir).expanduser() if run_dir else None
         vocabulary = preparation.vocabulary(tokenizer, vocab_size, run)
         arguments = [spec, objective, valid_fraction, vocabulary.fingerprint]
-        return preparation.corpus(vocabulary, run, arguments)
+        return preparation.corpus(vocabulary, run / record if run else None, arguments)
 
 
 def read_documents(spec: str, *, cache_dir: Path | str | None = None) -> Iterator[str]:
@@ -168,11 +171,11 @@ class _Preparation:
         if given is not None:
             vocabulary, origin = load_tokenizer(given, self._objective), f"read from {given}"
         elif saved and saved.exists():
-            vocabulary, origin = load_tokenizer(saved, self._objective), "kept from this run"
+            vocabulary, origin = load_tokenizer(saved, self._objective), KEPT
         else:
             vocabulary, origin = self._trained(vocab_size)
         log.info("tokenizer: %s tokens, %s", f"{vocabulary.size:,}", origin)
-        if saved and not (given is None and saved.exists()):
+        if saved and origin != KEPT and (given is None or Path(given) != saved):
             vocabulary.save(saved)
         return vocabulary
 
@@ -195,10 +198,9 @@ class _Preparation:
         )
         return vocabulary, origin
 
-    def corpus(self, vocabulary: Vocabulary, run_dir: Path | None, arguments: list) -> Corpus:
+    def corpus(self, vocabulary: Vocabulary, record: Path | None, arguments: list) -> Corpus:
         started = time.perf_counter()
         key = store.digest(self._key, vocabulary.fingerprint)
-        record = run_dir / "corpus.json" if run_dir else None
         directory, meta, how = self._cache / f"tokens-{key}", None, "read from the cache"
         kept = self._kept(record, arguments)
         if kept and kept != directory:

@@ -222,7 +222,14 @@ def locked(target: Path) -> Iterator[None]:
     """Holds an exclusive lock for building ``target``; the lock dies with the process."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.with_name(f"{target.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{file.name} cannot be locked ({error.strerror}): put the data cache on a file"
+                " system that has flock with --cache-dir",
+            ) from error
         yield
 
 
