@@ -28,18 +28,34 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
 
 import hypothesis
 import jax
+import jax.monitoring
 import numpy
 import pytest
+
+LOWERING = "jaxpr_to_mlir_module_duration"
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes; everything else runs on the first
+LOWERED: list[float] = []  # seconds of each program since they were last forgotten
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, seconds, **_: LOWERED.append(seconds) if name.endswith(LOWERING) else None
+)
 COMPILED = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 
 def pytest_unconfigure():
     shutil.rmtree(COMPILED, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """Forgets programs once they are many: what MLIR does for a new one grows with those kept."""
+    yield
+    if len(LOWERED) > 1000:
+        jax.clear_caches()
+        LOWERED.clear()
 
 
 @pytest.fixture
