@@ -16,13 +16,18 @@ IMPLEMENTATIONS = ("xla", "mosaic", "triton")
 
 @dataclasses.dataclass(frozen=True)
 class Query:
-    """A product to be run: `tokens` rows of x against an (in, out) matrix, in `dtype`."""
+    """A product to be run: `tokens` rows of x against an (in, out) matrix, in `dtype`.
+
+    `axis` is the one that the matrix is compressed along; `out_dtype` None is any that runs.
+    """
 
     op: str
     shape: tuple[int, int]
     pattern: Pattern
     dtype: str
     tokens: int | None = None
+    axis: int = 0
+    out_dtype: str | None = None
 
     def __post_init__(self):
         if self.op not in OPS:
@@ -62,6 +67,8 @@ def choose(query: Query, implementation: str | None = None) -> Choice:
         if obstacle:
             raise NotImplementedError(f"implementation 'mosaic': {obstacle}; use None or 'xla'")
         return Choice("mosaic", "asked for")
+    if query.tokens == 0 and implementation is None:
+        return Choice("xla", "there are no tokens")
     obstacle_to_second = obstacle_to_triton(query)
     if implementation == "triton":
         if obstacle_to_second:
@@ -102,7 +109,7 @@ def _by_measurement(query: Query) -> Choice:
 def obstacle_to_mosaic(query: Query) -> str | None:
     """Why the sparse kernels cannot run `query` on this machine, or None."""
     return support.device_obstacle() or support.problem_obstacle(
-        query.op, query.shape, query.pattern, query.dtype
+        query.op, query.shape, query.pattern, query.dtype, query.axis, query.out_dtype
     )
 
 

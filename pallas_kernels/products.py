@@ -58,8 +58,9 @@ def nm_matmul(
     _check_same_dtype(x, w.values, "x", "w.values")
     epilogue = Epilogue(bias, low_rank, activation, save_preactivation)
     epilogue.check(x, w.shape[1])
-    choice = dispatch.choose(_query("nm_matmul", w, x), implementation)
-    return _run(choice).nm_matmul(x, w, jnp.dtype(out_dtype or x.dtype), precision, epilogue)
+    out_dtype = jnp.dtype(out_dtype or x.dtype)
+    choice = dispatch.choose(_query("nm_matmul", w, x, out_dtype), implementation)
+    return _run(choice).nm_matmul(x, w, out_dtype, precision, epilogue)
 
 
 def nm_sddmm(
@@ -147,10 +148,13 @@ def _run(choice: dispatch.Choice):
     return xla
 
 
-def _query(op: str, w: CompressedMatrix, x: jax.Array | None = None) -> dispatch.Query:
+def _query(
+    op: str, w: CompressedMatrix, x: jax.Array | None = None, out_dtype=None
+) -> dispatch.Query:
     tokens = None if x is None else math.prod(x.shape[:-1])
     dtype = (w.values if x is None else x).dtype
-    return dispatch.Query(op, w.shape, w.pattern, str(dtype), tokens)
+    written = None if out_dtype is None else str(out_dtype)
+    return dispatch.Query(op, w.shape, w.pattern, str(dtype), tokens, w.axis, written)
 
 
 def _check_matrix(w: CompressedMatrix) -> None:

@@ -18,11 +18,6 @@ RANK_MULTIPLE = 8
 
 def nm_matmul(x: jax.Array, w: CompressedMatrix, out_dtype, precision, epilogue: Epilogue):
     del precision  # products of 16-bit numbers are exact in float32
-    if out_dtype not in (x.dtype, jnp.float32):
-        raise NotImplementedError(
-            f"the kernel writes {x.dtype}, the dtype of x, or float32; out_dtype {out_dtype} needs"
-            " 'xla'"
-        )
     run = batching.by_rows(functools.partial(_nm_matmul, out_dtype=out_dtype), _rows_of_matmul)
     return run(x, w, epilogue)
 
@@ -31,8 +26,6 @@ def nm_sddmm(
     x: jax.Array, dy: jax.Array, w: CompressedMatrix, out_dtype, precision, into=None
 ) -> jax.Array:
     del precision
-    if w.axis != 0:
-        raise NotImplementedError("the kernel keeps along the input axis; axis 1 needs 'xla'")
     run = functools.partial(_nm_sddmm, out_dtype=out_dtype)
     return batching.one_by_one(run)(x, dy, w.metadata, into)
 
@@ -86,7 +79,7 @@ def _nm_sddmm(x, dy, metadata, into, *, out_dtype):
     entry = _measured("nm_sddmm", tokens, k, f, x.dtype)
     tile = sddmm.choose(tokens, k, f) if entry is None else sddmm.Tile(**entry.config)
     flat_x, flat_dy = x.reshape(tokens, k), dy.reshape(tokens, f)
-    return sddmm.nm_sddmm(flat_x, flat_dy, metadata, tile, out_dtype=out_dtype)
+    return sddmm.nm_sddmm(flat_x, flat_dy, metadata, tile, out_dtype=out_dtype, into=into)
 
 
 def _rows_of_matmul(x, w: CompressedMatrix, epilogue: Epilogue):

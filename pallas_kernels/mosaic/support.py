@@ -42,7 +42,14 @@ def version_obstacle() -> str | None:
     return None
 
 
-def problem_obstacle(op: str, shape: tuple[int, int], pattern: Pattern, dtype: str) -> str | None:
+def problem_obstacle(
+    op: str,
+    shape: tuple[int, int],
+    pattern: Pattern,
+    dtype: str,
+    axis: int = 0,
+    out_dtype: str | None = None,
+) -> str | None:
     """Why the kernels cannot take this product, or None."""
     dtypes = ("float32", *DTYPES) if op == "nm_transpose" else DTYPES
     if dtype not in dtypes:
@@ -50,6 +57,10 @@ def problem_obstacle(op: str, shape: tuple[int, int], pattern: Pattern, dtype: s
     fitting = FITTING if op == "nm_matmul" else (Pattern(2, 4),)
     if pattern not in fitting:
         return f"{op} has a kernel for {', '.join(map(str, fitting))}, not {pattern}"
+    if axis != 0:
+        return f"{op} has a kernel for matrices compressed along axis 0 (input), not axis {axis}"
+    if op == "nm_matmul" and out_dtype not in (None, dtype, "float32"):
+        return f"{op} writes {dtype}, as x is, or float32, not {out_dtype}"
     if shape[0] % 8 or shape[1] % 8:
         return f"the sparse kernels need sizes that are multiples of 8, not {shape}"
     return None
