@@ -119,3 +119,14 @@ def test_a_buffer_reaches_the_kernel(monkeypatch):
     found = products.nm_sddmm(x, dy, w, jnp.dtype(jnp.float32), None, into)
     np.testing.assert_array_equal(found, into)
     assert not products.nm_sddmm(x, dy, w, jnp.dtype(jnp.float32), None).any()
+
+
+@needs_jax
+@pytest.mark.parametrize(
+    ("out_dtype", "runs"), [("bfloat16", True), ("float32", True), ("float16", False)]
+)
+def test_the_kernel_writes_what_it_can_and_xla_the_rest(hopper, out_dtype, runs):
+    w = jax.eval_shape(lambda w: compress(w, "2:4"), jnp.ones((64, 128), jnp.bfloat16))
+    x = jax.ShapeDtypeStruct((65, 64), jnp.bfloat16)
+    jaxpr = jax.make_jaxpr(lambda x, w: nm_matmul(x, w, out_dtype=out_dtype))(x, w)
+    assert ("dot_general" in str(jaxpr)) != runs
