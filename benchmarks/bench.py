@@ -134,6 +134,9 @@ class Bench:
             found = self.peer.measure(problem.tokens, problem.size)
         except RuntimeError as error:
             self._fail(problem, error)
+            if not self.peer.alive:
+                print("the rest is measured without the peer", file=sys.stderr)
+                self.peer = None
             return {}
         return {name: rounded(value) for name, value in found.items()}
 
@@ -257,7 +260,7 @@ def configuration(problem: Problem) -> dict[str, int]:
     entry = tuning.best(op, tokens, k, f, problem.source, jax.devices()[0].device_kind)
     if entry is not None:
         return entry.config
-    return candidates.kernel(op).configs(tokens, k, f)[0]
+    return dataclasses.asdict(candidates.kernel(op).choose(tokens, k, f))
 
 
 def rounded(value: Any) -> Any:

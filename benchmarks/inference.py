@@ -91,11 +91,11 @@ def main() -> None:
     record = make_record(name, [], device=accelerator(), module="benchmarks.inference")
     record |= {"cache_bytes": CACHE_BYTES, "weights": [], "failed": [], "left_out": []}
     planned = stages(arguments)
-    path = None
+    record["left_out"] = [str(stage) for stage in planned]  # until it is measured
+    path = write_record(record, arguments.results)
     with ThreadPoolExecutor(THREADS) as pool:
-        for number, stage in enumerate(planned):
+        for stage in planned:
             if time.monotonic() > stop:
-                record["left_out"] = [str(left) for left in planned[number:]]
                 break
             begin = time.monotonic()
             found = measured(stage, pool, arguments)
@@ -105,12 +105,12 @@ def main() -> None:
             ]
             for kind, rows in found.items():
                 record[kind] += rows
+            record["left_out"].remove(str(stage))
             path = write_record(record, arguments.results)
             print(f"{stage}: {time.monotonic() - begin:.0f} s", flush=True)
             for row in (*found["weights"], *found["results"]):
                 print(line(row), flush=True)
-    if record["left_out"] or path is None:
-        path = write_record(record, arguments.results)
+    if record["left_out"]:
         print("left out for want of time:", *record["left_out"], sep="\n  ")
     print(f"{path.name}: {len(record['results'])} results, {len(record['failed'])} failed")
     if record["failed"]:

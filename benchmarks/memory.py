@@ -54,12 +54,12 @@ def main() -> None:
     measured = arguments.models or MEASURED
     name = f"memory-{arguments.part}" if arguments.part else "memory"
     record = make_record(name, [], device=accelerator(), module="benchmarks.memory")
-    record |= {"failed": [], "left_out": []}
+    record |= {"failed": [], "left_out": list(measured)}  # until it is measured
+    path = write_record(record, arguments.results)
     stop = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
     device = Device(device_bytes())
-    for number, model in enumerate(measured):
+    for model in measured:
         if time.monotonic() > stop:
-            record["left_out"] = list(measured[number:])
             break
         cases = train_step.cases(model, arguments)
         with ThreadPoolExecutor(len(cases)) as pool:
@@ -70,12 +70,12 @@ def main() -> None:
                 record["failed"].append(where | numbers)
                 print(f"failed: {case}: {numbers['error']}", file=sys.stderr)
         record["results"] += results(cases, found)
+        record["left_out"].remove(model)
         path = write_record(record, arguments.results)
         for row in record["results"]:
             if row["model"] == model:
                 print(line(row), flush=True)
     if record["left_out"]:
-        path = write_record(record, arguments.results)
         print(f"left out for want of time: {', '.join(record['left_out'])}")
     print(f"{path.name}: {len(record['results'])} results, {len(record['failed'])} failed")
     if record["failed"]:

@@ -10,12 +10,14 @@ CUDA graphs of many calls.
 import importlib.util
 import json
 import os
+import select
 import statistics
 import subprocess
 import sys
 import time
 from typing import Any
 
+PATIENCE = 240  # seconds for one product: the search tries every algorithm
 ROUNDS = 2
 SWITCH_SECONDS = 0.2
 RECORDED = 8  # calls in a CUDA graph
@@ -57,8 +59,18 @@ class Peer:
     def measure(self, tokens: int, size: tuple[int, int]) -> dict[str, Any]:
         """Times of x (tokens, in) @ w (in, out): see `measure` of this module."""
         self.ready()
-        print(json.dumps([tokens, *size]), file=self._process.stdin, flush=True)
+        try:
+            print(json.dumps([tokens, *size]), file=self._process.stdin, flush=True)
+        except OSError as error:
+            raise RuntimeError(
+                f"the process of cuSPARSELt ended: {self._process.wait()}"
+            ) from error
         return self._reply()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it answers still."""
+        return self._process.poll() is None
 
     def close(self) -> None:
         self._process.stdin.close()
@@ -68,6 +80,9 @@ class Peer:
             self._process.kill()
 
     def _reply(self) -> dict[str, Any]:
+        readable, _, _ = select.select([self._process.stdout], [], [], PATIENCE)
+        if not readable:
+            self._process.kill()
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"the process of cuSPARSELt ended: {self._process.wait()}")

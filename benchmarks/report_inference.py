@@ -85,6 +85,26 @@ def _once(rows, names: tuple[str, ...]) -> list[dict[str, Any]]:
     return list({tuple(row[name] for name in names): row for row in rows}.values())
 
 
+def _noise(rows: list[dict[str, Any]]) -> list[str]:
+    """More work cannot take less time: where it seems to, the line through two depths is noise."""
+    found = []
+    for row in rows:
+        less = [r for r in rows if all(r[n] == row[n] for n in KEY) and r["rank"] < row["rank"]]
+        slower = [r for r in less if r["sparse_ms"] > row["sparse_ms"]]
+        if slower:
+            most = max(slower, key=lambda r: r["sparse_ms"])
+            found.append(
+                f"{row['model']}, {_work(row)}: rank {row['rank']} cannot be faster than rank"
+                f" {most['rank']}; the line through two depths is off by"
+                f" {most['sparse_ms'] / row['sparse_ms'] - 1:.0%} or more."
+            )
+    return found
+
+
+def _work(row: dict[str, Any]) -> str:
+    return f"{row['phase']} {row['batch']} x {row['prompt']}"
+
+
 def _troubles(parts: list[dict[str, Any]]) -> list[str]:
     lines = []
     for record in parts:
@@ -104,13 +124,14 @@ def _summary(rows: list[dict[str, Any]], weighed: list[dict[str, Any]]) -> str:
     for row in rows:
         cells = lines.setdefault((row["model"], row["rank"]), {})
         cells[row["phase"], row["batch"], row["prompt"]] = f"{row['speedup']:.2f}"
-    return markdown(
+    table = markdown(
         header,
         [
             (model, f"{rank}", *(cells.get(w, "–") for w in works), ratios.get((model, rank), "–"))
             for (model, rank), cells in lines.items()
         ],
     )
+    return "\n\n".join([table, *_noise(rows)])
 
 
 def _title(work: tuple[str, int, int]) -> str:
@@ -123,7 +144,7 @@ def _times(rows: list[dict[str, Any]], _) -> str:
     lines = [
         (
             row["model"],
-            f"{row['phase']} {row['batch']} x {row['prompt']}",
+            _work(row),
             f"{row['rank']}",
             f"{row['dense_ms']:,.3f}",
             f"{row['sparse_ms']:,.3f}",
@@ -138,7 +159,7 @@ def _times(rows: list[dict[str, Any]], _) -> str:
         )
         for row in rows
     ]
-    return markdown(header, lines)
+    return "\n\n".join([markdown(header, lines), *_noise(rows)])
 
 
 def _weights(_, weighed: list[dict[str, Any]]) -> str:

@@ -144,19 +144,25 @@ def _classes(device: Device):
         ("sddmm", "dense x.T @ dy"),
     ):
         found = device.results(kind)
-        for name, chosen in (
-            ("8,192 and more", [r for r in found if r["tokens"] >= 8192]),
-            ("fewer than 8,192", [r for r in found if r["tokens"] < 8192]),
+        for chosen in (
+            [r for r in found if r["tokens"] >= 8192],
+            [r for r in found if r["tokens"] < 8192],
         ):
             if chosen:
-                yield kind, name, chosen, dense
+                yield kind, _tokens(chosen), chosen, dense
     few = device.results("few")
     for name, chosen in (
-        ("1 to 64, 4096² and larger", [r for r in few if r["in"] * r["out"] >= LARGE]),
-        ("1 to 64, smaller", [r for r in few if r["in"] * r["out"] < LARGE]),
+        ("4096² and larger", [r for r in few if r["in"] * r["out"] >= LARGE]),
+        ("smaller", [r for r in few if r["in"] * r["out"] < LARGE]),
     ):
         if chosen:
-            yield "few", name, chosen, "dense"
+            yield "few", f"{_tokens(chosen)}; {name}", chosen, "dense"
+
+
+def _tokens(rows: list[dict[str, Any]]) -> str:
+    """Which numbers of tokens were measured: "16", or "1 to 64"."""
+    least, most = (f"{f(row['tokens'] for row in rows):,}" for f in (min, max))
+    return least if least == most else f"{least} to {most}"
 
 
 def _costs(device: Device) -> str:

@@ -82,11 +82,11 @@ def main() -> None:
     arguments = _arguments()
     name = f"step-profile-{arguments.part}" if arguments.part else "step-profile"
     record = make_record(name, [], device=accelerator(), module="benchmarks.step_profile")
-    record |= {"failed": [], "left_out": []}
+    record |= {"failed": [], "left_out": list(arguments.models)}  # until it is measured
+    path = write_record(record, arguments.results)
     stop = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
-    for number, model in enumerate(arguments.models):
+    for model in arguments.models:
         if time.monotonic() > stop:
-            record["left_out"] = list(arguments.models[number:])
             break
         cases = train_step.cases(model, arguments)
         chosen = [case for case in cases if case.depth == max(c.depth for c in cases)]
@@ -105,7 +105,10 @@ def main() -> None:
                 record["results"].append(row)
                 print(table(row), flush=True)
         gc.collect()
+        record["left_out"].remove(model)
         path = write_record(record, arguments.results)
+    if record["left_out"]:
+        print(f"left out for want of time: {', '.join(record['left_out'])}")
     print(f"{path.name}: {len(record['results'])} results, {len(record['failed'])} failed")
     if record["failed"]:
         sys.exit(1)

@@ -66,10 +66,11 @@ def main() -> None:
     record = make_record(name, [], device=accelerator(), module="benchmarks.train_step")
     record |= {"failed": [], "left_out": []}
     planned = {model: cases(model, arguments) for model in arguments.models}
+    record["left_out"] = list(planned)  # until it is measured
+    path = write_record(record, arguments.results)
     with ThreadPoolExecutor(THREADS) as pool:
-        for number, model in enumerate(planned):
+        for model in planned:
             if time.monotonic() > stop:
-                record["left_out"] = list(planned)[number:]
                 break
             begin = time.monotonic()
             programs = compiled(planned[model], pool, arguments)
@@ -78,13 +79,13 @@ def main() -> None:
             del programs
             record["results"] += results(planned[model], timings, accelerator(), paths)
             record["failed"] += failed
+            record["left_out"].remove(model)
             path = write_record(record, arguments.results)
             print(f"{model}: {time.monotonic() - begin:.0f} s", flush=True)
             for row in record["results"]:
                 if row["model"] == model:
                     print(line(row), flush=True)
     if record["left_out"]:
-        path = write_record(record, arguments.results)
         print(f"left out for want of time: {', '.join(record['left_out'])}")
     print(f"{path.name}: {len(record['results'])} results, {len(record['failed'])} failed")
     if record["failed"]:

@@ -21,6 +21,7 @@ class Kernel:
     * `tokens`: the classes of tokens that are tuned.
     * `make(**config)`: the kernel's own form of a configuration; ValueError if it cannot be.
     * `configs(tokens, k, f)`: configurations that fit, the likeliest first.
+    * `choose(tokens, k, f)`: the one that runs where none is measured.
     * `run(config, *operands, **options)`: x, values, metadata, or x, dy, metadata for nm_sddmm.
       `processors` may be among the options where the kernel takes it.
     * `cases(config, tokens)`: small ragged shapes (tokens, in, out, options) that it must be right
@@ -31,6 +32,7 @@ class Kernel:
     tokens: tuple[int, ...]
     make: Callable[..., Any]
     configs: Callable[[int, int, int], list[Config]]
+    choose: Callable[[int, int, int], Any]
     run: Callable[..., jax.Array]
     cases: Callable[[Config, int], list[tuple[int, int, int, dict[str, Any]]]]
 
@@ -64,7 +66,7 @@ def _nm_matmul() -> Kernel:
             (512, 320, 768, {}),
         ]
 
-    return Kernel(MANY_TOKENS, matmul.Tile, configs, run, cases)
+    return Kernel(MANY_TOKENS, matmul.Tile, configs, matmul.choose, run, cases)
 
 
 def _few_tokens() -> Kernel:
@@ -85,7 +87,7 @@ def _few_tokens() -> Kernel:
             (most, 1024, 520, {}),
         ]
 
-    return Kernel(FEW_TOKENS, few_tokens.Config, configs, run, cases)
+    return Kernel(FEW_TOKENS, few_tokens.Config, configs, few_tokens.choose, run, cases)
 
 
 def _nm_sddmm() -> Kernel:
@@ -105,7 +107,7 @@ def _nm_sddmm() -> Kernel:
             (257, 136, 520, {}),
         ]
 
-    return Kernel(MANY_TOKENS, sddmm.Tile, configs, run, cases)
+    return Kernel(MANY_TOKENS, sddmm.Tile, configs, sddmm.choose, run, cases)
 
 
 KERNELS: dict[str, Callable[[], Kernel]] = {

@@ -73,8 +73,11 @@ def main() -> None:
             bar.update(task, completed=done)
     for name, why in tuner.rejected.items():
         print(f"left out, wrong: {name}: {why}", file=sys.stderr)
-    print(f"{path.name}: {len(entries)} entries; {done} of {len(problems)} problems tuned")
-    if tuner.rejected:
+    for name, why in tuner.failed.items():
+        print(f"not timed: {name}: {why}", file=sys.stderr)
+    tuned = done - len(tuner.failed)
+    print(f"{path.name}: {len(entries)} entries; {tuned} of {len(problems)} problems tuned")
+    if tuner.rejected or tuner.failed:
         sys.exit(1)
 
 
@@ -89,6 +92,7 @@ class Tuner:
     def __init__(self, limit: int, rounds: int):
         self.limit, self.rounds = limit, rounds
         self.rejected: dict[str, str] = {}
+        self.failed: dict[str, str] = {}
         self._verdicts: dict[tuple, str | None] = {}
         self._pool = ThreadPoolExecutor(THREADS)
 
@@ -103,9 +107,13 @@ class Tuner:
         for problem, found in configs.items():
             right = [c for c in found if self._verdicts[_key(problem, c)] is None]
             if right:
-                entry = fastest(problem, right, self._time(problem, right))
-                if entry.sparse_us > entry.dense_us:
-                    entry = dataclasses.replace(entry, xla_us=self._time_without(problem))
+                try:
+                    entry = fastest(problem, right, self._time(problem, right))
+                    if entry.sparse_us > entry.dense_us:
+                        entry = dataclasses.replace(entry, xla_us=self._time_without(problem))
+                except RuntimeError as error:  # of one profile, which must not end the others
+                    self.failed[str(problem)] = str(error)[:500]
+                    continue
                 yield entry
 
     def _check(self, wanted: Mapping[tuple, tuple[Problem, Config]]) -> None:

@@ -162,3 +162,13 @@ def test_bad_options_are_explained(argument, message, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         inference.main()
     assert message in capsys.readouterr().err
+
+
+def test_a_higher_rank_that_seems_faster_is_told():
+    row = {"model": "m", "phase": "prefill", "batch": 8, "prompt": 512}
+    times = {0: 118.0, 80: 100.0, 320: 120.0}
+    rows = [row | {"rank": rank, "sparse_ms": ms} for rank, ms in times.items()]
+    rows.append(row | {"prompt": 64, "rank": 80, "sparse_ms": 1.0})  # other work
+    (told,) = report_inference._noise(rows)
+    assert told.startswith("m, prefill 8 x 512: rank 80 cannot be faster than rank 0; ")
+    assert "off by 18% or more" in told
