@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -70,8 +71,8 @@ def add_adapters(
     """
     if _adapter_leaves(state.params):
         raise ValueError("the state has adapters already; add_adapters takes a state without any")
-    init = _initialiser(model, args, kwargs)
-    params = _with_newborns(state.params, jax.eval_shape(init, key), jax.jit(_newborns(init))(key))
+    newborns, wanted = _born(_initialiser(model, args, kwargs), key)
+    params = _with_newborns(state.params, wanted, newborns)
     count = _count_layers(params, state.masks)
     opt_state = _carry(state.opt_state, state.tx.init(params))
     return state.replace(apply_fn=model.apply, params=params, opt_state=opt_state), count
@@ -110,9 +111,16 @@ def _adapter_leaves(params: Any) -> dict[tuple[str, ...], Any]:
     return {path: leaf for path, leaf in flat.items() if path[-1] in (ADAPTER_L, ADAPTER_R)}
 
 
-def _newborns(init):
-    # Under jit the rest of the initialisation is dead code.
-    return lambda key: {"/".join(p): leaf for p, leaf in _adapter_leaves(init(key)).items()}
+def _born(init: Callable, key: jax.Array) -> tuple[dict[str, jax.Array], Any]:
+    """The leaves of all adapters, and the shapes of all parameters; the model is traced once."""
+    shapes = []
+
+    def newborns(key):  # under jit the rest of the initialisation is dead code
+        params = init(key)
+        shapes.append(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params))
+        return {"/".join(p): leaf for p, leaf in _adapter_leaves(params).items()}
+
+    return jax.jit(newborns)(key), shapes[0]
 
 
 def _with_newborns(old: Any, wanted: Any, newborns: dict[str, jax.Array]) -> Any:

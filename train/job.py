@@ -29,7 +29,15 @@ from train.metrics import MetricsWriter
 from train.plan import Plan, make_plan
 from train.processes import first_then_others, is_first, together
 from train.signals import StopRequest
-from train.state import abstract_state, as_called, init_state, join_adapters, make_setup, step_key
+from train.state import (
+    Setup,
+    abstract_state,
+    as_called,
+    init_state,
+    join_adapters,
+    make_setup,
+    step_key,
+)
 from train.step import all_finite, evaluate, make_train_step
 from train.stops import Exit, Stopped, Stops
 
@@ -67,13 +75,14 @@ def pretrain(config: Config, *, console: Console | None = None, stop_at: int | N
         with together("plan the run"):  # finds all that is wrong without the data
             mesh = make_mesh(config)
             stack.enter_context(set_mesh(mesh))
-            plan = make_plan(config)
+            setup = make_setup(config)
+            plan = make_plan(config, setup)
         folder, console = stack.enter_context(_opened(config, plan, console or Console()))
         with together("open the checkpoints"):
             checkpoints = Checkpoints(folder, keep=config.keep_checkpoints)
             stack.callback(checkpoints.close)
         with processes.lost_together(where):  # ahead of closing, which waits for the others
-            job = _Job(config, mesh, folder, checkpoints, console, started)
+            job = _Job(config, mesh, folder, checkpoints, console, started, (setup, plan))
             return _run(job, stop_at)
 
 
@@ -113,6 +122,7 @@ class _Job:
         checkpoints: Checkpoints,
         console: Console,
         started: float,
+        ahead: tuple[Setup, Plan],
     ):
         self.config, self.folder, self.checkpoints = config, folder, checkpoints
         self.console, self.started, self.clock = console, started, started
@@ -144,8 +154,9 @@ class _Job:
         with together("set up the model"):
             self.share, devices = share_of(mesh), size_of(mesh, BATCH) if mesh else 1
             self.data = make_datasets(config, self.corpus, self.share, devices)
-            self.setup = make_setup(config, vocab_size=self.corpus.vocab_size)
-            self.plan = make_plan(config, self.setup)
+            self.setup, self.plan = make_setup(config, vocab_size=self.corpus.vocab_size), ahead[1]
+            if self.setup.model != ahead[0].model:  # of another vocabulary than was asked for
+                self.plan = make_plan(config, self.setup)
         self.key = processes.replicated(step_key(self.setup))
         self.speed = Speed()
         self.pending: list[tuple[int, dict[str, jax.Array]]] = []
