@@ -1,5 +1,6 @@
 """Runs on meshes: refused ahead where they cannot work, equal to those of one device where they do."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -19,7 +20,8 @@ from train.job import Exit, pretrain
 from train.mesh import Share, abstract_mesh, make_mesh, parse_mesh, place, set_mesh, share_of
 from train.plan import make_plan
 from train.recipes import make_config
-from train.state import abstract_state, make_setup
+from train.state import abstract_state, init_state, make_setup, step_key
+from train.step import make_train_step
 
 STEPS, JOIN = 6, 3
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -116,6 +118,59 @@ def test_a_run_on_a_mesh_is_that_of_one_device_and_goes_on_anywhere(folder):
             assert leaf.sharding.is_equivalent_to(NamedSharding(devices, spec), leaf.ndim)
         adapter = cut.params["layers_0"]["attention"]["output"]["adapter_l"]  # cut by both
         assert adapter.sharding.shard_shape(adapter.shape) == (adapter.shape[0] // 4, 8)
+
+
+def batch_of(config, rows=8):
+    rng = np.random.default_rng(0)
+    ints = functools.partial(rng.integers, dtype=np.int32)
+    ids = ints(5, 300, (rows, 17))
+    if config.objective == "clm":
+        return {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
+    return {
+        "input_ids": ids[:, :-1],
+        "token_type_ids": ints(0, 2, (rows, 16)),
+        "lengths": ints(8, 17, rows),
+        "mlm_positions": ints(0, 8, (rows, 3)),
+        "mlm_labels": ints(5, 300, (rows, 3)),
+        "mlm_weights": (rng.random((rows, 3)) < 0.7).astype(np.float32),
+        "nsp_labels": ints(0, 2, rows),
+    }
+
+
+def trained(config, steps=3) -> list[dict[str, float]]:
+    """The metrics of a few steps, on the configured mesh."""
+    setup = make_setup(config, vocab_size=300)
+    found = []
+    with set_mesh(make_mesh(config)):
+        state, key = init_state(setup), processes.replicated(step_key(setup))
+        state = setup.method.start(state, setup.model, None, print)
+        step = make_train_step(config.phases[0].accumulation, setup.schedule, setup.method.at(0))
+        for _ in range(steps):
+            state, metrics = step(state, place(batch_of(config), Share(0, 1)), key)
+            found.append({name: float(x) for name, x in metrics.items()})
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model", "mesh", "fields"),
+    [
+        ("gpt2-nano", "data:2,fsdp:2", {"method": "sr-ste", "moments": "bfloat16"}),
+        ("gpt2-nano", "fsdp:4", {"method": "fst", "mask_every": 2, "dense_finish": 0.0}),
+        ("bert-tiny", MESH, {"optimizer": "lamb", "accumulation": 2, "remat": True}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_steps_on_a_mesh_are_those_of_one_device(model, mesh, fields):
+    common = {"seq_len": 16, "batch_size": 8, "steps": 6, "warmup": 0.0, "dtype": "float32"}
+    if fields.get("method", "slope") == "slope":
+        common["adapter_rank"] = 0
+    config = make_config(model, **common, **fields)
+    ours, alone = (trained(dataclasses.replace(config, mesh=m)) for m in (mesh, ""))
+    for step, (here, there) in enumerate(zip(ours, alone, strict=True)):
+        assert here.keys() == there.keys()
+        for name, value in there.items():
+            np.testing.assert_allclose(here[name], value, rtol=1e-5, err_msg=f"{name}, step {step}")
+    assert alone[0]["loss"] != alone[-1]["loss"]
 
 
 # Refused ahead
