@@ -25,7 +25,7 @@ from benchmarks.serving_steps import sparse_paths
 from slope_jax.generate import stream
 from train import serving
 from train.environment import JOB_PACKAGES, accelerator
-from train.generate import CHUNK
+from train.generate import CHUNK, quiet
 
 PROMPTS = ((1, 32), (1, 512), (8, 128), (32, 128))
 
@@ -50,6 +50,7 @@ def main() -> None:
     arguments, options = parser.parse_known_args()  # others are for train.pretrain
     if arguments.new_tokens < 2 or arguments.rounds < 1:
         parser.error("--new-tokens must be at least 2, --rounds at least 1")
+    quiet()
     with tempfile.TemporaryDirectory() as temporary:
         runs = arguments.runs or Path(temporary)
         for method in quickstart.METHODS:

@@ -25,9 +25,10 @@ from slope_jax import TrainState
 from slope_jax.models import hf_files
 from train import checkpoint, integrity, job, metrics, step
 from train.checkpoint import Checkpoints
-from train.data import prepare, sources, tfds_source
+from train.data import prepare, sources, store, tfds_source
 from train.data.sources import TextSource
 from train.data.tokenizer import load_tokenizer
+from train.folder import open_folder
 from train.optimizer import make_optimizer, make_schedule
 from train.recipes import make_config
 
@@ -491,6 +492,26 @@ def _(folder, _):
     return message_of(ValueError, load_tokenizer, folder / "tokenizer.json", "clm")
 
 
+def without_locks(monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+
+
+@fault("file system without locks, run")
+def _(path, monkeypatch):
+    without_locks(monkeypatch)
+    config = make_config("gpt2-nano", run_dir=str(path / "run"))
+    return message_of(ValueError, open_folder(config).__enter__)
+
+
+@fault("file system without locks, cache")
+def _(path, monkeypatch):
+    without_locks(monkeypatch)
+    return message_of(OSError, store.locked(path / "tokens").__enter__)
+
+
 @fault("index that names other folders")
 def _(folder, _):
     index = {"weight_map": {"a": "../secret.safetensors"}}
@@ -512,6 +533,6 @@ def test_the_record_of_a_run_leads_to_no_other_folder(tmp_path):
     record = tmp_path / "run" / "corpus.json"
     shutil.copytree(corpus.directory, tmp_path / "elsewhere")
     entry = json.loads(record.read_text())
-    for store in ("../elsewhere", str(tmp_path / "elsewhere"), "", None, 3):
-        record.write_text(json.dumps(entry | {"store": store}))
+    for name in ("../elsewhere", str(tmp_path / "elsewhere"), "", None, 3):
+        record.write_text(json.dumps(entry | {"store": name}))
         assert prepare(text, **options).directory == corpus.directory

@@ -261,7 +261,7 @@ def test_the_summary_has_means_worst_and_every_loss(folder):
     assert many[2:] == ["2", "dense", "1.00", "0.50", "2.00", "0.50"]
     few = row(text, "nm_matmul", "2,048")
     assert few[2:] == ["1", "dense", "0.90", "0.90", "0.90", "1.00"]  # the dispatcher is not slower
-    assert row(text, "nm_matmul, few tokens", "16; 4096² and larger")[4] == "1.60"
+    assert row(text, "nm_matmul, few tokens", "1; 4096² and larger")[4] == "1.60"
     assert "- nm_matmul: 65536 x 3072 x 768 (0.50), 2048 x 768 x 768 (0.90†)" in text
     assert "add 25.0% to the product" in text
     assert "50.0% with x @ L" in text
