@@ -138,6 +138,25 @@ def state() -> str:
     return markdown(header, rows)
 
 
+def soak() -> str:
+    """What kills at random moments did to runs."""
+    header = ("record", "kills", "at", "runs", "equal to one never stopped", "checkpoints lost")
+    found = records("soak")
+    rows = [
+        (
+            record["benchmark"],
+            f"{r['kills']}",
+            ", ".join(f"{moment} {count}" for moment, count in r["by_moment"].items()),
+            f"{r['runs']}",
+            f"{r['runs_equal_to_the_uninterrupted_one']}",
+            f"{r['checkpoints_lost']}",
+        )
+        for record in found
+        for r in [record["results"]]
+    ]
+    return markdown(header, rows) + sources(found)
+
+
 def explanation() -> str:
     """What `explain` prints for BERT-base with adapters, on a CPU."""
     import jax
@@ -183,6 +202,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "accuracy-bert": report_accuracy.bert,
         "accuracy-glue": report_accuracy.glue,
     },
+    DOCS / "robustness.md": {"soak": soak},
     DOCS / "scaling.md": {
         "communication": report_scaling.communication,
         "communication-kinds": report_scaling.kinds,

@@ -310,12 +310,6 @@ def test_intensity_counts_what_must_be_moved():
     assert pictures.intensity(r, dense=False) == 2 * 100 * 64 * 32 / (2 * (6400 + 3200 + 1152))
 
 
-def test_the_page_of_the_kernels_is_up_to_date():
-    page = report.DOCS / "kernels.md"
-    text = page.read_text(encoding="utf-8")
-    assert report.updated(text, report.PAGES[page], page.name) == text, "run: make report"
-
-
 def test_pictures_are_up_to_date():
     pytest.importorskip("matplotlib")
     pins = (report.ROOT / "constraints.txt").read_text()

@@ -73,9 +73,10 @@ def test_every_public_name_is_documented(package):
     assert not bare
 
 
-def test_readme_is_up_to_date():
-    text = report.README.read_text(encoding="utf-8")
-    assert report.updated(text) == text, "run: make report"
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.name)
+def test_pages_are_up_to_date(page):
+    text = page.read_text(encoding="utf-8")
+    assert report.updated(text, report.PAGES[page], page.name) == text, "run: make report"
 
 
 def test_readme_needs_the_markers_of_every_table():

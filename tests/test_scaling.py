@@ -287,10 +287,7 @@ def test_meshes_that_cannot_cut_a_model_are_named():
     assert [layout.gpus for layout in scaling.LAYOUTS] == [8, 64, 64, 1024, 1024]
 
 
-def test_page_and_picture_are_up_to_date(tmp_path):
-    page = report.DOCS / "scaling.md"
-    text = page.read_text(encoding="utf-8")
-    assert report.updated(text, report.PAGES[page], page.name) == text, "run: make report"
+def test_nothing_counted_is_said_and_not_drawn(tmp_path):
     assert report_scaling.communication(tmp_path).startswith("Not counted yet: `python -m")
     assert report_scaling.drawn(tmp_path, tmp_path) == {}
     assert report_scaling.PICTURE in {path.name for path in report.drawn()}
