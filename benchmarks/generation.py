@@ -81,9 +81,9 @@ def measure(
     prompts = jax.random.randint(jax.random.key(length), (batch, length), 0, size)
     compiling = {name: once(each, prompts, new_tokens) for name, each in served.items()}
     timings: dict[str, list[Timing]] = {name: [] for name in served}
-    for _ in range(rounds):
-        for name, each in served.items():
-            timings[name].append(once(each, prompts, new_tokens))
+    for turn in range(rounds):
+        for name in list(served)[:: -1 if turn % 2 else 1]:
+            timings[name].append(once(served[name], prompts, new_tokens))
     numbers = {}
     for name, side in (("dense", "dense"), ("slope", "sparse")):
         first, rest = map(statistics.median, zip(*timings[name], strict=True))

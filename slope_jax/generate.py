@@ -249,17 +249,19 @@ def _add(how: _How, given: _Given, loop: _Loop, logits, cache) -> _Loop:
 
 
 def _likely(logits: jax.Array, top_k: int | None, top_p: jax.Array | None) -> jax.Array:
-    """Logits (B, V) with those of unlikely tokens at -inf: beyond top_k, then beyond top_p."""
-    if top_k is not None:
-        least = jax.lax.top_k(logits, top_k)[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
+    """Logits (B, V) with those of unlikely tokens at -inf: beyond top_k, then beyond top_p.
+
+    Of equally likely tokens, which 16-bit logits often have, those ahead in the vocabulary stay.
+    """
+    if top_k is None and top_p is None:
+        return logits
+    falling, tokens = jax.lax.top_k(logits, top_k or logits.shape[-1])
     if top_p is not None:
-        falling = -jnp.sort(-logits, axis=-1)
         shares = jax.nn.softmax(falling, axis=-1)
         needed = jnp.cumsum(shares, axis=-1) - shares < top_p  # those ahead do not reach top_p
-        least = jnp.where(needed, falling, jnp.inf).min(-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return logits
+        falling = jnp.where(needed, falling, -jnp.inf)
+    rows = jnp.arange(len(logits))[:, None]
+    return jnp.full_like(logits, -jnp.inf).at[rows, tokens].set(falling, unique_indices=True)
 
 
 def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key) -> None:

@@ -148,6 +148,21 @@ def test_likely_tokens():
     assert kept(2, jnp.float32(0.55)) == [False, True, False, False]
 
 
+def test_of_equally_likely_tokens_those_ahead_stay():
+    logits = jnp.array([[0.0, 1.0, 1.0, 1.0, 1.0]])
+
+    def kept(top_k, top_p):
+        found = module._likely(logits, top_k, top_p)
+        np.testing.assert_array_equal(found[jnp.isfinite(found)], 1.0)
+        return np.flatnonzero(np.isfinite(found[0])).tolist()
+
+    assert kept(1, None) == [1]
+    assert kept(3, None) == [1, 2, 3]
+    share = np.e / (4 * np.e + 1)
+    assert kept(None, jnp.float32(1.5 * share)) == [1, 2]
+    assert kept(2, jnp.float32(0.9)) == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -18,7 +18,14 @@ from slope_jax.models.config import TransformerConfig
 from slope_jax.models.decoder import Decoder
 from slope_jax.models.gpt2 import GPT2, GPT2Config
 from slope_jax.models.hf_families import FAMILIES, Source
-from slope_jax.models.hf_files import Tensor, checked_folder, listed, open_tensors, read_json
+from slope_jax.models.hf_files import (
+    Tensor,
+    all_of,
+    checked_folder,
+    listed,
+    open_tensors,
+    read_json,
+)
 from slope_jax.models.llama import Llama, LlamaConfig
 from slope_jax.models.opt import OPT, OPTConfig
 from slope_jax.models.wanda import check_model, prune_wanda
@@ -178,8 +185,8 @@ def _checked_names(
     missing, surplus = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
     if missing or surplus:
         raise ValueError(
-            f"{folder}: tensors missing: {listed(missing) or 'none'}; surplus:"
-            f" {listed(surplus) or 'none'}. The folder must hold the model with its pretraining"
+            f"{folder}: tensors missing: {all_of(missing) or 'none'}; surplus:"
+            f" {all_of(surplus) or 'none'}. The folder must hold the model with its pretraining"
             " heads (BertForPreTraining, GPT2LMHeadModel, OPTForCausalLM, ...)"
         )
     return tensors

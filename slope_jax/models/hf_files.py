@@ -1,6 +1,7 @@
 """Files of a Hugging Face folder: config.json, and tensors that are read when they are asked for."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,28 @@ def _open_files(folder: Path, files: list[str]) -> list[tuple[str, Tensor]]:
     if damaged:
         raise ValueError(f"{folder}: damaged or cut off: {listed(damaged)}; copy or download again")
     return opened
+
+
+def all_of(names: list[str]) -> str:
+    """Every name, those of numbered layers together.
+
+    >>> all_of(["h.0.up", "h.1.up", "h.2.up", "h.0.down", "h.2.down", "head"])
+    'h.{0..2}.up, h.{0,2}.down, head'
+    """
+    layers: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        found = re.fullmatch(r"(.*?\.)(\d+)(\..*)", name)
+        start, number, end = found.groups() if found else (name, "-1", "")
+        layers.setdefault((start, end), []).append(int(number))
+    return ", ".join(f"{start}{_numbers(found)}{end}" for (start, end), found in layers.items())
+
+
+def _numbers(found: list[int]) -> str:
+    if len(found) == 1:
+        return "" if found == [-1] else str(found[0])
+    found = sorted(found)
+    whole = found == list(range(found[0], found[-1] + 1))
+    return f"{{{found[0]}..{found[-1]}}}" if whole else f"{{{','.join(map(str, found))}}}"
 
 
 def listed(items: list[str], limit: int = 12) -> str:
