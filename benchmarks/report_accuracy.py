@@ -50,7 +50,7 @@ def glue(folder: Path = RESULTS) -> str:
             failed = [
                 f"Failed: {r['variant']}: {r['error']}" for r in record["results"] if "error" in r
             ]
-            pages.append("\n\n".join([_scores(rows), *failed]) + sources([record]))
+            pages.append("\n\n".join([_scores(rows), *failed]) + _sources(record))
     return "\n\n".join(pages) or MISSING
 
 
@@ -83,8 +83,15 @@ def _pages(group: str, folder: Path, table) -> str:
         if not rows:
             continue
         texts = [table(rows), *_notes(group, record)]
-        pages.append("\n\n".join(texts) + sources([record]))
+        pages.append("\n\n".join(texts) + _sources(record))
     return "\n\n".join(pages) or MISSING
+
+
+def _sources(record: dict[str, Any]) -> str:
+    """How the rows were made, which may have been at several times."""
+    names = ("date", "commit", "command")
+    found = [tuple(row.get(name, record[name]) for name in names) for row in record["results"]]
+    return sources(record | dict(zip(names, made, strict=True)) for made in dict.fromkeys(found))
 
 
 def _finished(rows: Iterable[Row]) -> list[Row]:
