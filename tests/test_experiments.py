@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import math
 import statistics
 import types
 
@@ -323,6 +324,39 @@ def test_the_table_has_means_deviations_and_pairs_seeds():
     assert f"15.00 ± {statistics.stdev([10.0, 20.0]):.2f}" in table[2]
     assert table[3].split("|")[-2].strip() == "+10.0 %"
     assert "±" not in table[3]
+
+
+def test_noise_is_how_far_runs_are_apart_that_should_be_equal():
+    def run(variant, seed, curve, *, perplexity=100.0, method="slope", joins=None):
+        about = {"variant": variant, "seed": seed, "method": method, "lr": 1e-3}
+        curve = [[step, math.log(x)] for step, x in curve]
+        return row(perplexity, **about, adapter_step=joins, curve=curve)
+
+    rows = [
+        run("slope", 0, [(0, 900.0), (10, 50.0), (20, 40.0), (25, 30.0), (30, 20.0)]),
+        run("wide", 0, [(0, 900.0), (10, 80.0), (20, 41.0), (30, 90.0)], joins=28),
+        run("narrow", 0, [(0, 900.0), (10, 50.0), (20, 42.0), (25, 60.0), (30, 20.0)], joins=20),
+        run("slope", 1, [(20, 40.0)], perplexity=104.0),
+        run("wide", 1, [(20, 40.4)], joins=28),
+        run("slope", 2, [(20, 99.0)]),
+        run("dense", 0, [(20, 10.0)], method="dense"),
+        run("dense", 1, [(20, 99.0)], method="dense"),
+        run("half", 0, [(20, 10.0)], method="half", perplexity=94.9),
+        run("fst", 0, [(20, 10.0)], method="fst", perplexity=95.1),
+    ]
+    assert report_accuracy.noise_of(rows) == pytest.approx(42 / 40 - 1)
+    *lines, _, told = report_accuracy._methods(rows).splitlines()
+    assert "differ there by up to 5.0 % in held-out perplexity" in told
+    last = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in lines[2:]}
+    assert last == {
+        "slope": "+2.0 % (noise)",
+        "wide": "+0.0 % (noise)",
+        "narrow": "+0.0 % (noise)",
+        "dense": "+0.0 %",
+        "half": "-5.1 %",
+        "fst": "-4.9 % (noise)",
+    }
+    assert report_accuracy.noise_of(rows[3:4]) is None
 
 
 def test_curves_are_means_where_all_seeds_were_evaluated():
