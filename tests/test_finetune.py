@@ -1,7 +1,10 @@
 """Finetuning from a run's checkpoint: what is learned, what stays, what is refused."""
 
+import hashlib
 import json
 import shlex
+import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ import pytest
 
 from slope_jax import models
 from slope_jax.dense import MASKS
+from train import integrity
 from train.checkpoint import Checkpoints
 from train.config import to_json
 from train.data.tokenizer import train_tokenizer
@@ -173,6 +177,40 @@ def test_seeds_go_on_and_other_jobs_are_refused(learned, capsys):
     assert len(ours) == len(theirs)
     assert ours[0] != theirs[0]
     assert more["mean"]["last"]["matthews"]["std"] is not None
+
+
+def test_scores_of_other_weights_in_the_same_place_are_not_taken_over(run, data, tmp_path):
+    config = FinetuneConfig(
+        "cola", str(tmp_path / "run"), data=str(data), out=str(tmp_path / "out")
+    )
+    shutil.copytree(run, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "7"
+    examples, path = read_splits(config.chosen, config.data), tmp_path / "out" / "finetune.json"
+    trained, plan = load_run(config), types.SimpleNamespace(parameters=1)
+
+    def opened(saved=None):
+        if saved is not None:
+            path.write_text(json.dumps(saved))
+        return results.open_record(config, trained, plan, examples, config.folder())
+
+    first = opened()
+    files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    assert first["run"]["weights"] == digest
+    assert opened(first) == first
+    older = first | {"run": {k: v for k, v in first["run"].items() if k not in ("lr", "weights")}}
+    assert opened(older) == older
+    with pytest.raises(ValueError, match=r"run lr: \[1\.0\] there, \[0\.0003\] here"):
+        opened(first | {"run": first["run"] | {"lr": [1.0]}})
+    (checkpoint / "weights").write_text("others")
+    integrity.write_manifest(checkpoint)
+    with pytest.raises(
+        ValueError, match=f"another job:\n  run weights: {digest} there, [0-9a-f]+ h"
+    ):
+        opened(first)
+    (checkpoint / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=f"run weights: {digest} there, None here"):
+        opened(first)
 
 
 def test_means_are_over_the_seeds(tmp_path):
