@@ -23,6 +23,7 @@ from train.state import init_state, join_adapters, make_setup
 from train.tasks import TASKS, FinetuneConfig, finetune, load_finetuned, results
 from train.tasks.examples import read_splits
 from train.tasks.features import make_features
+from train.tasks.job import dry_run
 from train.tasks.scoring import score
 from train.tasks.setup import load_run
 from train.tasks.step import make_predict_step, on_device, predict
@@ -319,6 +320,42 @@ def test_a_loss_that_is_not_finite_stops_the_job(learned, tmp_path):
     with pytest.raises(ArithmeticError, match=r"the loss is nan by step 10 of seed 0.*lower --lr"):
         finetune(FinetuneConfig(**{**vars(config), **fields}))
     assert not (tmp_path / "out" / "finetune.json").exists()
+
+
+def test_a_last_update_that_is_not_finite_stops_the_job(run, data, tmp_path, monkeypatch):
+    """No loss tells of it."""
+    calls = []
+
+    def step(state, *_):
+        calls.append(state)
+        bias = state.params["head"]["bias"]
+        head = state.params["head"] | {"bias": bias.at[0].set(jnp.nan if len(calls) == 3 else 0)}
+        return state.replace(params=state.params | {"head": head}), jnp.float32(0.5)
+
+    monkeypatch.setattr("train.tasks.job.make_train_step", lambda kind: step)
+    fields = {"data": str(data), "out": str(tmp_path), "limit": 12, "batch_size": 4, "epochs": 1}
+    message = r"the state is not finite after step 3 of seed 7: finetuning stopped.*lower --lr"
+    with pytest.raises(ArithmeticError, match=message):
+        finetune(FinetuneConfig("cola", str(run), **fields, seeds=(7,)))
+    assert len(calls) == 3
+    assert not (tmp_path / "finetune.json").exists()
+
+
+@pytest.mark.parametrize("job", [finetune, dry_run])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"checkpoint": "nowhere"}, "nowhere holds no checkpoints"),
+        ({"seq_len": 1000}, "longer than the model's 512 positions"),
+    ],
+)
+def test_what_needs_no_data_is_refused_before_any_is_read(run, monkeypatch, job, fields, message):
+    read = []
+    monkeypatch.setattr("train.tasks.job.read_splits", lambda *_: read.append("data") or {})
+    given = {"task": "cola", "checkpoint": str(run), "data": "" if job is finetune else "folder"}
+    with pytest.raises(ValueError, match=message):
+        job(FinetuneConfig(**given | fields))
+    assert read == []
 
 
 def test_the_command_in_the_record_asks_for_the_same_again():
