@@ -138,6 +138,7 @@ def test_a_task_waits_for_its_pretraining_and_goes_on_from_it(monkeypatch, tmp_p
 def test_a_run_leaves_what_the_report_reads(small_text, tmp_path):
     fields = dict(COMMON["gpt2"]) | {"model": "gpt2-nano", "vocab_size": 300, "seq_len": 16}
     fields |= {"batch_size": 2, "steps": 2, "eval_every": 1, "eval_batches": 1, "lr": 1e-3}
+    fields |= {"method": "dense"}  # is compiled in half the time
     fields |= {
         "data": f"text:{small_text}/a.txt",
         "cache_dir": str(tmp_path),
@@ -147,18 +148,18 @@ def test_a_run_leaves_what_the_report_reads(small_text, tmp_path):
     text.write_text("Sparse kernel mask values. " * 9)
     found = work.train(fields, tmp_path / "run", {"books": text})
     assert found.get("error") is None
-    assert (found["model"], found["method"], found["lr"]) == ("gpt2-nano", "slope", 1e-3)
+    assert (found["model"], found["method"], found["lr"]) == ("gpt2-nano", "dense", 1e-3)
     assert found["tokens"] == 2 * 2 * 16
-    assert found["parameters"] < found["dense_parameters"]
+    assert found["parameters"] == found["dense_parameters"]
     assert [step for step, _ in found["curve"]] == [0, 1, 2]
     assert found["curve"][-1][1] == pytest.approx(found["held_out_loss"], abs=1e-4)
     assert found["perplexity"] == {"books": pytest.approx(math.exp(found["loss"]["books"]))}
     assert 1 < found["perplexity"]["books"] < 400
-    rows = [{"variant": name, "seed": 0} | found for name in ("dense", "slope")]
+    rows = [{"variant": name, "seed": 0} | found for name in ("dense", "another")]
     rows = json.loads(json.dumps(rows))
     perplexity = f"{found['perplexity']['books']:,.2f}"
     assert report_accuracy._methods(rows).count(perplexity) == 2
-    assert "up to 0.0 %" in report_accuracy._methods(rows)  # the same run twice
+    assert report_accuracy.noise_of(row | {"method": "slope"} for row in rows) == 0
     assert report_accuracy._each(rows).count(perplexity) == 2
     first = report_accuracy._notes("gpt2-methods", {"results": rows})[0]
     assert f"{found['dense_parameters'] / 1e6:.1f} million parameters" in first
