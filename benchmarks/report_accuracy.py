@@ -50,7 +50,7 @@ def glue(folder: Path = RESULTS) -> str:
             failed = [
                 f"Failed: {r['variant']}: {r['error']}" for r in record["results"] if "error" in r
             ]
-            pages.append("\n\n".join([_scores(rows), *failed]) + sources([record]))
+            pages.append("\n\n".join([_scores(rows), *failed]) + _sources(record))
     return "\n\n".join(pages) or MISSING
 
 
@@ -83,8 +83,15 @@ def _pages(group: str, folder: Path, table) -> str:
         if not rows:
             continue
         texts = [table(rows), *_notes(group, record)]
-        pages.append("\n\n".join(texts) + sources([record]))
+        pages.append("\n\n".join(texts) + _sources(record))
     return "\n\n".join(pages) or MISSING
+
+
+def _sources(record: dict[str, Any]) -> str:
+    """How the rows were made, which may have been at several times."""
+    names = ("date", "commit", "command")
+    found = [tuple(row.get(name, record[name]) for name in names) for row in record["results"]]
+    return sources(record | dict(zip(names, made, strict=True)) for made in dict.fromkeys(found))
 
 
 def _finished(rows: Iterable[Row]) -> list[Row]:
@@ -126,6 +133,7 @@ def _texts(rows: list[Row]) -> list[str]:
 def _methods(rows: list[Row]) -> str:
     texts, variants = _texts(rows), by_variant(rows)
     control = {row["seed"]: row for row in variants.get(CONTROL, [])}
+    noise = noise_of(rows)
     header = ("method", "seeds", "lr", *(f"perplexity, {t}" for t in texts))
     lines = []
     for variant, found in variants.items():
@@ -136,20 +144,56 @@ def _methods(rows: list[Row]) -> str:
                 f"{len(found)}",
                 f"{found[0]['lr']:g}",
                 *cells,
-                _against(found, control, texts[0]),
+                _against(found, control, texts[0], noise),
             )
         )
-    return markdown((*header, f"against dense, {texts[0]}"), lines)
+    table = markdown((*header, f"against dense, {texts[0]}"), lines)
+    if noise is None:
+        return table
+    return (
+        f"{table}\n\nRuns of one seed that are the same until adapters join differ there by up to"
+        f" {100 * noise:.1f} % in held-out perplexity: differences below that are noise."
+    )
 
 
-def _against(found: list[Row], control: dict[int, Row], text: str) -> str:
+def _against(found: list[Row], control: dict[int, Row], text: str, noise: float | None) -> str:
     """The mean change of perplexity against the dense runs of the same seeds."""
     logs = [
         math.log(row["perplexity"][text] / control[row["seed"]]["perplexity"][text])
         for row in found
         if row["seed"] in control
     ]
-    return f"{100 * math.expm1(statistics.fmean(logs)):+.1f} %" if logs else "–"
+    if not logs:
+        return "–"
+    change = math.expm1(statistics.fmean(logs))
+    small = noise is not None and abs(change) < noise and found[0]["variant"] != CONTROL
+    return f"{100 * change:+.1f} %" + (" (noise)" if small else "")
+
+
+def noise_of(rows: Iterable[Row]) -> float | None:
+    """How far runs that should be equal are apart, at most: slope of one seed before adapters join.
+
+    Returns:
+      The relative difference of held-out perplexity at the last step at which all of them were
+      evaluated; the largest of the seeds, None if no seed has two such runs.
+    """
+    seeds: dict[int, list[Row]] = {}
+    for row in rows:
+        if row.get("method") == "slope":
+            seeds.setdefault(row["seed"], []).append(row)
+    found = [_apart(same) for same in seeds.values()]
+    return max((apart for apart in found if apart is not None), default=None)
+
+
+def _apart(rows: list[Row]) -> float | None:
+    joins = [row["adapter_step"] for row in rows if row["adapter_step"] is not None]
+    curves = [dict(map(tuple, row["curve"])) for row in rows]
+    steps = set.intersection(*map(set, curves))
+    before = [step for step in steps if 0 < step <= min(joins, default=math.inf)]
+    if len(rows) < 2 or not before:
+        return None
+    losses = [curve[max(before)] for curve in curves]
+    return math.expm1(max(losses) - min(losses))
 
 
 def _spread(values: Iterable[float]) -> str:

@@ -4,34 +4,31 @@
         --valid books=books/valid.txt.xz
 
 Each group of `experiments.runs` becomes ``benchmarks/results/accuracy-<group>-<device>.json``,
-written after every run; runs that are in it are not run again. Small models leave a GPU idle while
-they are compiled, so several run at a time (``--parallel``), except where speed counts.
+written after every run; runs that are in it with the fields they have now are not run again, unless
+another begins from a folder that is gone. The status is 1 if a run failed or waits for one that did.
+
+Small models leave a GPU idle while they are compiled, so several run at a time (``--parallel``),
+except where speed counts.
 """
 
 import argparse
-import functools
-import hashlib
 import json
 import multiprocessing
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent import futures
-from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from rich.console import Console
 
-from benchmarks.record import RESULTS, make_record, write_record
+from benchmarks.record import RESULTS
 from experiments import work
-from experiments.runs import ALONE, COMMON, GROUPS, Run, family_of
-from pallas_kernels.tuning import slug
-from train.environment import JOB_PACKAGES
-
-MOST_FAILURES = 3
+from experiments.group import Group
+from experiments.runs import ALONE, GROUPS, family_of
 
 
 def main() -> None:
@@ -46,128 +43,27 @@ def main() -> None:
         device, tokenizers = pool.submit(
             work.prepare_data, arguments.data, arguments.folder, families
         ).result()
-        for group in arguments.groups:
-            parallel = 1 if group in ALONE else arguments.parallel
-            tokenizer = tokenizers[family_of(group)]
-            _Group(group, arguments, device, tokenizer, console).run(pool, parallel, stop)
+        groups = [
+            Group(name, arguments, device, tokenizers[family_of(name)], console)
+            for name in arguments.groups
+        ]
+        if not _run_all(groups, pool, arguments.parallel, stop):
+            raise SystemExit(1)
 
 
-class _Group:
-    """The runs of a group, their order and their record."""
+def _run_all(groups: Sequence[Group], pool: futures.Executor, parallel: int, stop: float) -> bool:
+    """Runs one group after another; False if a run failed, or waits for one that did.
 
-    def __init__(self, name, arguments, device: str, tokenizer: str, console: Console):
-        self.name, self.arguments, self.device, self.console = name, arguments, device, console
-        self.tokenizer, self.longest = tokenizer, 0.0
-        self.rows = [row for row in read(arguments.results, name, device) if "error" not in row]
-        self.text = {n: _digest(path) for n, path in arguments.valid.items()}
-
-    def run(self, pool: futures.Executor, parallel: int, stop: float) -> None:
-        waiting = [run for run in GROUPS[self.name] if not self._done(run.variant, run.seed)]
-        waiting = [run for run in waiting if not _left_out(run, self.arguments)]
-        total, running = len(waiting), {}
-        begin = time.monotonic()
-        while waiting or running:
-            if len(self.rows) >= MOST_FAILURES and all("error" in row for row in self.rows):
-                self.console.print(f"{self.name}: every run failed; the others are not tried")
-                waiting.clear()
-            for run in [run for run in waiting if self._ready(run)][: parallel - len(running)]:
-                if time.monotonic() + self.longest > stop:
-                    break
-                waiting.remove(run)
-                function, fields = self._job(run)
-                submit = functools.partial(pool.submit, function, fields)
-                started = submit(self._folder(run.name), self.arguments.valid)
-                running[started] = (run, time.monotonic())
-            if not running:
-                break
-            for ended in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
-                run, since = running.pop(ended)
-                self.longest = max(self.longest, time.monotonic() - since)
-                self._add(run, ended.result())
-                left = (time.monotonic() - begin) / max(1, total - len(waiting) - len(running))
-                self.console.print(
-                    f"{self.name}: {total - len(waiting) - len(running)} of {total}, about"
-                    f" {left * (len(waiting) + len(running)):.0f} s to go"
-                )
-        for run in waiting:
-            self.console.print(f"{self.name}: not run, for want of time: {run.name}")
-
-    def _done(self, variant: str, seed: int) -> bool:
-        done = (row for row in self.rows if "error" not in row)
-        return any((row["variant"], row["seed"]) == (variant, seed) for row in done)
-
-    def _ready(self, run: Run) -> bool:
-        if run.task is not None:
-            return (self._folder(_before(run), self._methods) / "summary.json").exists()
-        return run.after is None or self._done(run.after, run.seed)
-
-    @property
-    def _methods(self) -> str:
-        return f"{family_of(self.name)}-methods"
-
-    def _folder(self, name: str, group: str | None = None) -> pathlib.Path:
-        safe = "".join(c if c.isalnum() else "-" for c in name)
-        return self.arguments.folder / (group or self.name) / safe
-
-    def _job(self, run: Run) -> tuple[Callable, dict[str, Any]]:
-        if run.task is None:
-            return work.train, self._fields(run)
-        fields = {"task": run.task, "data": self.arguments.glue, "seeds": (run.seed,)}
-        fields["checkpoint"] = str(self._folder(_before(run), self._methods))
-        return work.finetune, fields | dict(run.fields) | self.arguments.override_tasks
-
-    def _fields(self, run: Run) -> dict[str, Any]:
-        fields = dict(COMMON[family_of(self.name)]) | dict(run.fields) | {"seed": run.seed}
-        fields |= {"data": self.arguments.data, "tokenizer": self.tokenizer}
-        fields["cache_dir"] = str(self.arguments.folder / "tokens")
-        if run.after is not None:
-            fields["init_from"] = str(self._folder(_before(run)))
-            del fields["tokenizer"]  # that of the other run
-        if run.tuned_as is not None:
-            family = family_of(self.name)
-            rows = read(self.arguments.results, f"{family}-lr", self.device)
-            text = work.HELD_OUT if family == "bert" else next(iter(self.arguments.valid))
-            fields["lr"] = best_rate(rows, run.tuned_as, text)
-        return fields | self.arguments.override
-
-    def _add(self, run: Run, found: Mapping[str, Any]) -> None:
-        self.rows.append({"variant": run.variant, "seed": run.seed, **found})
-        record = make_record(
-            f"accuracy-{self.name}",
-            self.rows,
-            device=self.device,
-            module="experiments",
-            packages=JOB_PACKAGES,
-        )
-        write_record(record | {"valid": self.text}, self.arguments.results)
-        numbers = found.get("perplexity") or {found.get("metric"): found.get("score")}
-        told = found.get("error") or ", ".join(f"{k} {v:.2f}" for k, v in numbers.items())
-        self.console.print(f"{self.name}: {run.name}: {told}  ({found.get('seconds')} s)")
-
-
-def _before(run: Run) -> str:
-    return f"{run.after}-seed-{run.seed}"
-
-
-def best_rate(rows: Sequence[Mapping[str, Any]], method: str, text: str) -> float:
-    """The learning rate with the lowest perplexity; 2e-3 where none was tried."""
-    tried = [row for row in rows if row.get("method") == method and "error" not in row]
-    return min(tried, key=lambda row: row["perplexity"][text])["lr"] if tried else 2e-3
-
-
-def read(folder: pathlib.Path, group: str, device: str) -> list[dict[str, Any]]:
-    """The rows of a group's record; none if there is no record."""
-    path = folder / f"accuracy-{group}-{slug(device)}.json"
-    return json.loads(path.read_text())["results"] if path.exists() else []
-
-
-def _left_out(run: Run, arguments: argparse.Namespace) -> bool:
-    return bool(arguments.variants) and run.variant not in arguments.variants
-
-
-def _digest(path: pathlib.Path) -> dict[str, Any]:
-    data = path.read_bytes()
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    Raises:
+      ValueError: a learning rate is missing; nothing was run.
+    """
+    for i, group in enumerate(groups):
+        if group.rates not in [earlier.name for earlier in groups[:i]]:
+            group.check_rates()
+    needed = {before for group in groups for before in group.needed_elsewhere()}
+    # A list: all of them run, whatever the first ones come to.
+    fine = [g.run(pool, 1 if g.name in ALONE else parallel, stop, needed) for g in groups]
+    return all(fine)
 
 
 def _arguments() -> argparse.Namespace:
@@ -198,6 +94,12 @@ def _arguments() -> argparse.Namespace:
         "--override-tasks", type=json.loads, default={}, help="the same for runs of bert-glue"
     )
     arguments = parser.parse_args()
+    trial = arguments.override or arguments.override_tasks
+    if trial and arguments.results.resolve() == RESULTS.resolve():
+        parser.error(
+            f"{trial} makes runs that are not those of their names; name another folder for their"
+            " records with --results"
+        )
     arguments.valid = dict(arguments.valid)
     arguments.folder = arguments.folder.resolve()
     arguments.results.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import math
 import statistics
 import types
 
@@ -10,7 +11,9 @@ from rich.console import Console
 
 from benchmarks import report_accuracy
 from experiments import __main__ as runner
+from experiments import group as groups
 from experiments import work
+from experiments.record import best_rate, identity
 from experiments.runs import COMMON, GROUPS, Run, family_of
 from train.config import Config
 from train.tasks.config import FinetuneConfig
@@ -33,7 +36,7 @@ def test_every_run_is_a_configuration_and_has_a_name_of_its_own(group):
 
 
 class Pool:
-    """Runs at once, in the order of submission."""
+    """Runs at once, in the order of submission; leaves a summary unless the run failed."""
 
     def __init__(self, results):
         self.results, self.calls = results, []
@@ -42,20 +45,37 @@ class Pool:
         assert function is (work.finetune if "task" in fields else work.train)
         self.calls.append((folder.name, fields))
         found = concurrent.futures.Future()
-        found.set_result(self.results(fields))
+        result = self.results(fields)
+        if "error" not in result:
+            finish(folder)
+        found.set_result(result)
         return found
+
+    @property
+    def names(self):
+        return [name for name, _ in self.calls]
+
+
+def finish(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "summary.json").write_text("{}")
 
 
 def arguments(folder, **changes):
-    given = {"data": "text:a.txt", "valid": {}, "folder": folder, "results": folder, "glue": "G"}
-    return types.SimpleNamespace(**given, variants=None, override={}, override_tasks={}, **changes)
+    given = {"data": "text:/home/a.txt", "valid": {}, "folder": folder, "results": folder}
+    given |= {"glue": "/home/G", "variants": None, "override": {}, "override_tasks": {}}
+    return types.SimpleNamespace(**given | changes)
 
 
-def group_of(monkeypatch, folder, runs, **changes):
-    monkeypatch.setitem(runner.GROUPS, "gpt2-trial", runs)
-    return runner._Group(
-        "gpt2-trial", arguments(folder, **changes), "a GPU", "tokenizer.json", Console(quiet=True)
-    )
+def group_of(monkeypatch, folder, runs, name="gpt2-trial", console=None, **changes):
+    monkeypatch.setitem(groups.GROUPS, name, runs)
+    console = console or Console(quiet=True)
+    given = arguments(folder, **changes)
+    return groups.Group(name, given, "a GPU", str(folder / "tokenizer.json"), console)
+
+
+def rows_of(folder, name="gpt2-trial"):
+    return json.loads((folder / f"accuracy-{name}-a-gpu.json").read_text())["results"]
 
 
 def row(perplexity=10.0, **fields):
@@ -66,7 +86,7 @@ def test_a_run_waits_for_the_one_it_begins_from_and_is_not_repeated(monkeypatch,
     runs = [Run("late", {"method": "wanda"}, after="early"), Run("early", {"method": "dense"})]
     pool = Pool(lambda fields: row())
     group_of(monkeypatch, tmp_path, runs).run(pool, 2, float("inf"))
-    assert [name for name, _ in pool.calls] == ["early-seed-0", "late-seed-0"]
+    assert pool.names == ["early-seed-0", "late-seed-0"]
     assert pool.calls[1][1]["init_from"].endswith("trial/early-seed-0")
     assert "tokenizer" not in pool.calls[1][1]
     again = Pool(lambda fields: row())
@@ -80,9 +100,8 @@ def test_failures_are_recorded_tried_again_and_end_a_group_that_has_nothing_else
     runs = [Run("a", {}, seed) for seed in range(9)]
     pool = Pool(lambda fields: {"error": "ValueError: no"})
     group_of(monkeypatch, tmp_path, runs).run(pool, 1, float("inf"))
-    assert len(pool.calls) == runner.MOST_FAILURES
-    (path,) = tmp_path.glob("accuracy-gpt2-trial-*.json")
-    assert [r["error"] for r in json.loads(path.read_text())["results"]] == ["ValueError: no"] * 3
+    assert len(pool.calls) == groups.MOST_FAILURES
+    assert [r["error"] for r in rows_of(tmp_path)] == ["ValueError: no"] * 3
     good = Pool(lambda fields: row())
     group_of(monkeypatch, tmp_path, runs).run(good, 1, float("inf"))
     assert len(good.calls) == 9
@@ -96,27 +115,54 @@ def test_no_run_starts_when_the_time_is_up(monkeypatch, tmp_path):
 
 def test_a_task_waits_for_its_pretraining_and_goes_on_from_it(monkeypatch, tmp_path):
     runs = [Run("dense, glue/rte", {"epochs": 1}, seed=2, after="dense", task="glue/rte")]
-    group = group_of(monkeypatch, tmp_path, runs)
-    group.name = "bert-glue"
-    monkeypatch.setitem(runner.GROUPS, "bert-glue", runs)
+    group = group_of(monkeypatch, tmp_path, runs, "bert-glue")
     pool = Pool(
         lambda fields: {"task": "glue/rte", "metric": "accuracy", "score": 0.5, "seconds": 1}
     )
     group.run(pool, 1, float("inf"))
     assert pool.calls == []
     pretrained = tmp_path / "bert-methods" / "dense-seed-2"
-    pretrained.mkdir(parents=True)
-    (pretrained / "summary.json").write_text("{}")
+    finish(pretrained)
     group.run(pool, 1, float("inf"))
     ((_, fields),) = pool.calls
     assert fields == {
         "task": "glue/rte",
-        "data": "G",
+        "data": "/home/G",
         "seeds": (2,),
         "checkpoint": str(pretrained),
         "epochs": 1,
     }
     assert group.rows[0] | {"score": 0.5, "seed": 2} == group.rows[0]
+
+
+def test_a_run_leaves_what_the_report_reads(small_text, tmp_path):
+    fields = dict(COMMON["gpt2"]) | {"model": "gpt2-nano", "vocab_size": 300, "seq_len": 16}
+    fields |= {"batch_size": 2, "steps": 2, "eval_every": 1, "eval_batches": 1, "lr": 1e-3}
+    fields |= {"method": "dense"}  # is compiled in half the time
+    fields |= {
+        "data": f"text:{small_text}/a.txt",
+        "cache_dir": str(tmp_path),
+        "valid_fraction": 0.2,
+    }
+    text = tmp_path / "books.txt"
+    text.write_text("Sparse kernel mask values. " * 9)
+    found = work.train(fields, tmp_path / "run", {"books": text})
+    assert found.get("error") is None
+    assert (found["model"], found["method"], found["lr"]) == ("gpt2-nano", "dense", 1e-3)
+    assert found["tokens"] == 2 * 2 * 16
+    assert found["parameters"] == found["dense_parameters"]
+    assert [step for step, _ in found["curve"]] == [0, 1, 2]
+    assert found["curve"][-1][1] == pytest.approx(found["held_out_loss"], abs=1e-4)
+    assert found["perplexity"] == {"books": pytest.approx(math.exp(found["loss"]["books"]))}
+    assert 1 < found["perplexity"]["books"] < 400
+    rows = [{"variant": name, "seed": 0} | found for name in ("dense", "another")]
+    rows = json.loads(json.dumps(rows))
+    perplexity = f"{found['perplexity']['books']:,.2f}"
+    assert report_accuracy._methods(rows).count(perplexity) == 2
+    assert report_accuracy.noise_of(row | {"method": "slope"} for row in rows) == 0
+    assert report_accuracy._each(rows).count(perplexity) == 2
+    first = report_accuracy._notes("gpt2-methods", {"results": rows})[0]
+    assert f"{found['dense_parameters'] / 1e6:.1f} million parameters" in first
 
 
 def test_scores_are_percents_by_method_and_task():
@@ -139,15 +185,164 @@ def test_scores_are_percents_by_method_and_task():
     assert cells(table[3]) == ["dense", "1", "–", "25.00"]
 
 
-def test_the_best_learning_rate_is_the_methods_own():
-    rows = [
-        row(9.0, method="dense", lr=1e-3),
-        row(8.0, method="dense", lr=2e-3),
-        row(7.0, method="slope", lr=4e-3),
-        {"method": "dense", "lr": 8e-3, "error": "x"},
+RATES = [
+    {"method": "dense", "lr": 1e-3, "perplexity": {"books": 9.0}},
+    {"method": "dense", "lr": 2e-3, "perplexity": {"books": 8.0}},
+    {"method": "slope", "lr": 4e-3, "perplexity": {"books": 7.0}},
+    {"method": "dense", "lr": 8e-3, "error": "x"},
+]
+
+
+@pytest.mark.parametrize(("method", "text"), [("sr-ste", "books"), ("dense", "others")])
+def test_the_best_learning_rate_is_the_methods_own_or_named_as_missing(method, text):
+    known = {"group": "gpt2-lr", "device": "a GPU"}
+    assert best_rate(RATES, "dense", "books", **known) == 2e-3
+    message = f"gpt2-lr on a GPU has no learning rate of {method} .* '{text}': run --groups=gpt2-lr"
+    with pytest.raises(ValueError, match=message):
+        best_rate(RATES, method, text, **known)
+
+
+def test_learning_rates_come_from_the_record_and_are_missed_before_anything_runs(
+    monkeypatch, tmp_path
+):
+    text = tmp_path / "books.txt"
+    text.write_text("words")
+    changes = {"valid": {"books": text}, "results": tmp_path / "records"}
+    changes["results"].mkdir()
+    tuned = Run("a", {"method": "slope"}, tuned_as="slope")
+    free = group_of(monkeypatch, tmp_path, [Run("b", {})], "gpt2-free", **changes)
+    group = group_of(monkeypatch, tmp_path, [tuned], **changes)
+    pool = Pool(lambda fields: row())
+    with pytest.raises(ValueError, match="run --groups=gpt2-lr first"):
+        runner._run_all([free, group], pool, 1, float("inf"))
+    assert pool.calls == []
+    assert group_of(monkeypatch, tmp_path, [tuned], override={"lr": 7e-3}, **changes)._fields(
+        tuned
+    ) == {**COMMON["gpt2"], "method": "slope", "seed": 0, "lr": 7e-3} | {
+        "data": "text:/home/a.txt",
+        "tokenizer": str(tmp_path / "tokenizer.json"),
+        "cache_dir": str(tmp_path / "tokens"),
+    }
+    record = {"results": RATES, "date": "2026-01-01"}
+    (changes["results"] / "accuracy-gpt2-lr-a-gpu.json").write_text(json.dumps(record))
+    assert group._fields(tuned)["lr"] == 4e-3
+    assert runner._run_all([free, group], pool, 1, float("inf"))
+    assert pool.names == ["b-seed-0", "a-seed-0"]
+
+
+CHAIN = [Run("late", {"method": "wanda"}, after="early"), Run("early", {"method": "dense"})]
+
+
+def test_a_recorded_run_is_run_again_where_its_folder_is_needed_and_gone(monkeypatch, tmp_path):
+    records = tmp_path / "records"
+    records.mkdir()
+    first, early = tmp_path / "first", Pool(lambda fields: row(1.0))
+    group_of(monkeypatch, first, CHAIN, results=records, variants=["early"]).run(early, 1, 1e9)
+    again = Pool(lambda fields: row(2.0))
+    group_of(monkeypatch, tmp_path / "other", CHAIN, results=records).run(again, 2, float("inf"))
+    assert early.names == ["early-seed-0"]
+    assert again.names == ["early-seed-0", "late-seed-0"]
+    found = [(r["variant"], r["perplexity"]["books"]) for r in rows_of(records)]
+    assert found == [("early", 2.0), ("late", 2.0)]
+    third = Pool(lambda fields: row())
+    group_of(monkeypatch, tmp_path / "third", CHAIN, results=records).run(third, 1, float("inf"))
+    assert third.calls == []  # nothing that is left needs a folder
+
+
+def test_a_result_outlives_a_failure_of_the_run_for_its_folder(monkeypatch, tmp_path):
+    first, later = tmp_path / "first", tmp_path / "later"
+    good, bad = Pool(lambda fields: row(1.0)), Pool(lambda fields: {"error": "OSError: full"})
+    group_of(monkeypatch, first, CHAIN, results=tmp_path, variants=["early"]).run(good, 1, 1e9)
+    assert not group_of(monkeypatch, later, CHAIN, results=tmp_path).run(bad, 1, float("inf"))
+    assert bad.names == ["early-seed-0"]
+    assert [(r["variant"], r["perplexity"]["books"]) for r in rows_of(tmp_path)] == [("early", 1.0)]
+
+
+def test_pretraining_is_repeated_for_the_tasks_that_need_its_folder(monkeypatch, tmp_path):
+    dense = [Run("dense", {"method": "dense"}, seed) for seed in (0, 1)]
+    task = [Run("dense, rte", {}, 1, after="dense", task="glue/rte")]
+    scores = {"metric": "accuracy", "score": 0.5, "seconds": 1}
+    pool = Pool(lambda fields: scores if "task" in fields else row())
+    group_of(monkeypatch, tmp_path / "a", dense, "bert-methods", results=tmp_path).run(pool, 1, 1e9)
+    made = [
+        group_of(monkeypatch, tmp_path / "b", runs, name, results=tmp_path)
+        for name, runs in (("bert-methods", dense), ("bert-glue", task))
     ]
-    assert runner.best_rate(rows, "dense", "books") == 2e-3
-    assert runner.best_rate(rows, "sr-ste", "books") == 2e-3  # nothing tried
+    assert runner._run_all(made, pool, 1, float("inf"))
+    assert pool.names[2:] == ["dense-seed-1", "dense--rte-seed-1"]
+
+
+def test_rows_hold_what_repeats_them_and_count_for_that_alone(monkeypatch, tmp_path):
+    runs = [Run("a", {"method": "slope", "lr": 1e-3}), Run("b", {"method": "dense"})]
+    pool = Pool(lambda fields: row())
+    monkeypatch.setattr("sys.argv", ["experiments", "--data=text:/home/a.txt", "--parallel=2"])
+    group_of(monkeypatch, tmp_path, runs).run(pool, 1, float("inf"))
+    first, _ = rows_of(tmp_path)
+    repeated = Config(**dict(COMMON["gpt2"]) | dict(runs[0].fields))
+    expected = repeated.identity() | {"data": "text:a.txt", "tokenizer": "tokenizer.json"}
+    assert first["fields"] == expected
+    assert first["command"] == "python -m experiments --data=text:... --parallel=2"
+    assert len(first["commit"]) == 40
+    assert first["date"].count("-") == 2
+    assert str(tmp_path) not in json.dumps(rows_of(tmp_path))
+    changed = [Run("a", {"method": "slope", "lr": 2e-3}), runs[1]]
+    group_of(monkeypatch, tmp_path, changed).run(pool, 1, float("inf"))
+    assert pool.names == ["a-seed-0", "b-seed-0", "a-seed-0"]
+    assert sorted((r["variant"], r["fields"]["lr"]) for r in rows_of(tmp_path)) == [
+        ("a", [2e-3]),
+        ("b", [1e-3]),
+    ]
+
+
+def test_rows_of_older_records_count_and_keep_their_commit(monkeypatch, tmp_path):
+    path = tmp_path / "accuracy-gpt2-trial-a-gpu.json"
+    old = {"date": "2026-01-02", "commit": "c" * 40, "dirty": False, "command": "python -m x"}
+    path.write_text(json.dumps(old | {"results": [row(variant="a", seed=0)]}))
+    pool = Pool(lambda fields: row())
+    group_of(monkeypatch, tmp_path, [Run("a", {}), Run("b", {})]).run(pool, 1, float("inf"))
+    assert pool.names == ["b-seed-0"]
+    first, second = rows_of(tmp_path)
+    assert {name: first[name] for name in old} == old
+    assert second["commit"] != old["commit"]
+
+
+def test_names_stand_for_the_paths_of_tasks():
+    config = FinetuneConfig("cola", "/home/runs/dense-seed-1", data="/home/glue")
+    assert identity(config) == config.identity() | {"checkpoint": "dense-seed-1", "data": "glue"}
+
+
+@pytest.mark.parametrize("option", ["--override", "--override-tasks"])
+def test_trials_stay_out_of_the_committed_records(monkeypatch, tmp_path, option, capsys):
+    text = tmp_path / "a.txt"
+    text.write_text("words")
+    given = ["experiments", f"--data=text:{text}", f"--valid=books={text}", f'{option}={{"a": 1}}']
+    monkeypatch.setattr("sys.argv", given)
+    with pytest.raises(SystemExit):
+        runner._arguments()
+    assert "name another folder for their records with --results" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", [*given, f"--results={tmp_path}"])
+    assert runner._arguments().results == tmp_path
+
+
+def test_runs_that_wait_for_a_failed_one_say_so(monkeypatch, tmp_path, capsys):
+    def ended(results, stop=float("inf"), **changes):
+        console, folder = Console(width=200), tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        group = group_of(monkeypatch, folder, CHAIN, console=console, **changes)
+        return group.run(Pool(results), 1, stop), capsys.readouterr().out
+
+    waits = "not run, it waits for early-seed-0, which failed or was not run: late-seed-0"
+    fine, out = ended(lambda fields: {"error": "ValueError: no"})
+    assert not fine
+    assert waits in out
+    fine, out = ended(lambda fields: row(), variants=["late"])
+    assert not fine
+    assert waits in out
+    fine, out = ended(lambda fields: row(), stop=0.0)
+    assert fine
+    assert out.count("not run, for want of time") == 2
+    assert "waits" not in out
+    assert ended(lambda fields: row())[0]
 
 
 def test_the_table_has_means_deviations_and_pairs_seeds():
@@ -159,6 +354,39 @@ def test_the_table_has_means_deviations_and_pairs_seeds():
     assert f"15.00 ± {statistics.stdev([10.0, 20.0]):.2f}" in table[2]
     assert table[3].split("|")[-2].strip() == "+10.0 %"
     assert "±" not in table[3]
+
+
+def test_noise_is_how_far_runs_are_apart_that_should_be_equal():
+    def run(variant, seed, curve, *, perplexity=100.0, method="slope", joins=None):
+        about = {"variant": variant, "seed": seed, "method": method, "lr": 1e-3}
+        curve = [[step, math.log(x)] for step, x in curve]
+        return row(perplexity, **about, adapter_step=joins, curve=curve)
+
+    rows = [
+        run("slope", 0, [(0, 900.0), (10, 50.0), (20, 40.0), (25, 30.0), (30, 20.0)]),
+        run("wide", 0, [(0, 900.0), (10, 80.0), (20, 41.0), (30, 90.0)], joins=28),
+        run("narrow", 0, [(0, 900.0), (10, 50.0), (20, 42.0), (25, 60.0), (30, 20.0)], joins=20),
+        run("slope", 1, [(20, 40.0)], perplexity=104.0),
+        run("wide", 1, [(20, 40.4)], joins=28),
+        run("slope", 2, [(20, 99.0)]),
+        run("dense", 0, [(20, 10.0)], method="dense"),
+        run("dense", 1, [(20, 99.0)], method="dense"),
+        run("half", 0, [(20, 10.0)], method="half", perplexity=94.9),
+        run("fst", 0, [(20, 10.0)], method="fst", perplexity=95.1),
+    ]
+    assert report_accuracy.noise_of(rows) == pytest.approx(42 / 40 - 1)
+    *lines, _, told = report_accuracy._methods(rows).splitlines()
+    assert "differ there by up to 5.0 % in held-out perplexity" in told
+    last = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in lines[2:]}
+    assert last == {
+        "slope": "+2.0 % (noise)",
+        "wide": "+0.0 % (noise)",
+        "narrow": "+0.0 % (noise)",
+        "dense": "+0.0 %",
+        "half": "-5.1 %",
+        "fst": "-4.9 % (noise)",
+    }
+    assert report_accuracy.noise_of(rows[3:4]) is None
 
 
 def test_curves_are_means_where_all_seeds_were_evaluated():

@@ -1,7 +1,10 @@
 """Finetuning from a run's checkpoint: what is learned, what stays, what is refused."""
 
+import hashlib
 import json
 import shlex
+import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ import pytest
 
 from slope_jax import models
 from slope_jax.dense import MASKS
+from train import integrity
 from train.checkpoint import Checkpoints
 from train.config import to_json
 from train.data.tokenizer import train_tokenizer
@@ -19,6 +23,7 @@ from train.state import init_state, join_adapters, make_setup
 from train.tasks import TASKS, FinetuneConfig, finetune, load_finetuned, results
 from train.tasks.examples import read_splits
 from train.tasks.features import make_features
+from train.tasks.job import dry_run
 from train.tasks.scoring import score
 from train.tasks.setup import load_run
 from train.tasks.step import make_predict_step, on_device, predict
@@ -29,7 +34,8 @@ NAMES = ["anna", "bob", "carla", "dora", "emil"]
 
 def save_run(folder, scale=1.0, **fields):
     """A run's checkpoint without the run: its first weights, after 7 of 10 steps in name."""
-    options = {"seq_len": (32,), "steps": (10,), "adapter_start": 0.5, "vocab_size": 340}
+    options = {"seq_len": (32,), "steps": (10,), "vocab_size": 340}
+    options |= {} if "method" in fields else {"adapter_start": 0.5}
     config = make_config("bert-tiny", **options | fields)
     text = " ".join([*WORDS, *NAMES, "the winner is good bad"])
     vocabulary = train_tokenizer([text] * 3, config.objective, 340)
@@ -175,6 +181,40 @@ def test_seeds_go_on_and_other_jobs_are_refused(learned, capsys):
     assert more["mean"]["last"]["matthews"]["std"] is not None
 
 
+def test_scores_of_other_weights_in_the_same_place_are_not_taken_over(run, data, tmp_path):
+    config = FinetuneConfig(
+        "cola", str(tmp_path / "run"), data=str(data), out=str(tmp_path / "out")
+    )
+    shutil.copytree(run, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "7"
+    examples, path = read_splits(config.chosen, config.data), tmp_path / "out" / "finetune.json"
+    trained, plan = load_run(config), types.SimpleNamespace(parameters=1)
+
+    def opened(saved=None):
+        if saved is not None:
+            path.write_text(json.dumps(saved))
+        return results.open_record(config, trained, plan, examples, config.folder())
+
+    first = opened()
+    files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    assert first["run"]["weights"] == digest
+    assert opened(first) == first
+    older = first | {"run": {k: v for k, v in first["run"].items() if k not in ("lr", "weights")}}
+    assert opened(older) == older
+    with pytest.raises(ValueError, match=r"run lr: \[1\.0\] there, \[0\.0003\] here"):
+        opened(first | {"run": first["run"] | {"lr": [1.0]}})
+    (checkpoint / "weights").write_text("others")
+    integrity.write_manifest(checkpoint)
+    with pytest.raises(
+        ValueError, match=f"another job:\n  run weights: {digest} there, [0-9a-f]+ h"
+    ):
+        opened(first)
+    (checkpoint / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=f"run weights: {digest} there, None here"):
+        opened(first)
+
+
 def test_means_are_over_the_seeds(tmp_path):
     rows = [{"epoch": 1, "f1": 0.25}, {"epoch": 2, "f1": 0.75}, {"epoch": 3, "f1": 0.5}]
     first, second = (results.of_seed(TASKS["glue/mrpc"], rows[:n]) for n in (3, 2))
@@ -281,6 +321,42 @@ def test_a_loss_that_is_not_finite_stops_the_job(learned, tmp_path):
     with pytest.raises(ArithmeticError, match=r"the loss is nan by step 10 of seed 0.*lower --lr"):
         finetune(FinetuneConfig(**{**vars(config), **fields}))
     assert not (tmp_path / "out" / "finetune.json").exists()
+
+
+def test_a_last_update_that_is_not_finite_stops_the_job(run, data, tmp_path, monkeypatch):
+    """No loss tells of it."""
+    calls = []
+
+    def step(state, *_):
+        calls.append(state)
+        bias = state.params["head"]["bias"]
+        head = state.params["head"] | {"bias": bias.at[0].set(jnp.nan if len(calls) == 3 else 0)}
+        return state.replace(params=state.params | {"head": head}), jnp.float32(0.5)
+
+    monkeypatch.setattr("train.tasks.job.make_train_step", lambda kind: step)
+    fields = {"data": str(data), "out": str(tmp_path), "limit": 12, "batch_size": 4, "epochs": 1}
+    message = r"the state is not finite after step 3 of seed 7: finetuning stopped.*lower --lr"
+    with pytest.raises(ArithmeticError, match=message):
+        finetune(FinetuneConfig("cola", str(run), **fields, seeds=(7,)))
+    assert len(calls) == 3
+    assert not (tmp_path / "finetune.json").exists()
+
+
+@pytest.mark.parametrize("job", [finetune, dry_run])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"checkpoint": "nowhere"}, "nowhere holds no checkpoints"),
+        ({"seq_len": 1000}, "longer than the model's 512 positions"),
+    ],
+)
+def test_what_needs_no_data_is_refused_before_any_is_read(run, monkeypatch, job, fields, message):
+    read = []
+    monkeypatch.setattr("train.tasks.job.read_splits", lambda *_: read.append("data") or {})
+    given = {"task": "cola", "checkpoint": str(run), "data": "" if job is finetune else "folder"}
+    with pytest.raises(ValueError, match=message):
+        job(FinetuneConfig(**given | fields))
+    assert read == []
 
 
 def test_the_command_in_the_record_asks_for_the_same_again():

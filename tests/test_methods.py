@@ -1,5 +1,6 @@
 """Methods that SLoPe is compared with, each against its rule written in NumPy."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -559,14 +560,42 @@ BAD = [
     ({"method": "fst", "dense_finish": 1.0}, r"dense_finish must lie in \[0, 1\)"),
     ({"method": "fst", "mask_every": 0}, "mask_every must be above 0"),
     ({"method": "fst", "seq_len": 13, "batch_size": 2}, "2 x 13 is no multiple of 4"),
+    ({"method": "fst", "sparsity": "dense"}, "sparsity 'dense' has no meaning for --method=fst"),
+    ({"method": "sr-ste", "adapter_start": 0.0}, r"adapter_start 0\.0 .*only for slope, wanda"),
+    ({"method": "dense", "adapter_start": 0.5}, r"adapter_start 0\.5 .*only for slope, wanda"),
+    ({"dense_finish": 0.0}, r"dense_finish 0\.0 has no meaning for --method=slope, only for fst"),
+    ({"mask_decay": 0.0}, r"mask_decay 0\.0 has no meaning for --method=slope"),
+    ({"sparsity": "dense", "adapter_rank": 0}, "prunes nothing, .*; give .* or --method=dense"),
+    ({"sparsity": ".*=dense"}, "prunes nothing"),
     ({"method": "slope", "steps": 0}, "steps must be a positive integer, got 0"),
 ]
+
+
+def test_what_is_not_given_is_as_published():
+    """2e-4 is Zhou et al.'s, 6e-6 that of SLoPe's appendix; all of FST is Hu et al.'s."""
+    for name, decay in (("sr-ste", 2e-4), ("extended-sr-ste", 6e-6), ("fst", 6e-5)):
+        method = METHODS[name](make_config("gpt2-nano", method=name, steps=600))
+        assert method.decay == decay
+    assert method.config.mask_every == 40
+    assert method.finish_step == 500  # the last sixth is dense
 
 
 @pytest.mark.parametrize(("fields", "message"), BAD, ids=lambda x: str(x)[:40])
 def test_options_that_do_not_go_together_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         make_config(**{"model": "gpt2-nano", **fields})
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "paper"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "wanda"])
+def test_what_means_off_is_no_option(method, recipe):
+    """And every recipe, which has options of slope, is one of each method."""
+    off = {"adapter_rank": 0, "prune_dy": False, "init_from": "", "mask_decay": None}
+    off |= {"sparsity": "dense"} if method in ("dense", "half") else {}
+    config = make_config("gpt2-small", recipe, method=method, **off)
+    assert dataclasses.replace(config, seed=1).method == method
+    dense = dataclasses.replace(config, method="dense", sparsity="dense")
+    assert dense.adapter_step is None
 
 
 def test_patterns_by_depth_adapters_from_the_start_and_masks_by_the_command_line():

@@ -285,6 +285,18 @@ def test_adapters_join_with_the_function_and_the_optimizer_unchanged(bert):
     for path, leaf in old.items():
         np.testing.assert_array_equal(kept[path], leaf)
     np.testing.assert_array_equal(joined.step, state.step)
+    moments, kept = (
+        {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+        for tree in (state.opt_state, joined.opt_state)
+    )
+    ours = {path for path in moments if "adapter" not in path}
+    assert [sum(f".{name}" in path for path in ours) for name in ("mu", "nu")] == [len(old)] * 2
+    assert any(path.endswith("count") for path in ours)
+    for path in ours:
+        assert np.asarray(moments[path]).any(), path
+        np.testing.assert_array_equal(kept[path], moments[path], err_msg=path)
+    for path in kept.keys() - ours:  # those of the adapters begin, with a count of their own
+        assert not np.asarray(kept[path]).any(), path
 
 
 def test_all_finite_finds_one_bad_number_anywhere(bert):

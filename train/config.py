@@ -407,6 +407,17 @@ def _check_mesh(config: Config) -> None:
         )
 
 
+def _is_unset(config: Config, option: dataclasses.Field, value: Any) -> bool:
+    """Whether a value is nobody's choice, or turns off what the method is without."""
+    from train.recipes import RECIPES  # which needs this module
+
+    if value == option.default or (option.name == "adapter_rank" and value == 0):
+        return True
+    if option.name == "sparsity":
+        return value == "dense" and config.method in ("dense", "half")
+    return any(value == recipe.get(option.name) for recipe in RECIPES.values())
+
+
 def _check_method(config: Config) -> None:
     from train.methods import METHODS
 
@@ -414,12 +425,7 @@ def _check_method(config: Config) -> None:
     for option in dataclasses.fields(Config):
         users = [name for name, other in METHODS.items() if option.name in other.fields]
         value = getattr(config, option.name)
-        if (
-            users
-            and config.method not in users
-            and value
-            and value not in (option.default, "dense")
-        ):
+        if users and config.method not in users and not _is_unset(config, option, value):
             raise ValueError(
                 f"{option.name} {value!r} has no meaning for --method={config.method}, only for"
                 f" {', '.join(users)}; leave it out, or choose one of these methods"

@@ -42,6 +42,14 @@ def has_manifest(folder: pathlib.Path) -> bool:
     return (folder / MANIFEST).exists()
 
 
+def fingerprint(folder: pathlib.Path) -> str | None:
+    """One digest of all files, as the manifest has them; None without a manifest."""
+    if not has_manifest(folder):
+        return None
+    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
 def problems(folder: pathlib.Path, *, quick: bool = False) -> list[str]:
     """What is wrong with the files of a folder that has a manifest; nothing if all is well.
 

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from train.methods.base import Method
+from train.config import Config
+from train.methods.base import Method, check_prunes
 
 
 class Slope(Method):
@@ -14,12 +15,17 @@ class Slope(Method):
             "mask_init",
             "backward",
             "adapter_rank",
+            "adapter_start",
             "adapter_init_scale",
             "adapter_lr_scale",
         }
     )
     about = "static masks, kernels stored compressed"
     adapts = True
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        check_prunes(config)
 
     def options(self) -> dict[str, Any]:
         config = self.config

@@ -14,7 +14,6 @@ from slope_jax import TrainState
 from slope_jax.models import prune_wanda
 from train.config import Config
 from train.folder import TOKENIZER_FILE
-from train.methods.base import check_prunes
 from train.methods.slope import Slope
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ class Wanda(Slope):
 
     @classmethod
     def check(cls, config: Config) -> None:
-        check_prunes(config)
+        super().check(config)
         if not config.init_from:
             raise ValueError(
                 "--method=wanda prunes a trained model; name the run folder of a dense one with"

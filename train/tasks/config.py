@@ -101,10 +101,12 @@ class FinetuneConfig:
         if self.out:
             return pathlib.Path(self.out).expanduser()
         digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
-        run = pathlib.Path(self.checkpoint).expanduser()
-        if run.parent.name == "checkpoints":
-            run = run.parent.parent
-        return run / "finetune" / f"{self.task.replace('/', '-')}-{digest[:8]}"
+        return self.run() / "finetune" / f"{self.task.replace('/', '-')}-{digest[:8]}"
+
+    def run(self) -> pathlib.Path:
+        """Folder of the pretraining run."""
+        path = pathlib.Path(self.checkpoint).expanduser()
+        return path.parent.parent if path.parent.name == "checkpoints" else path
 
     def command(self) -> str:
         """The command line that asks for this."""

@@ -2,7 +2,7 @@
 
 import math
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from slope_jax import TrainState
 from train import environment
 from train.display import Display, Speed, duration
 from train.metrics import MetricsWriter
+from train.step import all_finite
 from train.tasks import results
 from train.tasks.config import FinetuneConfig
 from train.tasks.examples import TRAIN, Splits, read_splits
@@ -39,13 +40,14 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> dict[
 
     Raises:
       ValueError: bad input, before anything was computed.
-      ArithmeticError: the loss is not finite; seeds that were finished are kept.
+      ArithmeticError: the loss or the state is not finite; seeds that were finished are kept.
       OSError: the disk is full, or a download failed.
     """
     console = console or Console()
+    trained = load_run(config)  # and what can be said against it ahead of a download
+    setup = make_setup(config, trained, 1)
     examples = _read(config)
-    trained = load_run(config)
-    setup = make_setup(config, trained, len(examples[TRAIN]))
+    setup = setup.with_sequences(len(examples[TRAIN]))
     plan = make_plan(config, trained, setup, {k: len(v) for k, v in examples.items()})
     folder = config.folder()
     record = results.open_record(config, trained, plan, examples, folder)
@@ -66,9 +68,10 @@ def dry_run(config: FinetuneConfig) -> Plan:
     Raises:
       ValueError: bad input.
     """
-    examples = _read(config) if config.data else None
     trained = load_run(config)
-    setup = make_setup(config, trained, len(examples[TRAIN]) if examples else 1)
+    setup = make_setup(config, trained, 1)
+    examples = _read(config) if config.data else None
+    setup = setup.with_sequences(len(examples[TRAIN])) if examples else setup
     counts = {split: len(rows) for split, rows in examples.items()} if examples else None
     return make_plan(config, trained, setup, counts)
 
@@ -137,6 +140,8 @@ class _Job:
                 if len(self.pending) == 2 * LOG_EVERY:  # those before the latest are done by now
                     self._report(LOG_EVERY)
             self._report(len(self.pending))
+            if not bool(all_finite(state)):  # the latest update is in no loss yet
+                self._stop(f"the state is not finite after step {self.done - self.first}")
             evals.append(self._evaluate(state, epoch))
         return state, evals
 
@@ -147,16 +152,18 @@ class _Job:
         losses, self.pending = jax.device_get(self.pending[:count]), self.pending[count:]
         step, mean = self.done - len(self.pending), float(np.mean(losses))
         if not math.isfinite(mean):
-            raise ArithmeticError(
-                f"the loss is {mean} by step {step - self.first} of seed {self.seed}: finetuning"
-                f" stopped. Try a lower --lr, a longer --warmup or --dtype=float32; seeds that were"
-                f" finished are in {self.folder}"
-            )
+            self._stop(f"the loss is {mean} by step {step - self.first}")
         width = self.features[TRAIN].input_ids.shape[1]
         self.speed.update(step, step * self.config.batch_size * width)
         self.display.update(step, {"loss": mean}, self.speed)
         line = {"loss": mean, "lr": float(self.setup.schedule(step - self.first - 1))}
         self.writer.write(step - self.first, line)
+
+    def _stop(self, why: str) -> NoReturn:
+        raise ArithmeticError(
+            f"{why} of seed {self.seed}: finetuning stopped. Try a lower --lr, a longer --warmup or"
+            f" --dtype=float32; seeds that were finished are in {self.folder}"
+        )
 
     def _evaluate(self, state: TrainState, epoch: int) -> dict[str, Any]:
         found: dict[str, float] = {}

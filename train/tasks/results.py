@@ -1,7 +1,8 @@
 """What a finetuning job leaves: OUT/finetune.json, written anew after every seed.
 
     task, metric        the task and its main metric
-    run                 model, method, sparsity, adapter_rank, step and seed of the pretraining
+    run                 model, method, sparsity, adapter_rank, step, seed and lr of the pretraining,
+                        and a digest of its checkpoint's files (None: written without digests)
     seeds               by seed: `evals` after every epoch, the `last` and the `best` of them by the
                         main metric, and seconds
     mean                of `last` and `best` by metric: mean and standard deviation over the seeds
@@ -17,6 +18,7 @@ import statistics
 from typing import Any
 
 from pallas_kernels.files import write_atomically
+from train import integrity
 from train.serving import Trained
 from train.tasks.config import FinetuneConfig
 from train.tasks.examples import Splits
@@ -25,6 +27,7 @@ from train.tasks.registry import Task
 
 RESULT_FILE = "finetune.json"
 IDENTITY = ("config", "run", "data")
+LATER = ("lr", "weights")  # of `run`: earlier records lack them, and are read all the same
 
 
 def open_record(
@@ -55,7 +58,7 @@ def open_record(
         f"  {part} {name}: {saved.get(part, {}).get(name)} there, {value} here"
         for part in IDENTITY
         for name, value in record[part].items()
-        if saved.get(part, {}).get(name) != value
+        if saved.get(part, {}).get(name) != value and not _is_later(part, name, saved)
     ]
     if differing:
         raise ValueError(
@@ -99,17 +102,23 @@ def _means(record: dict[str, Any], which: str) -> dict[str, dict[str, float | No
     return means
 
 
+def _is_later(part: str, name: str, saved: dict[str, Any]) -> bool:
+    return part == "run" and name in LATER and name not in saved.get(part, {})
+
+
 def _new_record(config, trained, plan, examples) -> dict[str, Any]:
     about, task = trained.about, config.chosen
-    names = ("model", "method", "sparsity", "seed")
+    names = ("model", "method", "sparsity", "seed", "lr")
     run = {name: about["config"][name] for name in names}
     if not trained.variables["masks"]:
         run["sparsity"] = "dense"
     rank = trained.model.config.rank
+    checkpoint = config.run() / "checkpoints" / str(about["step"])
+    weights = integrity.fingerprint(checkpoint)
     return {
         "task": task.name,
         "metric": task.metrics[0],
-        "run": run | {"adapter_rank": rank, "step": about["step"]},
+        "run": run | {"adapter_rank": rank, "step": about["step"], "weights": weights},
         "parameters": plan.parameters,
         "data": {split: _digest(rows) for split, rows in examples.items()},
         "examples": {split: len(rows) for split, rows in examples.items()},

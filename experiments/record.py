@@ -1,0 +1,66 @@
+"""Rows of the records: which run each one is of, and what later runs take from them."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pallas_kernels.tuning import slug
+from train.config import Config
+from train.data.sources import split_spec
+from train.tasks.config import FinetuneConfig
+
+MADE = ("date", "commit", "dirty", "command")  # of a record, and of each of its rows
+FOLDERS = ("tokenizer", "init_from", "checkpoint")
+
+
+def read(folder: pathlib.Path, group: str, device: str) -> list[dict[str, Any]]:
+    """The rows of a group's record, with what was true of the record when it was all one; or none."""
+    path = folder / f"accuracy-{group}-{slug(device)}.json"
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text(encoding="utf-8"))
+    made = {name: record[name] for name in MADE if name in record}
+    return [row if "fields" in row else made | row for row in record["results"]]
+
+
+def identity(config: Config | FinetuneConfig) -> dict[str, Any]:
+    """All that decides a run's result, in JSON types, with names in place of this machine's paths."""
+    fields = config.identity()
+    names = {name: pathlib.PurePath(fields[name]).name for name in FOLDERS if name in fields}
+    if isinstance(config, FinetuneConfig):
+        return fields | names | {"data": pathlib.PurePath(config.data).name}
+    sources = [
+        (kind, pathlib.PurePath(argument).name if kind == "text" else argument)
+        for kind, argument in split_spec(config.data)
+    ]
+    data = ",".join(f"{kind}:{argument}" if argument else kind for kind, argument in sources)
+    return fields | names | {"data": data}
+
+
+def is_of(row: Mapping[str, Any], config: Config | FinetuneConfig) -> bool:
+    """Whether a row is of this run. Rows without fields are older than these, and taken for it."""
+    if "fields" not in row:
+        return True
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    there = defaults | row["fields"]  # made by a version without some of today's
+    return all(there[name] == value for name, value in identity(config).items())
+
+
+def best_rate(
+    rows: Sequence[Mapping[str, Any]], method: str, text: str, *, group: str, device: str
+) -> float:
+    """The learning rate with the lowest perplexity of a text.
+
+    Raises:
+      ValueError: none of the rows says.
+    """
+    tried = [r for r in rows if r.get("method") == method and text in r.get("perplexity", {})]
+    if not tried:
+        raise ValueError(
+            f"the record of {group} on {device} has no learning rate of {method} with a perplexity of"
+            f" {text!r}: run --groups={group} first, with the same names in --valid, or give a rate"
+            """ with --override='{"lr": 2e-3}' --results=FOLDER"""
+        )
+    return min(tried, key=lambda row: row["perplexity"][text])["lr"]
