@@ -4,16 +4,15 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import shutil
 
 import jax
 import jax.numpy as jnp
+import jobs
 import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from rich.console import Console
 
 from slope_jax import SparseDense, TrainState
 from slope_jax.models import variant_config
@@ -387,11 +386,9 @@ def folder(tmp_path_factory, small_text):
 
 def run(folder, name, stop_at=None, **fields):
     config = make_config("gpt2-nano", **options(folder, run_dir=str(folder / name), **fields))
-    with open(os.devnull, "w") as nowhere:
-        console = Console(file=nowhere, record=True, width=200)
-        code = pretrain(config, console=console, stop_at=stop_at)
+    code, said = jobs.run(config, stop_at)
     assert code == (Exit.DONE if stop_at is None else Exit.UNFINISHED)
-    return config, console.export_text()
+    return config, said
 
 
 def last_state(config, path):

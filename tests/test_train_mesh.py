@@ -4,19 +4,18 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import shutil
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from rich.console import Console
+from jobs import run
 
 from slope_jax.sharding import AXES, state_specs
 from train import metrics, processes
 from train.checkpoint import Checkpoints
-from train.job import Exit, pretrain
+from train.job import Exit
 from train.mesh import Share, abstract_mesh, make_mesh, parse_mesh, place, set_mesh, share_of
 from train.plan import make_plan
 from train.recipes import make_config
@@ -55,13 +54,6 @@ def folder(tmp_path_factory, small_text):
     path = tmp_path_factory.mktemp("mesh")
     shutil.copytree(small_text, path / "text")
     return path
-
-
-def run(config, stop_at=None) -> tuple[int, str]:
-    with open(os.devnull, "w") as nowhere:
-        console = Console(file=nowhere, record=True, width=200)
-        code = pretrain(config, console=console, stop_at=stop_at)
-    return code, console.export_text()
 
 
 def losses(path) -> dict[int, float]:

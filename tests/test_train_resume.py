@@ -12,11 +12,11 @@ import time
 import jax
 import numpy as np
 import pytest
-from rich.console import Console
+from jobs import run
 
 from train import metrics
 from train.checkpoint import Checkpoints
-from train.job import Exit, pretrain
+from train.job import Exit
 from train.recipes import make_config
 from train.state import abstract_state, make_setup
 
@@ -58,13 +58,6 @@ def folder(tmp_path_factory, small_text):
     path = tmp_path_factory.mktemp("resume")
     shutil.copytree(small_text, path / "text")
     return path
-
-
-def run(config, stop_at=None) -> tuple[int, str]:
-    with open(os.devnull, "w") as nowhere:
-        console = Console(file=nowhere, record=True, width=200)
-        code = pretrain(config, console=console, stop_at=stop_at)
-    return code, console.export_text()
 
 
 def final_state(config, folder: pathlib.Path, step: int):
