@@ -90,6 +90,7 @@ def _continue(served: "Served", arguments: argparse.Namespace) -> None:
         top_p=arguments.top_p,
         key=jax.random.key(arguments.seed) if sampled else None,
     )
+    _warn_of_length(served, lengths.max(), arguments.max_new_tokens)
     rows: list[list[int]] = [[] for _ in prompts]
     written, marks = 0, [begin]
     alone = len(prompts) == 1
@@ -113,6 +114,16 @@ def _continue(served: "Served", arguments: argparse.Namespace) -> None:
         for prompt, (text, _) in zip(arguments.prompt, texts, strict=True):
             print(f"{prompt}{text}\n")
     _say_speed(marks, len(prompts), len(rows[0]))
+
+
+def _warn_of_length(served: "Served", prompt: int, count: int) -> None:
+    if prompt + count > served.longest:
+        print(
+            f"warning: a prompt of {prompt} tokens and {count} new ones are {prompt + count}; the"
+            f" model was trained on sequences of at most {served.longest}, and what it writes behind"
+            " them may be noise. Give a shorter prompt or a lower --max-new-tokens",
+            file=sys.stderr,
+        )
 
 
 def _until(vocabulary, tokens: list[int], end: int | None, stops: Sequence[str]):

@@ -17,8 +17,8 @@ MAX_NEW_TOKENS = 256  # where a task does not say
 class Harness:
     """What the harness asks of a model; `harness_model` makes it one of the harness's own.
 
-    Requests are its `Instance`s, of which only `args` is read. Texts longer than the model's
-    positions lose their beginning.
+    Requests are its `Instance`s, of which only `args` is read. Texts longer than the sequences that
+    the model was trained on (`Served.longest`) lose their beginning.
 
     Args:
       served: what `train.serving.load` gives, a decoder.
@@ -28,7 +28,7 @@ class Harness:
     def __init__(self, served: Served, batch_size: int = 8):
         check_decoder(served)
         self.served, self.size = served, batch_size
-        self.longest = served.model.config.max_positions
+        self.longest = served.longest
         self.end = served.vocabulary.specials.end_of_text
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False):
@@ -40,7 +40,7 @@ class Harness:
             if not 1 <= len(after) <= self.longest:
                 raise ValueError(
                     f"a continuation of {len(after)} tokens; there must be 1 .. {self.longest}"
-                    " (max_positions)"
+                    ", as many as the longest sequences of the run have"
                 )
             tokens = np.array([*before, *after], np.int32)[-(self.longest + 1) :]
             pieces.append((tokens, len(after)))
