@@ -131,6 +131,29 @@ def streamed(served, monkeypatch):
     return run
 
 
+@pytest.mark.parametrize(
+    ("stops", "expected"),
+    [
+        (["END"], "one two "),
+        (["END", "wo END"], "one t"),
+        (["ENDS", "Dx"], "one two END three"),  # begun, and never finished
+        (["three!"], "one two END three"),  # held back to the last
+    ],
+)
+def test_no_beginning_of_a_stop_is_written(served, streamed, capsys, stops, expected):
+    pieces = [served.vocabulary.encode(part) for part in ("one t", "wo E", "N", "D three")]
+    assert streamed(pieces, "--prompt=> ", *(f"--stop={stop}" for stop in stops)) == 0
+    assert capsys.readouterr().out == f"> {expected}\n"
+
+
+def test_half_a_character_is_written_when_nothing_follows(served, streamed, capsys):
+    first, *rest = served.vocabulary.encode("é")
+    assert streamed([[first], rest], "--prompt=a") == 0
+    assert capsys.readouterr().out == "aé\n"
+    assert streamed([[first]], "--prompt=a") == 0
+    assert capsys.readouterr().out == "a\ufffd\n"
+
+
 def test_positions_that_were_never_trained_are_warned_of(served, streamed, capsys):
     assert served.longest == 16 < served.model.config.max_positions
     count = len(served.vocabulary.encode("Mask"))

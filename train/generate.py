@@ -103,13 +103,13 @@ def _continue(served: "Served", arguments: argparse.Namespace) -> None:
         texts = [_until(vocabulary, row, end, arguments.stop) for row in rows]
         if alone:  # what a later token can still change is held back
             text, ended = texts[0]
-            safe = len(text) if ended else len(text.rstrip("\ufffd"))
+            safe = len(text) if ended else _settled(text, arguments.stop)
             print(text[written:safe], end="", flush=True)
             written = max(written, safe)
         if all(ended for _, ended in texts):
             break
     if alone:
-        print()
+        print(texts[0][0][written:])
     else:
         for prompt, (text, _) in zip(arguments.prompt, texts, strict=True):
             print(f"{prompt}{text}\n")
@@ -132,6 +132,13 @@ def _until(vocabulary, tokens: list[int], end: int | None, stops: Sequence[str])
     text = vocabulary.decode(tokens[: tokens.index(end)] if ended else tokens)
     found = [text.index(stop) for stop in stops if stop in text]
     return (text[: min(found)], True) if found else (text, ended)
+
+
+def _settled(text: str, stops: Sequence[str]) -> int:
+    """Characters ahead of what may yet become another character, or turn out to begin a stop."""
+    text = text.rstrip("\ufffd")
+    begun = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+    return len(text) - max(begun, default=0)
 
 
 def _say_speed(marks: Sequence[float], rows: int, tokens: int) -> None:
