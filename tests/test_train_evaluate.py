@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from slope_jax import models
 from slope_jax.generate import generate
-from train.data.tokenizer import train_tokenizer
+from train.data.tokenizer import train_tokenizer, vocabulary_from_json
 from train.evaluate import main, perplexity
+from train.generate import continued_text
 from train.harness import Harness
 from train.scoring import score, strided_windows
 from train.serving import Served
@@ -142,6 +144,71 @@ def test_text_is_generated_up_to_a_stop(served):
     assert adapter.generate_until(requests) == [whole, whole[: whole.index(stop)]]
     with pytest.raises(NotImplementedError, match="do_sample"):
         adapter.generate_until([request("a", {"do_sample": True, "temperature": 0.7})])
+
+
+def test_a_long_context_keeps_what_fits_beside_the_new_tokens(served, monkeypatch):
+    seen = []
+
+    def stream(model, variables, ids, *, lengths, max_new_tokens, **options):
+        seen.append((np.asarray(ids)[0, : lengths[0]].tolist(), max_new_tokens))
+        yield np.array([served.vocabulary.encode("one stop two")], np.int32)
+        raise AssertionError("generated on behind a stop")
+
+    monkeypatch.setattr("train.harness.stream", stream)
+    text = "rank token " * 30
+    tokens = served.vocabulary.encode(text)
+    for wanted, count in ((5, 5), (12, 12), (13, 12), (10_000, 12)):
+        options = {"until": ["stop", "two"], "max_gen_toks": wanted}
+        assert Harness(served).generate_until([request(text, options)]) == ["one "]
+        assert seen.pop() == (tokens[-(LONGEST - count) :], count)
+    short = served._replace(about={"config": {"seq_len": [1]}})
+    with pytest.raises(ValueError, match=r"max_gen_toks=7 leaves no room .* sequences of 1 tokens"):
+        Harness(short).generate_until([request(text, {"max_gen_toks": 7})])
+
+
+def word_piece():
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "the",
+        "kernel",
+        "##s",
+        "is",
+        "rank",
+        ",",
+    ]
+    made = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece(dict(zip(words, range(11), strict=True)))
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    made.decoder = tokenizers.decoders.WordPiece()
+    return made
+
+
+def metaspace():
+    words = ["</s>", "<unk>", "▁the", "▁kernel", "s", "▁is", "▁rank", ","]
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram([(word, -1.0) for word in words], 1))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.decoder = tokenizers.decoders.Metaspace()
+    return made
+
+
+@pytest.mark.parametrize("tokenizer", [word_piece(), metaspace()])
+def test_a_continuation_keeps_the_space_ahead_of_it(tokenizer):
+    vocabulary = vocabulary_from_json(tokenizer.to_str(), "clm")
+    prompt, end = vocabulary.encode("the kernel"), vocabulary.specials.end_of_text
+    whole = vocabulary.encode("the kernel is the rank, the rank")
+    assert whole[: len(prompt)] == prompt
+    new = whole[len(prompt) :]
+    assert continued_text(vocabulary, prompt, new, []) == (" is the rank, the rank", False)
+    assert continued_text(vocabulary, prompt, new, ["", "the", ","]) == (" is ", True)
+    assert continued_text(vocabulary, prompt, [*new[:1], end, 5], []) == (" is", True)
+    assert continued_text(vocabulary, [end], new, []) == ("is the rank, the rank", False)
+    plural = vocabulary.encode("the kernels is")[len(prompt) :]
+    assert continued_text(vocabulary, prompt, plural, []) == ("s is", False)
 
 
 def test_the_command_says_what_is_missing_or_wrong(

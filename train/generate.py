@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from train.data.tokenizer import Vocabulary
     from train.serving import Served
 
 CHUNK = 8  # tokens that are made between two looks at them
@@ -100,7 +101,10 @@ def _continue(served: "Served", arguments: argparse.Namespace) -> None:
         marks.append(time.perf_counter())
         for row, tokens in zip(rows, piece.tolist(), strict=True):
             row.extend(tokens)
-        texts = [_until(vocabulary, row, end, arguments.stop) for row in rows]
+        texts = [
+            continued_text(vocabulary, prompt, row, arguments.stop)
+            for prompt, row in zip(prompts, rows, strict=True)
+        ]
         if alone:  # what a later token can still change is held back
             text, ended = texts[0]
             safe = len(text) if ended else _settled(text, arguments.stop)
@@ -126,11 +130,22 @@ def _warn_of_length(served: "Served", prompt: int, count: int) -> None:
         )
 
 
-def _until(vocabulary, tokens: list[int], end: int | None, stops: Sequence[str]):
-    """The text ahead of the end token and of any stop, and whether there was one."""
+def continued_text(
+    vocabulary: "Vocabulary", prompt: list[int], tokens: list[int], stops: Sequence[str]
+) -> tuple[str, bool]:
+    """The text that `tokens` add to a prompt's, ahead of an end of text and of any stop.
+
+    Decoded behind the prompt, for some tokenizers write no space ahead of a first word.
+
+    Returns:
+      The text, and whether an end or a stop was there.
+    """
+    end = vocabulary.specials.end_of_text
     ended = end in tokens
-    text = vocabulary.decode(tokens[: tokens.index(end)] if ended else tokens)
-    found = [text.index(stop) for stop in stops if stop in text]
+    tokens = tokens[: tokens.index(end)] if ended else tokens
+    prompt = [token for token in prompt if token != end]
+    text = vocabulary.decode([*prompt, *tokens])[len(vocabulary.decode(prompt)) :]
+    found = [text.index(stop) for stop in stops if stop and stop in text]
     return (text[: min(found)], True) if found else (text, ended)
 
 
