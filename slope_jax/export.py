@@ -9,13 +9,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import export as jax_export
 
 from pallas_kernels.files import new_folder
 from slope_jax.models.cache import CACHE, init_cache
 from slope_jax.models.decoder import Decoder
+from slope_jax.prompts import checked_prompts
 
 ABOUT_FILE, PREFILL_FILE, DECODE_FILE = "exported.json", "prefill.jax", "decode.jax"
+_SIZES = ("batch", "prompt", "slots", "vocab_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Exported:
       prefill: (variables, ids (B, P), lengths (B,)) -> (logits (B, V) after each prompt, cache).
       decode: (variables, cache, ids (B, 1), positions (B, 1)) -> (logits (B, V), cache).
       batch, prompt, slots: sizes they were made for.
+      vocab_size: one more than the largest id.
     """
 
     prefill: jax_export.Exported
@@ -33,6 +37,7 @@ class Exported:
     batch: int
     prompt: int
     slots: int
+    vocab_size: int
 
     @property
     def platforms(self) -> tuple[str, ...]:
@@ -45,15 +50,16 @@ class Exported:
 
         Args:
           variables: of the model as it was exported.
-          prompts: int32 (batch, prompt), right-padded.
+          prompts: integers (batch, prompt), right-padded with anything.
           lengths: (batch,) integers in 1 .. prompt; None: all.
 
         Raises:
-          ValueError: more tokens than the cache has slots, or prompts of another shape.
+          ValueError: more tokens than the cache has slots, prompts of another shape, or a length or
+            an id out of range.
         """
-        if prompts.shape != (self.batch, self.prompt):
+        if np.shape(prompts) != (self.batch, self.prompt):
             raise ValueError(
-                f"prompts are {list(prompts.shape)}; what was exported reads"
+                f"prompts are {list(np.shape(prompts))}; what was exported reads"
                 f" {[self.batch, self.prompt]}"
             )
         if not 1 <= count <= self.slots - self.prompt + 1:
@@ -61,8 +67,7 @@ class Exported:
                 f"count={count} must lie between 1 and {self.slots - self.prompt + 1}, for the"
                 f" cache has {self.slots} slots"
             )
-        lengths = jnp.full((self.batch,), self.prompt) if lengths is None else jnp.asarray(lengths)
-        lengths = lengths.astype(jnp.int32)
+        prompts, lengths = checked_prompts(prompts, lengths, self.vocab_size)
         logits, cache = self.prefill.call(variables, prompts.astype(jnp.int32), lengths)
         tokens = [logits.argmax(-1).astype(jnp.int32)]
         for i in range(count - 1):
@@ -149,6 +154,7 @@ def export(
         batch,
         prompt,
         slots,
+        model.config.vocab_size,
     )
 
 
@@ -172,7 +178,7 @@ def save(exported: Exported, folder: pathlib.Path | str) -> pathlib.Path:
     """
     _check_flatbuffers()
     folder = pathlib.Path(folder).expanduser().resolve()
-    about = {name: getattr(exported, name) for name in ("batch", "prompt", "slots")}
+    about = {name: getattr(exported, name) for name in _SIZES}
     about |= {"platforms": list(exported.platforms), "jax": jax.__version__}
     with new_folder(folder) as staging:
         (staging / PREFILL_FILE).write_bytes(exported.prefill.serialize())
@@ -196,7 +202,7 @@ def load(folder: pathlib.Path | str) -> Exported:
     prefill, decode = (
         jax_export.deserialize(bytearray((folder / name).read_bytes())) for name in names[1:]
     )
-    return Exported(prefill, decode, about["batch"], about["prompt"], about["slots"])
+    return Exported(prefill, decode, *(about[name] for name in _SIZES))
 
 
 def _check_flatbuffers() -> None:

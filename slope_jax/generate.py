@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from slope_jax.dense import ADAPTER_L, ADAPTER_R
 from slope_jax.models.cache import CACHE, init_cache
 from slope_jax.models.decoder import Decoder
 from slope_jax.models.stack import unstack_layers
+from slope_jax.prompts import checked_prompts, is_integer
 
 _CAST = ("kernel", "embedding", ADAPTER_L, ADAPTER_R)
 
@@ -74,7 +76,8 @@ def generate(
       key: PRNG key, needed for sampling.
 
     Raises:
-      ValueError: a value out of range, or prompts and new tokens together exceed max_positions.
+      ValueError: a value or an id out of range, or prompts and new tokens together exceed
+        max_positions.
 
     >>> from slope_jax.models import build
     >>> model = build("gpt2-nano", vocab_size=64, num_layers=1, hidden_size=32, mlp_size=64)
@@ -181,11 +184,20 @@ class _Loop(NamedTuple):
 def _prepared(
     model, variables, prompts, max_new_tokens, lengths, end_token, temperature, top_k, top_p, key
 ) -> tuple[_How, _Given, jax.Array]:
-    prompts = jnp.asarray(prompts)
-    _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key)
+    if not isinstance(model, Decoder):
+        raise ValueError(f"{type(model).__name__} does not generate; use a GPT-2, OPT or LLaMA")
+    vocab_size = model.config.vocab_size
+    prompts, lengths = checked_prompts(prompts, lengths, vocab_size)
+    _check_room(prompts.shape[1], max_new_tokens, model.config.max_positions)
+    if end_token is not None and not (is_integer(end_token) and 0 <= end_token < vocab_size):
+        raise ValueError(
+            f"end_token={end_token!r} must be an integer between 0 and {vocab_size - 1}"
+            " (vocab_size-1), or None"
+        )
+    _check_sampling(vocab_size, temperature, top_k, top_p, key)
     given = _Given(
         variables,
-        _checked_lengths(prompts, lengths),
+        lengths,
         jax.random.key(0) if key is None else key,
         jnp.float32(temperature),
         None if top_p is None else jnp.float32(top_p),
@@ -264,45 +276,24 @@ def _likely(logits: jax.Array, top_k: int | None, top_p: jax.Array | None) -> ja
     return jnp.full_like(logits, -jnp.inf).at[rows, tokens].set(falling, unique_indices=True)
 
 
-def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key) -> None:
-    if not isinstance(model, Decoder):
-        raise ValueError(f"{type(model).__name__} does not generate; use a GPT-2, OPT or LLaMA")
-    if prompts.ndim != 2 or not jnp.issubdtype(prompts.dtype, jnp.integer) or not prompts.size:
-        raise ValueError(
-            f"prompts are {prompts.dtype}{list(prompts.shape)}; they must be integers"
-            " (batch, tokens), at least one of each"
-        )
-    if isinstance(max_new_tokens, bool) or int(max_new_tokens) != max_new_tokens:
+def _check_room(width: int, max_new_tokens, most: int) -> None:
+    if not is_integer(max_new_tokens) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens!r} must be a positive integer")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be a positive integer")
-    total, most = prompts.shape[1] + max_new_tokens, model.config.max_positions
-    if total > most:
+    if (total := width + max_new_tokens) > most:
         raise ValueError(
-            f"prompts of {prompts.shape[1]} tokens and {max_new_tokens} new ones are {total}, more"
-            f" than max_positions={most}; shorten one of them"
+            f"prompts of {width} tokens and {max_new_tokens} new ones are {total}, more than"
+            f" max_positions={most}; shorten one of them"
         )
-    if not temperature >= 0:
-        raise ValueError(f"temperature={temperature} must not be negative; 0 is greedy")
-    if top_k is not None and not 1 <= top_k <= model.config.vocab_size:
-        raise ValueError(f"top_k={top_k} must lie between 1 and {model.config.vocab_size} tokens")
+
+
+def _check_sampling(vocab_size: int, temperature, top_k, top_p, key) -> None:
+    if not (temperature >= 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature={temperature} must not be negative or infinite; 0 is greedy")
+    if top_k is not None and not (is_integer(top_k) and 1 <= top_k <= vocab_size):
+        raise ValueError(f"top_k={top_k!r} must be an integer between 1 and {vocab_size} tokens")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must be a probability in (0, 1]")
     if temperature and key is None:
         raise ValueError(f"temperature={temperature} samples; pass key=jax.random.key(seed)")
     if not temperature and (top_k is not None or top_p is not None):
         raise ValueError("top_k and top_p choose what is sampled; set a temperature above 0")
-
-
-def _checked_lengths(prompts: jax.Array, lengths) -> jax.Array:
-    batch, width = prompts.shape
-    if lengths is None:
-        return jnp.full((batch,), width, jnp.int32)
-    given = np.asarray(lengths)
-    fits = given.shape == (batch,) and np.issubdtype(given.dtype, np.integer)
-    if not fits or not ((given >= 1) & (given <= width)).all():
-        raise ValueError(
-            f"lengths={given.tolist()}; for prompts of {list(prompts.shape)} they must be {batch}"
-            f" integers in 1 .. {width}"
-        )
-    return jnp.asarray(given, jnp.int32)

@@ -34,12 +34,17 @@ def test_what_is_loaded_gives_the_tokens_of_generate(made, tmp_path):
     loaded = export.load(tmp_path / "made")
     expected = generate(model, variables, prompts, lengths=lengths, max_new_tokens=7).tokens
     assert len(set(np.asarray(expected).ravel().tolist())) > 3
-    np.testing.assert_array_equal(loaded.greedy(variables, prompts, 7, lengths), expected)
+    padded = np.where(np.arange(6) < lengths[:, None], prompts, -1)
+    np.testing.assert_array_equal(loaded.greedy(variables, padded, 7, lengths), expected)
     assert loaded.platforms == ("cpu",)
     with pytest.raises(ValueError, match=r"reads \[2, 6\]"):
         loaded.greedy(variables, prompts[:1], 7)
     with pytest.raises(ValueError, match="between 1 and 7"):
         loaded.greedy(variables, prompts, 8)
+    with pytest.raises(ValueError, match=r"lengths=\[7, 3\]; .* 2 integers in 1 .. 6"):
+        loaded.greedy(variables, prompts, 7, [7, 3])
+    with pytest.raises(ValueError, match=r"prompts\[1, 3\]=-1 is no token: .* 0 and 60"):
+        loaded.greedy(variables, padded, 7)
     with pytest.raises(ValueError, match="exists already"):
         export.save(exported, tmp_path / "made")
     (tmp_path / "made" / export.DECODE_FILE).unlink()

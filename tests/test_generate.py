@@ -148,19 +148,38 @@ def test_likely_tokens():
     assert kept(2, jnp.float32(0.55)) == [False, True, False, False]
 
 
-def test_of_equally_likely_tokens_those_ahead_stay():
-    logits = jnp.array([[0.0, 1.0, 1.0, 1.0, 1.0]])
+def test_of_equally_likely_tokens_the_lower_ids_are_kept():
+    logits = jnp.array([[1.0, 2.0, 2.0, 0.0, 2.0, 2.0], [0.0] * 6])  # bf16 knows few values
+    for top_k, kept in ((1, [[1], [0]]), (3, [[1, 2, 4], [0, 1, 2]]), (5, [[0, 1, 2, 4, 5], [0, 1, 2, 3, 4]])):  # fmt: skip
+        found = module._likely(logits, top_k, None)
+        assert [np.flatnonzero(np.isfinite(row)).tolist() for row in found] == kept
+        for row, ids in enumerate(kept):
+            np.testing.assert_array_equal(found[row, ids], logits[row, ids])
+    # The tied ones hold e^2 / (4 e^2 + e + 1) = 0.222 each of the first row, a sixth of the second.
+    found = module._likely(logits, None, jnp.float32(0.4))
+    assert [np.flatnonzero(np.isfinite(row)).tolist() for row in found] == [[1, 2], [0, 1, 2]]
+    both = module._likely(logits, 4, jnp.float32(0.6))
+    assert [np.flatnonzero(np.isfinite(row)).tolist() for row in both] == [[1, 2, 4], [0, 1, 2]]
 
-    def kept(top_k, top_p):
-        found = module._likely(logits, top_k, top_p)
-        np.testing.assert_array_equal(found[jnp.isfinite(found)], 1.0)
-        return np.flatnonzero(np.isfinite(found[0])).tolist()
 
-    assert kept(1, None) == [1]
-    assert kept(3, None) == [1, 2, 3]
-    share = np.e / (4 * np.e + 1)
-    assert kept(None, jnp.float32(1.5 * share)) == [1, 2]
-    assert kept(2, jnp.float32(0.9)) == [1, 2]
+@pytest.mark.parametrize("padding", [-100, 2**31 - 1])
+def test_what_pads_prompts_changes_nothing(padding):
+    model, variables = made("opt-nano")
+    padded = np.where(np.arange(6) < LENGTHS[:, None], PROMPTS, padding)
+    options = {"lengths": LENGTHS, "max_new_tokens": 6}
+    expected = generate(model, variables, PROMPTS, **options).tokens
+    np.testing.assert_array_equal(generate(model, variables, padded, **options).tokens, expected)
+
+
+def test_prompts_may_be_traced():
+    model, variables = made("opt-nano")
+
+    @jax.jit
+    def run(prompts, lengths):
+        return generate(model, variables, prompts, lengths=lengths, max_new_tokens=6).tokens
+
+    expected = generate(model, variables, PROMPTS, lengths=LENGTHS, max_new_tokens=6).tokens
+    np.testing.assert_array_equal(run(PROMPTS, LENGTHS), expected)
 
 
 @pytest.mark.parametrize(
@@ -172,8 +191,14 @@ def test_of_equally_likely_tokens_those_ahead_stay():
         ({"lengths": [7, 1, 1]}, r"in 1 .. 6"),
         ({"lengths": [1.0, 1.0, 1.0]}, "integers"),
         ({"temperature": -1.0}, "temperature=-1.0 must not be negative"),
+        ({"temperature": float("nan")}, "temperature=nan must not be"),
+        ({"temperature": float("inf"), "key": KEY}, "temperature=inf must not be .* infinite"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens=2.0 must be a positive integer"),
+        ({"end_token": 61}, r"end_token=61 must be an integer between 0 and 60"),
+        ({"end_token": -1}, "end_token=-1 must be"),
+        ({"temperature": 1.0, "key": KEY, "top_k": 2.0}, "top_k=2.0 must be an integer"),
         ({"temperature": 1.0}, r"samples; pass key="),
-        ({"temperature": 1.0, "key": KEY, "top_k": 62}, "top_k=62 must lie between 1 and 61"),
+        ({"temperature": 1.0, "key": KEY, "top_k": 62}, "top_k=62 must be .* between 1 and 61"),
         ({"temperature": 1.0, "key": KEY, "top_p": 0.0}, "top_p=0.0 must be a probability"),
         ({"top_k": 2}, "set a temperature above 0"),
     ],
@@ -190,6 +215,11 @@ def test_bad_models_prompts_and_places():
     model = models.build("gpt2-nano", **SMALL)
     with pytest.raises(ValueError, match=r"prompts are int32\[6\]; they must be integers"):
         generate(model, {}, PROMPTS[0], max_new_tokens=1)
+    for wrong, lengths in ((61, None), (-1, None), (2**40, [6, 1, 3])):  # which wraps to 0
+        prompts = np.asarray(PROMPTS, np.int64)
+        prompts[2, 2] = wrong
+        with pytest.raises(ValueError, match=rf"prompts\[2, 2\]={wrong} is no token: .* 0 and 60"):
+            generate(model, {}, prompts, lengths=lengths, max_new_tokens=1)
     init = functools.partial(jax.eval_shape, model.init, jax.random.key(0), PROMPTS)
     with pytest.raises(ValueError, match="positions are given without a cache"):
         init(positions=PROMPTS)

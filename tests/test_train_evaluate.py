@@ -10,16 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from slope_jax import models
 from slope_jax.generate import generate
-from train.data.tokenizer import train_tokenizer
+from train.data.tokenizer import train_tokenizer, vocabulary_from_json
 from train.evaluate import main, perplexity
+from train.generate import continued_text
 from train.harness import Harness
 from train.scoring import score, strided_windows
 from train.serving import Served
 
-LONGEST = 24
+LONGEST = 24  # tokens of the run's sequences; there are more positions, never trained
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def served(small_text):
         hidden_size=32,
         num_heads=2,
         mlp_size=64,
-        max_positions=LONGEST,
+        max_positions=LONGEST + 8,
     )
     variables = jax.jit(model.init)(jax.random.key(0), **model.example_inputs())
     # Far from birth, where all logits are alike.
@@ -85,8 +87,8 @@ def test_perplexity_is_that_of_a_loop(served, window, stride):
     assert result["nats_per_token"] == pytest.approx(total / 60, rel=1e-5)
     assert result["perplexity"] == pytest.approx(math.exp(total / 60), rel=1e-4)
     assert result["accuracy"] == right / 60
-    with pytest.raises(ValueError, match="max_positions=24"):
-        perplexity(served, tokens, window=25)
+    with pytest.raises(ValueError, match="max_positions=32"):
+        perplexity(served, tokens, window=33)
 
 
 def request(*args):
@@ -144,6 +146,71 @@ def test_text_is_generated_up_to_a_stop(served):
         adapter.generate_until([request("a", {"do_sample": True, "temperature": 0.7})])
 
 
+def test_a_long_context_keeps_what_fits_beside_the_new_tokens(served, monkeypatch):
+    seen = []
+
+    def stream(model, variables, ids, *, lengths, max_new_tokens, **options):
+        seen.append((np.asarray(ids)[0, : lengths[0]].tolist(), max_new_tokens))
+        yield np.array([served.vocabulary.encode("one stop two")], np.int32)
+        raise AssertionError("generated on behind a stop")
+
+    monkeypatch.setattr("train.harness.stream", stream)
+    text = "rank token " * 30
+    tokens = served.vocabulary.encode(text)
+    for wanted, count in ((5, 5), (12, 12), (13, 12), (10_000, 12)):
+        options = {"until": ["stop", "two"], "max_gen_toks": wanted}
+        assert Harness(served).generate_until([request(text, options)]) == ["one "]
+        assert seen.pop() == (tokens[-(LONGEST - count) :], count)
+    short = served._replace(about={"config": {"seq_len": [1]}})
+    with pytest.raises(ValueError, match=r"max_gen_toks=7 leaves no room .* sequences of 1 tokens"):
+        Harness(short).generate_until([request(text, {"max_gen_toks": 7})])
+
+
+def word_piece():
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "the",
+        "kernel",
+        "##s",
+        "is",
+        "rank",
+        ",",
+    ]
+    made = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece(dict(zip(words, range(11), strict=True)))
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    made.decoder = tokenizers.decoders.WordPiece()
+    return made
+
+
+def metaspace():
+    words = ["</s>", "<unk>", "▁the", "▁kernel", "s", "▁is", "▁rank", ","]
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram([(word, -1.0) for word in words], 1))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.decoder = tokenizers.decoders.Metaspace()
+    return made
+
+
+@pytest.mark.parametrize("tokenizer", [word_piece(), metaspace()])
+def test_a_continuation_keeps_the_space_ahead_of_it(tokenizer):
+    vocabulary = vocabulary_from_json(tokenizer.to_str(), "clm")
+    prompt, end = vocabulary.encode("the kernel"), vocabulary.specials.end_of_text
+    whole = vocabulary.encode("the kernel is the rank, the rank")
+    assert whole[: len(prompt)] == prompt
+    new = whole[len(prompt) :]
+    assert continued_text(vocabulary, prompt, new, []) == (" is the rank, the rank", False)
+    assert continued_text(vocabulary, prompt, new, ["", "the", ","]) == (" is ", True)
+    assert continued_text(vocabulary, prompt, [*new[:1], end, 5], []) == (" is", True)
+    assert continued_text(vocabulary, [end], new, []) == ("is the rank, the rank", False)
+    plural = vocabulary.encode("the kernels is")[len(prompt) :]
+    assert continued_text(vocabulary, prompt, plural, []) == ("s is", False)
+
+
 def test_the_command_says_what_is_missing_or_wrong(
     served, monkeypatch, tmp_path, capsys, small_text
 ):
@@ -155,6 +222,7 @@ def test_the_command_says_what_is_missing_or_wrong(
     found = json.loads(output.read_text())["results"]
     assert f"perplexity {found['perplexity']:,.3f}" in capsys.readouterr().out
     assert found["tokens"] >= 199
+    assert found["window"] == LONGEST
     assert main([*options, data, "--held-out"]) == 0
     held = capsys.readouterr().out
     assert main([*options, data]) == 0

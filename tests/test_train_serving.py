@@ -110,11 +110,60 @@ def test_the_command_writes_what_is_generated(run, served, capsys):
     out, err = capsys.readouterr()
     assert out == f"Sparse kernel{expected['Sparse kernel']}\n"
     assert "first token after" in err
+    assert "warning" not in err
     stop = expected["Mask"][3:6]
     assert main([*options, "--prompt=Sparse kernel", "--prompt=Mask", f"--stop={stop}"]) == 0
     first, second, _ = capsys.readouterr().out.split("\n\n")
     assert first == f"Sparse kernel{expected['Sparse kernel'].split(stop)[0]}"
     assert second == f"Mask{expected['Mask'].split(stop)[0]}"
+
+
+@pytest.fixture
+def streamed(served, monkeypatch):
+    """Runs the command on a model whose stream gives these pieces of one row."""
+
+    def run(pieces, *options):
+        rows = [np.array([piece], np.int32) for piece in pieces]
+        monkeypatch.setattr("train.serving.load", lambda path, step=None: served)
+        monkeypatch.setattr("slope_jax.generate.stream", lambda *args, **kwargs: iter(rows))
+        return main(["--checkpoint=run", *options])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("stops", "expected"),
+    [
+        (["END"], "one two "),
+        (["END", "wo END"], "one t"),
+        (["ENDS", "Dx"], "one two END three"),  # begun, and never finished
+        (["three!"], "one two END three"),  # held back to the last
+    ],
+)
+def test_no_beginning_of_a_stop_is_written(served, streamed, capsys, stops, expected):
+    pieces = [served.vocabulary.encode(part) for part in ("one t", "wo E", "N", "D three")]
+    assert streamed(pieces, "--prompt=> ", *(f"--stop={stop}" for stop in stops)) == 0
+    assert capsys.readouterr().out == f"> {expected}\n"
+
+
+def test_half_a_character_is_written_when_nothing_follows(served, streamed, capsys):
+    first, *rest = served.vocabulary.encode("é")
+    assert streamed([[first], rest], "--prompt=a") == 0
+    assert capsys.readouterr().out == "aé\n"
+    assert streamed([[first]], "--prompt=a") == 0
+    assert capsys.readouterr().out == "a\ufffd\n"
+
+
+def test_positions_that_were_never_trained_are_warned_of(served, streamed, capsys):
+    assert served.longest == 16 < served.model.config.max_positions
+    count = len(served.vocabulary.encode("Mask"))
+    for new, warned in ((16 - count, False), (17 - count, True)):
+        assert streamed([[5]], "--prompt=Mask", f"--max-new-tokens={new}") == 0
+        out, err = capsys.readouterr()
+        assert out.startswith("Mask")
+        assert ("warning" in err) == warned
+    assert f"of {count} tokens and {17 - count} new ones are 17; " in err
+    assert "sequences of at most 16" in err
 
 
 def test_a_bert_fills_masks(tmp_path, small_text, capsys):

@@ -69,7 +69,7 @@ def perplexity(
 
     check_decoder(served)
     most = served.model.config.max_positions
-    window = window or min(max(served.about["config"]["seq_len"]), most)
+    window = window or served.longest
     stride = stride or max(1, window // 2)
     if not 1 <= window <= most:
         raise ValueError(f"window={window} must lie between 1 and max_positions={most}")

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from train.data.tokenizer import Vocabulary
     from train.serving import Served
 
 CHUNK = 8  # tokens that are made between two looks at them
@@ -90,6 +91,7 @@ def _continue(served: "Served", arguments: argparse.Namespace) -> None:
         top_p=arguments.top_p,
         key=jax.random.key(arguments.seed) if sampled else None,
     )
+    _warn_of_length(served, lengths.max(), arguments.max_new_tokens)
     rows: list[list[int]] = [[] for _ in prompts]
     written, marks = 0, [begin]
     alone = len(prompts) == 1
@@ -99,28 +101,59 @@ def _continue(served: "Served", arguments: argparse.Namespace) -> None:
         marks.append(time.perf_counter())
         for row, tokens in zip(rows, piece.tolist(), strict=True):
             row.extend(tokens)
-        texts = [_until(vocabulary, row, end, arguments.stop) for row in rows]
+        texts = [
+            continued_text(vocabulary, prompt, row, arguments.stop)
+            for prompt, row in zip(prompts, rows, strict=True)
+        ]
         if alone:  # what a later token can still change is held back
             text, ended = texts[0]
-            safe = len(text) if ended else len(text.rstrip("\ufffd"))
+            safe = len(text) if ended else _settled(text, arguments.stop)
             print(text[written:safe], end="", flush=True)
             written = max(written, safe)
         if all(ended for _, ended in texts):
             break
     if alone:
-        print()
+        print(texts[0][0][written:])
     else:
         for prompt, (text, _) in zip(arguments.prompt, texts, strict=True):
             print(f"{prompt}{text}\n")
     _say_speed(marks, len(prompts), len(rows[0]))
 
 
-def _until(vocabulary, tokens: list[int], end: int | None, stops: Sequence[str]):
-    """The text ahead of the end token and of any stop, and whether there was one."""
+def _warn_of_length(served: "Served", prompt: int, count: int) -> None:
+    if prompt + count > served.longest:
+        print(
+            f"warning: a prompt of {prompt} tokens and {count} new ones are {prompt + count}; the"
+            f" model was trained on sequences of at most {served.longest}, and what it writes behind"
+            " them may be noise. Give a shorter prompt or a lower --max-new-tokens",
+            file=sys.stderr,
+        )
+
+
+def continued_text(
+    vocabulary: "Vocabulary", prompt: list[int], tokens: list[int], stops: Sequence[str]
+) -> tuple[str, bool]:
+    """The text that `tokens` add to a prompt's, ahead of an end of text and of any stop.
+
+    Decoded behind the prompt, for some tokenizers write no space ahead of a first word.
+
+    Returns:
+      The text, and whether an end or a stop was there.
+    """
+    end = vocabulary.specials.end_of_text
     ended = end in tokens
-    text = vocabulary.decode(tokens[: tokens.index(end)] if ended else tokens)
-    found = [text.index(stop) for stop in stops if stop in text]
+    tokens = tokens[: tokens.index(end)] if ended else tokens
+    prompt = [token for token in prompt if token != end]
+    text = vocabulary.decode([*prompt, *tokens])[len(vocabulary.decode(prompt)) :]
+    found = [text.index(stop) for stop in stops if stop and stop in text]
     return (text[: min(found)], True) if found else (text, ended)
+
+
+def _settled(text: str, stops: Sequence[str]) -> int:
+    """Characters ahead of what may yet become another character, or turn out to begin a stop."""
+    text = text.rstrip("\ufffd")
+    begun = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+    return len(text) - max(begun, default=0)
 
 
 def _say_speed(marks: Sequence[float], rows: int, tokens: int) -> None:

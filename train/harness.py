@@ -6,8 +6,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from slope_jax.generate import generate
+from slope_jax.generate import stream
 from train.evaluate import check_decoder
+from train.generate import CHUNK, continued_text
 from train.scoring import score, strided_windows
 from train.serving import Served
 
@@ -17,8 +18,8 @@ MAX_NEW_TOKENS = 256  # where a task does not say
 class Harness:
     """What the harness asks of a model; `harness_model` makes it one of the harness's own.
 
-    Requests are its `Instance`s, of which only `args` is read. Texts longer than the model's
-    positions lose their beginning.
+    Requests are its `Instance`s, of which only `args` is read. Texts longer than the sequences that
+    the model was trained on (`Served.longest`) lose their beginning.
 
     Args:
       served: what `train.serving.load` gives, a decoder.
@@ -28,7 +29,7 @@ class Harness:
     def __init__(self, served: Served, batch_size: int = 8):
         check_decoder(served)
         self.served, self.size = served, batch_size
-        self.longest = served.model.config.max_positions
+        self.longest = served.longest
         self.end = served.vocabulary.specials.end_of_text
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False):
@@ -40,7 +41,7 @@ class Harness:
             if not 1 <= len(after) <= self.longest:
                 raise ValueError(
                     f"a continuation of {len(after)} tokens; there must be 1 .. {self.longest}"
-                    " (max_positions)"
+                    ", as many as the longest sequences of the run have"
                 )
             tokens = np.array([*before, *after], np.int32)[-(self.longest + 1) :]
             pieces.append((tokens, len(after)))
@@ -65,7 +66,11 @@ class Harness:
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """For args (context, options): the greedy continuation ahead of the first stop.
 
-        Options: `until`, a text or several; `max_gen_toks`; sampling is refused.
+        Options: `until`, a text or several; `max_gen_toks`, of which half the model's longest
+        sequence is given at most, the rest being the prompt's; sampling is refused.
+
+        Raises:
+          ValueError: there is no room for any prompt.
         """
         return [self._generate(*request.args) for request in requests]
 
@@ -74,24 +79,38 @@ class Harness:
             raise NotImplementedError("do_sample: only greedy generation is evaluated here")
         stops = options.get("until") or []
         stops = [stops] if isinstance(stops, str) else list(stops)
-        count = min(options.get("max_gen_toks") or MAX_NEW_TOKENS, self.longest - 1)
         vocabulary = self.served.vocabulary
-        prompt = (vocabulary.encode(context) or [self.end])[-(self.longest - count) :]
-        width = min(self.longest - count, -(-len(prompt) // 64) * 64)  # few shapes to compile
+        count, room = self._shares(options.get("max_gen_toks") or MAX_NEW_TOKENS)
+        prompt = (vocabulary.encode(context) or [self.end])[-room:]
+        width = min(room, -(-len(prompt) // 64) * 64)  # few shapes to compile
         ids = np.zeros((1, width), np.int32)
         ids[0, : len(prompt)] = prompt
-        made = generate(
+        pieces = stream(
             self.served.model,
             self.served.variables,
             jnp.asarray(ids),
             lengths=np.array([len(prompt)]),
             max_new_tokens=count,
+            chunk=CHUNK,
             end_token=self.end,
         )
-        tokens = np.asarray(made.tokens[0])[: int(made.lengths[0])].tolist()
-        text = vocabulary.decode([token for token in tokens if token != self.end])
-        found = [text.index(stop) for stop in stops if stop and stop in text]
-        return text[: min(found)] if found else text
+        text, tokens = "", []
+        for piece in pieces:
+            tokens.extend(piece[0].tolist())
+            text, ended = continued_text(vocabulary, prompt, tokens, stops)
+            if ended:
+                break
+        return text
+
+    def _shares(self, wanted: int) -> tuple[int, int]:
+        """New tokens, and those of the prompt that there is room for."""
+        count = min(wanted, max(1, self.longest // 2))
+        if count >= self.longest:
+            raise ValueError(
+                f"max_gen_toks={wanted} leaves no room for a prompt in sequences of {self.longest}"
+                " tokens, the longest of the run; evaluate a model trained on longer ones"
+            )
+        return count, self.longest - count
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Tokens of both, cut where the text of the context ends; its last spaces go along."""

@@ -48,6 +48,14 @@ class Served(NamedTuple):
         """Bytes of all weights and metadata."""
         return sum(x.nbytes for x in jax.tree.leaves(self.variables))
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequences that the model was trained on.
+
+        Its table of positions may go on, but behind these it is as it was initialised.
+        """
+        return min(max(self.about["config"]["seq_len"]), self.model.config.max_positions)
+
 
 class Trained(NamedTuple):
     """A model as training left it, to go on with.

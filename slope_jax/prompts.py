@@ -1,0 +1,80 @@
+"""Prompts of generation: rows of ids, right-padded, checked before a program reads them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def checked_prompts(prompts: Any, lengths: Any, vocab_size: int) -> tuple[jax.Array, jax.Array]:
+    """Ids (B, P) with 0 behind each prompt, and int32 lengths (B,).
+
+    Values that are being traced are not looked at.
+
+    Args:
+      prompts: (B, P) integers, right-padded with anything.
+      lengths: (B,) integers in 1 .. P; None: all P.
+      vocab_size: one more than the largest id.
+
+    Raises:
+      ValueError: another shape or dtype, or a length or an id out of range.
+
+    >>> checked_prompts([[3, 1, 4], [2, -1, -1]], [3, 1], 5)[0].tolist()
+    [[3, 1, 4], [2, 0, 0]]
+    """
+    prompts = prompts if isinstance(prompts, jax.Array) else np.asarray(prompts)
+    if prompts.ndim != 2 or not jnp.issubdtype(prompts.dtype, jnp.integer) or not prompts.size:
+        raise ValueError(
+            f"prompts are {prompts.dtype}{list(prompts.shape)}; they must be integers"
+            " (batch, tokens), at least one of each"
+        )
+    lengths = _checked_lengths(prompts.shape, lengths)
+    if _known(prompts) and _known(lengths):
+        _check_ids(np.asarray(prompts), lengths, vocab_size)
+    lengths = jnp.asarray(lengths, jnp.int32)
+    return _cleared(jnp.asarray(prompts), lengths), lengths
+
+
+@jax.jit
+def _cleared(prompts: jax.Array, lengths: jax.Array) -> jax.Array:
+    # An id that has no row in the table would become NaN, and attention 0 * NaN.
+    valid = jnp.arange(prompts.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
+    return jnp.where(valid, prompts, 0)
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _known(values: Any) -> bool:
+    """False while tracing, and where other processes hold a part."""
+    return not isinstance(values, jax.core.Tracer) and getattr(values, "is_fully_addressable", True)
+
+
+def _checked_lengths(shape: tuple[int, int], lengths: Any) -> Any:
+    batch, width = shape
+    if lengths is None:
+        return np.full(batch, width, np.int32)
+    if not _known(lengths):
+        return lengths
+    given = np.asarray(lengths)
+    fits = given.shape == (batch,) and np.issubdtype(given.dtype, np.integer)
+    if not fits or not ((given >= 1) & (given <= width)).all():
+        raise ValueError(
+            f"lengths={given.tolist()}; for prompts of {[batch, width]} they must be {batch}"
+            f" integers in 1 .. {width}"
+        )
+    return given
+
+
+def _check_ids(prompts: np.ndarray, lengths: np.ndarray, vocab_size: int) -> None:
+    valid = np.arange(prompts.shape[1]) < lengths[:, None]
+    wrong = np.argwhere(valid & ((prompts < 0) | (prompts >= vocab_size)))
+    if len(wrong):
+        row, place = wrong[0].tolist()
+        raise ValueError(
+            f"prompts[{row}, {place}]={prompts[row, place]} is no token: ids must lie between 0 and"
+            f" {vocab_size - 1} (vocab_size-1). Encode with the model's tokenizer, and give the"
+            " lengths of padded prompts"
+        )
