@@ -1,6 +1,7 @@
 """Generation as files that need no model code: prefill and decode by `jax.export`."""
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import pathlib
@@ -18,6 +19,8 @@ from slope_jax.models.decoder import Decoder
 from slope_jax.prompts import checked_prompts
 
 ABOUT_FILE, PREFILL_FILE, DECODE_FILE = "exported.json", "prefill.jax", "decode.jax"
+_FILES = {"prefill": PREFILL_FILE, "decode": DECODE_FILE}
+_REMEDY = "Copy the folder again, or export the model again"
 _SIZES = ("batch", "prompt", "slots", "vocab_size")
 
 
@@ -180,9 +183,11 @@ def save(exported: Exported, folder: pathlib.Path | str) -> pathlib.Path:
     folder = pathlib.Path(folder).expanduser().resolve()
     about = {name: getattr(exported, name) for name in _SIZES}
     about |= {"platforms": list(exported.platforms), "jax": jax.__version__}
+    programs = {name: bytes(getattr(exported, name).serialize()) for name in _FILES}
+    about["files"] = {_FILES[name]: _noted(program) for name, program in programs.items()}
     with new_folder(folder) as staging:
-        (staging / PREFILL_FILE).write_bytes(exported.prefill.serialize())
-        (staging / DECODE_FILE).write_bytes(exported.decode.serialize())
+        for name, program in programs.items():
+            (staging / _FILES[name]).write_bytes(program)
         (staging / ABOUT_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return folder
 
@@ -191,18 +196,31 @@ def load(folder: pathlib.Path | str) -> Exported:
     """What `save` wrote.
 
     Raises:
-      ValueError: files are missing, or flatbuffers, which JAX reads with.
+      ValueError: files are missing or not what was written, or flatbuffers, which JAX reads with,
+        is missing.
     """
     _check_flatbuffers()
     folder = pathlib.Path(folder).expanduser()
-    names = (ABOUT_FILE, PREFILL_FILE, DECODE_FILE)
+    names = (ABOUT_FILE, *_FILES.values())
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise ValueError(f"{folder} lacks {', '.join(missing)}; slope_jax.export.save writes them")
-    about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
-    prefill, decode = (
-        jax_export.deserialize(bytearray((folder / name).read_bytes())) for name in names[1:]
-    )
-    return Exported(prefill, decode, *(about[name] for name in _SIZES))
+    try:
+        about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
+        sizes, noted = [int(about[name]) for name in _SIZES], dict(about["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / ABOUT_FILE} cannot be read ({error!r}). {_REMEDY}") from error
+    programs = [(folder / name).read_bytes() for name in _FILES.values()]
+    for name, program in zip(_FILES.values(), programs, strict=True):
+        if noted.get(name) != _noted(program):
+            raise ValueError(
+                f"{folder / name} is damaged: its {len(program):,} bytes are not what was written."
+                f" {_REMEDY}"
+            )
+    return Exported(*(jax_export.deserialize(bytearray(p)) for p in programs), *sizes)
+
+
+def _noted(program: bytes) -> dict[str, Any]:
+    return {"bytes": len(program), "sha256": hashlib.sha256(program).hexdigest()}
 
 
 def _check_flatbuffers() -> None:

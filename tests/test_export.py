@@ -47,9 +47,21 @@ def test_what_is_loaded_gives_the_tokens_of_generate(made, tmp_path):
         loaded.greedy(variables, padded, 7)
     with pytest.raises(ValueError, match="exists already"):
         export.save(exported, tmp_path / "made")
+    program = (tmp_path / "made" / export.DECODE_FILE).read_bytes()
+    for damaged in (program[:-100], b"", bytes([program[0] ^ 1]) + program[1:]):
+        (tmp_path / "made" / export.DECODE_FILE).write_bytes(damaged)
+        with pytest.raises(
+            ValueError, match=rf"decode\.jax is damaged: its {len(damaged):,} bytes"
+        ):
+            export.load(tmp_path / "made")
     (tmp_path / "made" / export.DECODE_FILE).unlink()
     with pytest.raises(ValueError, match=r"lacks decode\.jax"):
         export.load(tmp_path / "made")
+    (tmp_path / "made" / export.DECODE_FILE).write_bytes(program)
+    for damaged in ('{"batch": 2', "{}", "[]"):
+        (tmp_path / "made" / export.ABOUT_FILE).write_text(damaged)
+        with pytest.raises(ValueError, match=r"exported\.json cannot be read .* Copy the folder"):
+            export.load(tmp_path / "made")
 
 
 def test_kernels_are_not_exported_for_a_device_that_is_not_there(made):

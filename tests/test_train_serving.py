@@ -1,7 +1,10 @@
 """From a run's checkpoint to text: what is loaded, kept, written and refused."""
 
 import dataclasses
+import errno
 import json
+import shutil
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 
 from slope_jax.generate import generate, inference_variables
-from train import serving
+from train import evaluate, serving
 from train.checkpoint import Checkpoints
 from train.config import from_json, to_json
 from train.data.tokenizer import train_tokenizer
@@ -187,6 +190,23 @@ def test_bad_input_is_named(run, tmp_path, capsys):
     ]:  # fmt: skip
         assert main(options) == 2
         assert message in capsys.readouterr().err
+
+
+def test_damaged_and_unwritable_files_end_the_command(run, served, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    largest = max((folder / "checkpoints/7").rglob("*"), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    assert main([f"--checkpoint={folder}", "--prompt=a"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {folder}/checkpoints/7 is damaged: ")
+    assert "Give another step; there are: 3" in err
+    assert evaluate.main([f"--checkpoint={folder}", "--data=text:none"]) == 1
+    assert "is damaged" in capsys.readouterr().err
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("train.serving.load", lambda path, step=None: served)
+    monkeypatch.setattr("train.serving.write_atomically", mock.Mock(side_effect=full))
+    assert main(["--checkpoint=run", f"--save={tmp_path / 'saved'}"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: there is no room to write")
 
 
 def test_configurations_survive_json_and_unknown_fields_are_named():

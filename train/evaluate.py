@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from train.generate import quiet
+from train.generate import exit_code
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,18 +27,8 @@ if TYPE_CHECKING:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command; 0 if it is done, 2 for bad input."""
-    arguments = _arguments(args)
-    quiet()
-    try:
-        _run(arguments)
-    except (ValueError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print()
-        return 130
-    return 0
+    """Run the command; 0 if it is done, 1 if files failed, 2 for bad input."""
+    return exit_code(_run, _arguments(args))
 
 
 def perplexity(

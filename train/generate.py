@@ -13,7 +13,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,14 +24,22 @@ CHUNK = 8  # tokens that are made between two looks at them
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command; 0 if it is done, 2 for bad input."""
-    arguments = _arguments(args)
+    """Run the command; 0 if it is done, 1 if files failed, 2 for bad input."""
+    return exit_code(_run, _arguments(args))
+
+
+def exit_code(run: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
+    """What a command returns: 0, or what went wrong, which is said on stderr."""
     quiet()
     try:
-        _run(arguments)
+        run(arguments)
     except (ValueError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a damaged checkpoint, a full disk
+        explained = error.strerror if error.filename is None else None
+        print(f"error: {explained or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print()
         return 130
