@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -229,11 +230,36 @@ def test_the_command_says_what_is_missing_or_wrong(
     everything = capsys.readouterr().out
     assert "of 60 documents" in everything
     assert "of 60 documents" not in held
-    assert main(options) == 2
-    assert "either --data" in capsys.readouterr().err
+    for window, stride, message in (
+        (33, 4, "window=33 must lie between 1 and max_positions=32"),
+        (8, 9, "stride=9 must lie between 1 and the window of 8"),
+    ):
+        assert main([*options, "--data=text:none", f"--window={window}", f"--stride={stride}"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_what_is_wrong_is_said_before_the_model_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr("train.serving.load", mock.Mock(side_effect=AssertionError("loaded")))
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    assert main([*options, "--tasks=hellaswag"]) == 2
-    assert "slope-jax[eval]" in capsys.readouterr().err
+    for options, message in (
+        ([], "either --data"),
+        (["--data=docs", "--tasks=hellaswag"], "either --data"),
+        (["--tasks=hellaswag"], "slope-jax[eval]"),
+        (["--data=docs", "--window=0"], "--window=0 must be 1 or more"),
+        (["--data=docs", "--stride=0"], "--stride=0 must be 1 or more"),
+        (["--data=docs", "--batch=0"], "--batch=0 must be 1 or more"),
+        (["--data=docs", "--max-tokens=-1"], "--max-tokens=-1 must be 1 or more"),
+        (["--tasks=hellaswag", "--shots=-1"], "--shots=-1 must be 0 or more"),
+    ):
+        assert main(["--checkpoint=run", *options]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_batches_and_windows_of_nothing_are_refused(served):
+    tokens = np.zeros(9, np.int32)
+    for options in ({"window": 0}, {"stride": 0}, {"batch_size": 0}):
+        with pytest.raises(ValueError, match="=0 must"):
+            perplexity(served, tokens, **options)
 
 
 def test_a_bert_is_refused(served):

@@ -80,6 +80,8 @@ def test_an_earlier_checkpoint_has_no_adapters_yet(run):
         found = serving.load(path, step=step)
         assert found.about["step"] == 3
         assert not found.model.config.adapter_rank
+    with pytest.raises(ValueError, match="3 is one step: leave out step=7, or give "):
+        serving.load(run[0] / "checkpoints" / "3", step=7)
 
 
 def test_what_is_saved_is_loaded_bit_for_bit(served, tmp_path):
@@ -95,6 +97,8 @@ def test_what_is_saved_is_loaded_bit_for_bit(served, tmp_path):
     assert again.about == served.about
     assert again.vocabulary.fingerprint == served.vocabulary.fingerprint
     jax.tree.map(np.testing.assert_array_equal, again.variables, served.variables)
+    with pytest.raises(ValueError, match=r"holds one model, .* leave out step=7"):
+        serving.load(folder, step=7)
     with pytest.raises(ValueError, match="exists already"):
         serving.save(served, folder)
     assert [p.name for p in folder.parent.iterdir()] == ["model"]

@@ -51,18 +51,14 @@ def perplexity(
       {"tokens": scored ones, "nats_per_token", "perplexity", "accuracy", "window", "stride"}
 
     Raises:
-      ValueError: no decoder, too few tokens, or a window or stride out of range.
+      ValueError: no decoder, too few tokens, or a window, stride or batch size out of range.
     """
     import numpy as np
 
     from train.scoring import score, strided_windows
 
     check_decoder(served)
-    most = served.model.config.max_positions
-    window = window or served.longest
-    stride = stride or max(1, window // 2)
-    if not 1 <= window <= most:
-        raise ValueError(f"window={window} must lie between 1 and max_positions={most}")
+    window, stride = _steps(served, window, stride)
     windows = strided_windows(len(tokens), window, stride)
     pieces = [(tokens[w.start : w.stop + 1], w.stop - w.scored) for w in windows]
     with _progress(len(pieces)) as advance:
@@ -81,6 +77,17 @@ def perplexity(
     }
 
 
+def _steps(served: "Served", window: int | None, stride: int | None) -> tuple[int, int]:
+    most = served.model.config.max_positions
+    window = served.longest if window is None else window
+    stride = max(1, window // 2) if stride is None else stride
+    if not 1 <= window <= most:
+        raise ValueError(f"window={window} must lie between 1 and max_positions={most}")
+    if not 1 <= stride <= window:
+        raise ValueError(f"stride={stride} must lie between 1 and the window of {window} tokens")
+    return window, stride
+
+
 def check_decoder(served: "Served") -> None:
     """Raises a ValueError unless the model predicts the next token."""
     from slope_jax.models.decoder import Decoder
@@ -94,8 +101,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from pallas_kernels.files import write_atomically
     from train import serving
 
-    if (arguments.data is None) == (arguments.tasks is None):
-        raise ValueError("give either --data=SOURCE for perplexity or --tasks=NAME,... for tasks")
+    _check(arguments)
     served = serving.load(arguments.checkpoint, step=arguments.step)
     check_decoder(served)
     if arguments.tasks is not None:
@@ -115,9 +121,24 @@ def _run(arguments: argparse.Namespace) -> None:
         write_atomically(arguments.output, json.dumps(about | {"results": found}, indent=1) + "\n")
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """What is wrong, before the model and the data are read."""
+    if (arguments.data is None) == (arguments.tasks is None):
+        raise ValueError("give either --data=SOURCE for perplexity or --tasks=NAME,... for tasks")
+    for name in ("window", "stride", "batch", "max_tokens", "limit", "shots"):
+        value, least = getattr(arguments, name), int(name != "shots")
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')}={value} must be {least} or more")
+    if arguments.tasks is not None:
+        from train.harness import check_installed
+
+        check_installed()
+
+
 def _text(served: "Served", arguments: argparse.Namespace) -> dict[str, Any]:
     from train.data import read_documents
 
+    window, stride = _steps(served, arguments.window, arguments.stride)
     texts = read_documents(arguments.data, cache_dir=arguments.cache_dir)
     if arguments.held_out:
         texts = _held_out(texts, served.about["config"]["valid_fraction"])
@@ -131,8 +152,8 @@ def _text(served: "Served", arguments: argparse.Namespace) -> dict[str, Any]:
     found = perplexity(
         served,
         tokens,
-        window=arguments.window,
-        stride=arguments.stride,
+        window=window,
+        stride=stride,
         batch_size=arguments.batch,
     )
     found["documents"] = documents

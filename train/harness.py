@@ -165,6 +165,11 @@ def evaluate_tasks(
     }
 
 
+def check_installed() -> None:
+    """Raises a ValueError unless there is a harness."""
+    _lm_eval("lm_eval")
+
+
 def _lm_eval(name: str):
     import importlib
 

@@ -80,8 +80,10 @@ def score(
       advance: called with the number of pieces that were just scored.
 
     Raises:
-      ValueError: a piece is too short or too long.
+      ValueError: a piece is too short or too long, or `batch_size` is not positive.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be 1 or more")
     most = model.config.max_positions
     for tokens, n in pieces:
         if not (1 <= n < len(tokens) <= most + 1):

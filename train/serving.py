@@ -78,7 +78,7 @@ def load(path: pathlib.Path | str, *, step: int | None = None) -> Served:
 
     Args:
       path: RUN, RUN/checkpoints/STEP, or the folder given to `save`.
-      step: which checkpoint of a run; None: the latest.
+      step: which checkpoint of a RUN; None: the latest.
 
     Raises:
       ValueError: there is no run, no checkpoint, or not this one; says what there is.
@@ -86,6 +86,11 @@ def load(path: pathlib.Path | str, *, step: int | None = None) -> Served:
     """
     path = pathlib.Path(path).expanduser()
     if (path / SERVED_FILE).is_file():
+        if step is not None:
+            raise ValueError(
+                f"{path} holds one model, not the steps of a run: leave out step={step}, or give the"
+                " --run-dir of the run"
+            )
         return _load_served(path)
     trained = load_trained(path, step=step)
     model, variables = inference_variables(trained.model, trained.variables)
@@ -105,6 +110,10 @@ def load_trained(path: pathlib.Path | str, *, step: int | None = None) -> Traine
     """
     path = pathlib.Path(path).expanduser()
     if path.parent.name == "checkpoints" and path.name.isdigit():
+        if step not in (None, int(path.name)):
+            raise ValueError(
+                f"{path} is one step: leave out step={step}, or give {path.parents[1]}"
+            )
         path, step = path.parent.parent, int(path.name)
     if not (path / "checkpoints").is_dir():
         raise ValueError(
