@@ -1,4 +1,4 @@
-"""Kills at random moments, a handful of them; `python -m benchmarks.soak` does two hundred."""
+"""A kill at a random moment; `python -m benchmarks.soak` does two hundred."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from benchmarks import soak
 soak.STEPS, soak.JOIN = 24, 6
 soak.SHARED |= {"steps": 24, "adapter-start": 0.25, "eval-every": 0, "adapter-rank": 0}
 soak.STARTING_SHARE, soak.TRAINING_SECONDS = 0.0, 0.3
-sys.argv[1:] = ["--kills=2", "--variants", "asynchronous", "--results", sys.argv[1]]
+sys.argv[1:] = ["--kills=1", "--variants", "asynchronous", "--results", sys.argv[1]]
 sys.exit(soak.main())
 """
 
@@ -34,5 +34,5 @@ def test_killed_runs_lose_nothing(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (path,) = tmp_path.glob("soak-*.json")
     found = json.loads(path.read_text())["results"]
-    assert found["kills"] == 2
+    assert found["kills"] == 1
     assert found["runs_equal_to_the_uninterrupted_one"] == found["runs"] >= 1

@@ -146,7 +146,7 @@ def trained(config, steps=3) -> list[dict[str, float]]:
 @pytest.mark.parametrize(
     ("model", "mesh", "fields"),
     [
-        ("gpt2-nano", "data:2,fsdp:2", {"method": "sr-ste", "moments": "bfloat16"}),
+        ("gpt2-nano", "data:2,fsdp:2", {"method": "sr-ste"}),
         ("gpt2-nano", "fsdp:4", {"method": "fst", "mask_every": 2, "dense_finish": 0.0}),
         ("bert-tiny", MESH, {"optimizer": "lamb", "accumulation": 2, "remat": True}),
     ],
