@@ -68,7 +68,10 @@ def pretrain(config: Config, *, console: Console | None = None, stop_at: int | N
     started = time.monotonic()
     processes.connect(config)
     job: _Job | None = None
-    where = lambda: f"after step {job.step}" if job else "before the first step"  # noqa: E731
+
+    def where() -> str:
+        return f"after step {job.step}" if job else "before the first step"
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(processes.lost_together(where))
         processes.check_command(config)
