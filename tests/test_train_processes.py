@@ -266,8 +266,8 @@ def test_a_killed_process_ends_the_run_and_the_same_command_goes_on(folder):
 
 
 def test_bad_input_ends_all_processes_alike(folder):
-    children = start(folder, "--valid-fraction=0.4", log="refused")
+    options = (f"--run-dir={folder / 'refused'}", f"--data=text:{folder / 'nowhere' / '*.txt'}")
+    children = start(folder, *options, log="refused")
     assert ends(children) == [Exit.BAD_INPUT, Exit.BAD_INPUT], said(folder, 0, "refused")
-    for index in range(2):
-        text = said(folder, index, "refused")
-        assert ("of another configuration" in text) or ("process 0 of 2 could not" in text), text
+    assert "matches no file" in said(folder, 0, "refused")
+    assert "process 0 of 2 could not prepare the data" in said(folder, 1, "refused")
