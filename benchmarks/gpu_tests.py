@@ -9,6 +9,8 @@ import sys
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cuda,cpu"  # read by JAX when it is imported
+# pytest-xdist's processes share the device (-n 12).
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from benchmarks.record import ROOT, make_record, write_record
 from train.environment import accelerator

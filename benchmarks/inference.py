@@ -406,8 +406,8 @@ def _failures(errors: Mapping[Key | Cut, Failed]) -> list[dict[str, Any]]:
     return rows
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is run, for how long, and where the record goes."""
     parser.add_argument("--models", type=_decoders, default=list(MODELS), help="a,b,...")
     parser.add_argument(
         "--batches", type=_numbers, default=BATCHES, help="decoded; a,b,... or none"
@@ -425,6 +425,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--part", help="name of the record, for a part of the list")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the record")
     train_step.add_compiler_arguments(parser)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add_arguments(parser)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each variant")
     parser.add_argument("--seconds", type=float, default=0.1, help="of a turn")
     arguments = parser.parse_args()

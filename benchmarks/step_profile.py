@@ -153,11 +153,11 @@ def sums(
     kernels: dict[tuple[str, str, str], list[float]] = {}
     unnamed = 0.0
     for event in traced:
-        instruction = program.get(event.instruction) or program.get(_plain(event.name))
+        instruction = program.get(event.instruction) or program.get(plain(event.name))
         unnamed += 0 if instruction else event.duration
         category = classify(event.name, instruction, tokens)
         categories[category] += event.duration / count / 1e6
-        operation = _tail(instruction.operation) if instruction else ""
+        operation = operation_tail(instruction.operation) if instruction else ""
         kernels.setdefault((event.name[:80], category, operation), []).append(event.duration)
     longest = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:MOST_KERNELS]
     busy = sum(categories.values())
@@ -192,9 +192,9 @@ def classify(kernel: str, instruction: Instruction | None, tokens: int) -> str:
         return TRANSPOSES
     if "nm_sddmm" in kernel:
         return DW
-    if _ATTENTION.search(kernel):
+    if is_attention(kernel):
         return ATTENTION
-    if _PRODUCT.search(kernel):
+    if is_product(kernel):
         if not instruction:
             return UNKNOWN
         if not inside:
@@ -208,7 +208,7 @@ def classify(kernel: str, instruction: Instruction | None, tokens: int) -> str:
     if operation.endswith("convert_element_type") and inside:
         weights = not _has_tokens(instruction.dimensions, tokens)
         return TRANSPOSES if weights else ELEMENTWISE
-    if _COPY.search(kernel) or _COPY.search(operation.rpartition("/")[2]):
+    if is_copy(kernel, operation):
         return COPIES
     return ELEMENTWISE
 
@@ -224,7 +224,7 @@ def instructions(text: str) -> dict[str, Instruction]:
         dimensions = tuple(int(size) for size in sizes[1].split(",") if size) if sizes else ()
         entry = Instruction(dimensions, operation[1])
         found[match["name"]] = entry
-        found.setdefault(_plain(match["name"]), entry)
+        found.setdefault(plain(match["name"]), entry)
     return found
 
 
@@ -269,21 +269,21 @@ def result(
         "remat": sparse.remat,
         "moments": sparse.moments,
         "rank": sparse.config.rank,
-        "dense_step_ms": _rounded(theirs["step_ms"]),
-        "sparse_step_ms": _rounded(ours["step_ms"]),
-        "dense_busy_ms": _rounded(theirs["busy_ms"]),
-        "sparse_busy_ms": _rounded(ours["busy_ms"]),
-        "busy_speedup": _rounded(theirs["busy_ms"] / ours["busy_ms"]),
-        "products_speedup": _rounded(products[0] / products[1]) if products[1] else None,
+        "dense_step_ms": rounded(theirs["step_ms"]),
+        "sparse_step_ms": rounded(ours["step_ms"]),
+        "dense_busy_ms": rounded(theirs["busy_ms"]),
+        "sparse_busy_ms": rounded(ours["busy_ms"]),
+        "busy_speedup": rounded(theirs["busy_ms"] / ours["busy_ms"]),
+        "products_speedup": rounded(products[0] / products[1]) if products[1] else None,
         # Were the linears' products all that changes: the bound that the kernels set to the step.
-        "kernel_bound": _rounded((products[0] + rest) / (products[1] + rest)),
-        "products_with_transposes_ms": _rounded(made),
-        "dense": _rounded(theirs["categories"]),
-        "sparse": _rounded(ours["categories"]),
-        "dense_unnamed": _rounded(theirs["unnamed"]),
-        "sparse_unnamed": _rounded(ours["unnamed"]),
-        "dense_kernels": _rounded(theirs["kernels"]),
-        "sparse_kernels": _rounded(ours["kernels"]),
+        "kernel_bound": rounded((products[0] + rest) / (products[1] + rest)),
+        "products_with_transposes_ms": rounded(made),
+        "dense": rounded(theirs["categories"]),
+        "sparse": rounded(ours["categories"]),
+        "dense_unnamed": rounded(theirs["unnamed"]),
+        "sparse_unnamed": rounded(ours["unnamed"]),
+        "dense_kernels": rounded(theirs["kernels"]),
+        "sparse_kernels": rounded(ours["kernels"]),
     }
 
 
@@ -307,21 +307,38 @@ def _has_tokens(dimensions: tuple[int, ...], tokens: int) -> bool:
     return any(tokens in (math.prod(dimensions[:i]), math.prod(dimensions[i:])) for i in splits)
 
 
-def _plain(name: str) -> str:
+def is_product(kernel: str) -> bool:
+    """Whether a kernel of this name multiplies matrices."""
+    return bool(_PRODUCT.search(kernel))
+
+
+def is_attention(kernel: str) -> bool:
+    """Whether a kernel of this name is a fused attention."""
+    return bool(_ATTENTION.search(kernel))
+
+
+def is_copy(kernel: str, operation: str) -> bool:
+    """Whether a kernel moves data and computes nothing, by its name or the model's operation."""
+    return bool(_COPY.search(kernel) or _COPY.search(operation.rpartition("/")[2]))
+
+
+def plain(name: str) -> str:
+    """An instruction's name as its kernel's name has it."""
     return re.sub(r"[.\-]", "_", name)
 
 
-def _tail(operation: str) -> str:
+def operation_tail(operation: str) -> str:
     """The last parts of an operation's path."""
     return "/".join(operation.split("/")[-4:])
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """With 4 decimals, in whatever it is nested."""
     if isinstance(value, float):
         return round(value, 4)
     if isinstance(value, dict):
-        return {name: _rounded(inner) for name, inner in value.items()}
-    return [_rounded(inner) for inner in value] if isinstance(value, list) else value
+        return {name: rounded(inner) for name, inner in value.items()}
+    return [rounded(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _arguments() -> argparse.Namespace:
