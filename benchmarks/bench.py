@@ -257,7 +257,9 @@ def configuration(problem: Problem) -> dict[str, int]:
     op = support.kernel_of(problem.op, tokens)
     if op not in tuning.OPS:
         return {}
-    entry = tuning.best(op, tokens, k, f, problem.source, jax.devices()[0].device_kind)
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    entry = tuning.best(op, tokens, k, f, problem.source, device.device_kind, capability)
     if entry is not None:
         return entry.config
     return dataclasses.asdict(candidates.kernel(op).choose(tokens, k, f))

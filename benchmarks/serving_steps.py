@@ -187,9 +187,9 @@ class Lowered:
     loop: Any
 
     def compile(self, *, autotune: bool = True, options: dict | None = None) -> "Program":
-        """Compiles; with `autotune`, XLA times products of its own on the device."""
-        options = steps.compiler_options(autotune, options)
-        return Program(self.cut, self.work, self.loop.compile(compiler_options=options))
+        """Compiles as users do; without `autotune`, XLA tries out no products on the device."""
+        options = ({} if autotune else steps.AUTOTUNE_OFF) | (options or {})
+        return Program(self.cut, self.work, self.loop.compile(compiler_options=options or None))
 
 
 @dataclasses.dataclass

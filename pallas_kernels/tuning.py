@@ -2,7 +2,8 @@
 pallas_kernels.tune`.
 
 An entry says which configuration of a kernel is the fastest for a shape, what it takes, and what
-the dense product takes in the same run. An entry of T tokens stands for half to twice as many,
+the dense product takes in the same run. Devices of one compute capability share what only one of
+them has. An entry of T tokens stands for half to twice as many,
 [T / 2, 2 T]; the largest T of a shape for any more. Where two would do, the nearer one by ratio
 counts, and of equally near ones the larger. Other sizes have no entry: kernels then choose a
 configuration by rule, and `verdict` goes by the nearest shape.
@@ -112,16 +113,27 @@ class Verdict(NamedTuple):
 
 
 def best(
-    op: str, tokens: int, k: int, f: int, dtype, device_kind: str, *, folder: Path = FOLDER
+    op: str,
+    tokens: int,
+    k: int,
+    f: int,
+    dtype,
+    device_kind: str,
+    capability: str | None = None,
+    *,
+    folder: Path = FOLDER,
 ) -> Entry | None:
     """The measured entry for x (tokens, k) and a (k, f) matrix, or None if there is none.
+
+    An op that was not measured on a device goes by another device of its compute capability.
 
     Args:
       op: "nm_matmul", "few_tokens" (the same product, by the kernel for few tokens) or "nm_sddmm".
       dtype: of x; bfloat16 and float16 share their entries.
       device_kind: as `jax.Device.device_kind`, such as "NVIDIA H100 80GB HBM3".
+      capability: the device's compute capability, such as "9.0".
     """
-    table = load(device_kind, folder)
+    table = _table(op, dtype_class(dtype), device_kind, capability, folder)
     return None if table is None else table.entry(op, tokens, (k, f), dtype_class(dtype))
 
 
@@ -139,24 +151,21 @@ def verdict(
     """Whether to run the kernel or the dense product for a shape, from what is measured.
 
     The shape's own entry decides if it has one. Else that of the nearest measured shape of the
-    same op: the fewest octaves away in tokens, in and out together. A device that has no table
-    goes by that of another device of the same compute capability. None: nothing of this kind is
+    same op: the fewest octaves away in tokens, in and out together. An op that was not measured on
+    a device goes by another device of the same compute capability. None: nothing of this kind is
     measured.
 
     Args:
-      op, dtype, device_kind: as for `best`.
-      capability: the device's compute capability, such as "9.0".
+      op, dtype, device_kind, capability: as for `best`.
     """
-    table, where = load(device_kind, folder), "on"
-    if table is None and capability is not None:
-        table, where = _relative(capability, folder), f"not on {device_kind} but on"
+    kind = dtype_class(dtype)
+    table = _table(op, kind, device_kind, capability, folder)
     if table is None:
         return None
-    entry, name = table.entry(op, tokens, (k, f), dtype_class(dtype)), "measured"
+    where = "on" if table.device == device_kind else f"not on {device_kind} but on"
+    entry, name = table.entry(op, tokens, (k, f), kind), "measured"
     if entry is None:
-        entry = table.nearest(op, tokens, (k, f), dtype_class(dtype))
-        if entry is None:
-            return None
+        entry = table.nearest(op, tokens, (k, f), kind)
         name = f"nearest shape measured ({_shape(entry)})"
     elif entry.tokens != tokens:
         name = f"measured with {entry.tokens} tokens"
@@ -247,10 +256,14 @@ def _entry(name: str, index: int, found: Any) -> Entry:
     )
 
 
-def _relative(capability: str, folder: Path) -> Table | None:
-    for path in sorted(folder.glob("*.json")):
-        table = _load(path)
-        if table is not None and table.capability == capability:
+def _table(
+    op: str, dtype: str, device_kind: str, capability: str | None, folder: Path
+) -> Table | None:
+    """The device's table if it has entries of an op, else one of a device of the same capability."""
+    others = (table for table in map(_load, sorted(folder.glob("*.json"))) if table is not None)
+    related = (t for t in others if capability is not None and t.capability == capability)
+    for table in (load(device_kind, folder), *related):
+        if table is not None and any((e.op, e.dtype) == (op, dtype) for e in table.entries):
             return table
     return None
 

@@ -44,6 +44,8 @@ def test_commit_and_whether_files_differ_from_it(tmp_path, monkeypatch):
         ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x", "--allow-empty"],
     ):
         assert environment._output("git", *arguments) == ""
+    assert environment.commit() == ("a" * 40, False)
+    monkeypatch.delenv(environment.COMMIT_VARIABLE)
     commit, dirty = environment.commit()
     assert (len(commit), dirty) == (40, False)
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)

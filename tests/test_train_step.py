@@ -224,9 +224,7 @@ def test_nothing_dense_is_in_the_step_of_the_kernels(monkeypatch):
 def test_xla_runs_each_product_once(model):
     """It likes to run one again for a second user, where a scan stacks its result."""
     sizes = {"num_layers": 4, "hidden_size": 256, "mlp_size": 1024, "vocab_size": 512}
-    built = models.build(
-        model, **sizes, adapter_rank=16, dtype="bfloat16", implementation="mosaic"
-    )
+    built = models.build(model, **sizes, adapter_rank=16, dtype="bfloat16", implementation="mosaic")
     ids = jnp.zeros((4, 128), jnp.int32)
     variables = jax.eval_shape(built.init, jax.random.key(0), ids)
 

@@ -108,6 +108,22 @@ def test_a_shape_without_an_entry_goes_by_the_nearest_in_octaves(tmp_path):
     assert "nearest shape measured (8192 x 4096 x 4096)" in verdict(64, (8192, 2048)).reason
 
 
+def test_what_a_device_lacks_comes_from_one_of_its_capability(tmp_path):
+    write(tmp_path, [entry(2048, tile=3), entry(16, op="few_tokens", split=4)])
+    write(tmp_path, [entry(2048, tile=5)], device="Other")
+    write(tmp_path, [entry(16, op="few_tokens", split=8)], device="Older", capability="8.0")
+
+    def config(op, tokens, capability, device="Other"):
+        found = tuning.best(op, tokens, 768, 3072, "bfloat16", device, capability, folder=tmp_path)
+        return found and found.config
+
+    assert config("nm_matmul", 2048, "9.0") == {"tile": 5}
+    assert config("few_tokens", 16, "9.0") == {"split": 4}
+    assert config("few_tokens", 16, "9.0", device="Third") == {"split": 4}
+    assert config("few_tokens", 16, None) is None
+    assert config("nm_sddmm", 2048, "9.0") is None
+
+
 def test_a_device_without_a_table_goes_by_one_of_its_capability(tmp_path):
     write(tmp_path, [entry(2048)])
 

@@ -75,12 +75,13 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 def commit() -> tuple[str | None, bool]:
     """The commit checked out, and whether files differ from it; earlier results may.
 
-    Where the code lies without its history, SLOPE_COMMIT names the commit it was taken from.
+    SLOPE_COMMIT names the commit where the code lies without its history, or with an older one.
     """
+    if named := os.environ.get(COMMIT_VARIABLE):
+        return named, False
     head = _output("git", "rev-parse", "--verify", "--quiet", "HEAD")
     if head is None:
-        named = os.environ.get(COMMIT_VARIABLE)
-        return named, named is None
+        return None, True
     status = _output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")
     return head, status != ""
 

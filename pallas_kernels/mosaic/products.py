@@ -69,7 +69,10 @@ def _config(module, tokens: int, k: int, f: int, dtype):
 
 
 def _measured(op: str, tokens: int, k: int, f: int, dtype) -> tuning.Entry | None:
-    return tuning.best(op, tokens, k, f, dtype, jax.devices()[0].device_kind)
+    device = jax.devices()[0]
+    return tuning.best(
+        op, tokens, k, f, dtype, device.device_kind, getattr(device, "compute_capability", None)
+    )
 
 
 def _nm_sddmm(x, dy, metadata, into, *, out_dtype):
