@@ -11,13 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels import CompressedMatrix, Pattern, compress, compressed_shapes
 from pallas_kernels.epilogue import ACTIVATIONS, check_activation
 from slope_jax import masks
-from slope_jax.matmul import (
-    DOUBLE_PRUNED,
-    Working,
-    check_backward,
-    slope_matmul,
-    thin_matmul,
-)
+from slope_jax.matmul import DOUBLE_PRUNED, Working, check_backward, slope_matmul
 from slope_jax.sharded import sharded_matmul
 from slope_jax.sharding import active_mesh, cut_of
 
@@ -127,7 +121,7 @@ class SparseDense(nn.Dense):
         adapter = self._adapter(inputs.shape[-1])
         if adapter is not None:
             x, left, right = (a.astype(y.dtype) for a in (inputs, *adapter))
-            hidden = thin_matmul(x, left, precision=self.precision)
+            hidden = jnp.matmul(x, left, precision=self.precision)
             y = y + jnp.matmul(hidden, right, precision=self.precision)
         y = checkpoint_name(y, PRODUCT)
         return y if self.activation is None else _activate(y, self.activation)

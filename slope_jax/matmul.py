@@ -12,9 +12,6 @@ from pallas_kernels.epilogue import ACTIVATIONS
 
 DOUBLE_PRUNED, EXACT = "double-pruned", "exact"
 BACKWARDS = (DOUBLE_PRUNED, EXACT)
-# On an H100, x of one token: 2.9 us in 32 shares, 8.0 by jnp.matmul (in 4096, rank 64); from more
-# inputs than 4096 on, XLA shares them out itself (14336: 3.3, in 32 shares 4.3).
-SHARES, SHORTEST_SHARED, LONGEST_ALONE = 32, 1024, 4096
 
 
 class Working(NamedTuple):
@@ -103,7 +100,7 @@ def product(x, w, working, bias, adapter, activation, options, save_preactivatio
     if adapter is not None:
         left, right = (a.astype(x.dtype) for a in adapter)
         # Without the barrier, XLA multiplies twice in a scan: for now, and into the stack for later.
-        t = jax.lax.optimization_barrier(thin_matmul(x, left, precision=precision))
+        t = jax.lax.optimization_barrier(jnp.matmul(x, left, precision=precision))
         low_rank = (t, right)
     y = nm_matmul(
         x,
@@ -117,22 +114,6 @@ def product(x, w, working, bias, adapter, activation, options, save_preactivatio
     )
     y, z = y if save_preactivation else (y, None)
     return y, z, None if low_rank is None else low_rank[0]
-
-
-def thin_matmul(x: jax.Array, left: jax.Array, *, precision=None) -> jax.Array:
-    """x @ left, (..., in) with (in, rank), for the few columns that adapters have.
-
-    >>> thin_matmul(jnp.ones((1, 1024)), jnp.full((1024, 2), 0.5)).tolist()
-    [[512.0, 512.0]]
-    """
-    k = left.shape[0]
-    if x.size != k or k % SHARES or not SHORTEST_SHARED <= k <= LONGEST_ALONE:
-        return jnp.matmul(x, left, precision=precision)
-    # One token: XLA sums up so many inputs in one go, on a few of a GPU's processors.
-    exact = jnp.float32 if x.dtype.itemsize < 4 else x.dtype
-    factors = (a.reshape(SHARES, k // SHARES, -1).astype(exact) for a in (x, left))
-    sums = jnp.multiply(*factors).sum(1).sum(0)
-    return sums.astype(x.dtype).reshape(*x.shape[:-1], left.shape[1])
 
 
 def _forward(x, w, working, bias, adapter, activation, options):
