@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import json
 import shutil
 from unittest import mock
 
@@ -10,36 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jobs import save_run
 
 from slope_jax.generate import generate, inference_variables
 from train import evaluate, serving
-from train.checkpoint import Checkpoints
 from train.config import from_json, to_json
-from train.data.tokenizer import train_tokenizer
 from train.generate import main
 from train.recipes import make_config
-from train.state import init_state, join_adapters, make_setup
-
-
-def save_run(folder, texts, model, step, **fields):
-    """A run's checkpoint without the run: its first state, after `step` steps in name."""
-    fields = {"seq_len": (16,), "steps": (10,), "adapter_start": 0.5, **fields}
-    config = make_config(model, dtype="bfloat16", vocab_size=300, **fields)
-    vocabulary = train_tokenizer(texts, config.objective, 300)
-    setup = make_setup(config, vocab_size=vocabulary.size)
-    state, adapted = init_state(setup), config.adapter_step is not None
-    if adapted and step > config.adapter_step:
-        state, _ = join_adapters(setup, state)
-    # Far from the birth of a model, where all logits are alike and adapters add nothing.
-    state = state.replace(
-        step=jnp.int32(step), params=jax.tree.map(lambda x: 4 * x + 0.01, state.params)
-    )
-    checkpoints = Checkpoints(folder, keep=2)
-    tokenizer = json.loads(vocabulary.to_json())
-    checkpoints.save(state, setup.key, {"config": to_json(config)}, tokenizer, None)
-    checkpoints.wait()
-    checkpoints.close()
-    return setup.adapted if adapted and step > config.adapter_step else setup.model, state
 
 
 @pytest.fixture(scope="module")
