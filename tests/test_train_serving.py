@@ -8,6 +8,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jobs import save_run
 
@@ -78,6 +79,40 @@ def test_what_is_saved_is_loaded_bit_for_bit(served, tmp_path):
     with pytest.raises(ValueError, match="exists already"):
         serving.save(served, folder)
     assert [p.name for p in folder.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked", "expected"),
+    [
+        ("auto", None, "bfloat16"),
+        ("auto", "float32", "float32"),
+        ("float32", None, "float32"),
+    ],
+)
+def test_weights_are_saved_in_16_bits_unless_float32_is_asked_for(
+    tmp_path, small_text, capsys, trained, asked, expected
+):
+    texts = [(small_text / "a.txt").read_text()]
+    save_run(tmp_path / "run", texts, "gpt2-nano", 7, dtype=trained)
+    options = [f"--checkpoint={tmp_path / 'run'}", f"--save={tmp_path / 'saved'}"]
+    assert main([*options, *([f"--save-dtype={asked}"] if asked else [])]) == 0
+    assert f"saved, weights in {expected}" in capsys.readouterr().err
+    with ocp.StandardCheckpointer() as checkpointer:
+        written = checkpointer.restore(tmp_path / "saved" / "variables")
+    layer = written["params"]["layers_1"]["mlp"]["up"]
+    kinds = {name: array.dtype.name for name, array in layer.items()}
+    assert kinds.pop("bias") == "float32"
+    assert set(kinds.values()) == {expected}
+    assert written["params"]["embeddings"]["token"]["embedding"].dtype == expected
+    # A CPU computes in float32, with what the folder holds.
+    served, again = serving.load(tmp_path / "run"), serving.load(tmp_path / "saved")
+    assert again.model == served.model
+    rounded = jax.tree.map(
+        lambda whole, kept: whole.astype(kept.dtype).astype(whole.dtype),
+        served.variables,
+        written,
+    )
+    jax.tree.map(np.testing.assert_array_equal, again.variables, rounded)
 
 
 def continued(served, text, count):
@@ -166,6 +201,7 @@ def test_bad_input_is_named(run, tmp_path, capsys):
         ([f"--checkpoint={tmp_path}", "--prompt=a"], "holds no checkpoints"),
         ([f"--checkpoint={run[0]}", "--step=5", "--prompt=a"], "no checkpoint of step 5; there are 3, 7"),
         ([f"--checkpoint={run[0]}"], "give --prompt=TEXT or --save"),
+        (["--checkpoint=run", "--prompt=a", "--save-dtype=float32"], "that --save=FOLDER names"),
         ([f"--checkpoint={run[0]}", "--prompt=a", "--max-new-tokens=9999"], "max_positions"),
     ]:  # fmt: skip
         assert main(options) == 2
