@@ -146,7 +146,7 @@ def test_transformers_fills_the_masks_of_a_bert(torch, transformers, tmp_path, s
     assert theirs.config.pad_token_id == specials.pad
 
 
-def test_other_forms_and_what_is_wrong(tmp_path, small_text, capsys):
+def test_other_forms_and_what_is_wrong(tmp_path, small_text, capsys, monkeypatch):
     from safetensors.numpy import load_file
 
     texts = [(small_text / "a.txt").read_text()]
@@ -175,3 +175,7 @@ def test_other_forms_and_what_is_wrong(tmp_path, small_text, capsys):
     ):
         assert main([*options[:1], *wrong]) == 2
         assert message in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main([*options[:1], f"--output={tmp_path / 'x'}"]) == 2
+    assert "slope-jax[hf]" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()

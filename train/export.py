@@ -91,9 +91,13 @@ def hf_tokenizer(vocabulary: "Vocabulary") -> tuple["tokenizers.Tokenizer", dict
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    import importlib.util
+
     from slope_jax.models import export_semi_structured
     from train import serving
 
+    if importlib.util.find_spec("safetensors") is None:
+        raise ValueError("export needs safetensors: pip install 'slope-jax[hf]'")
     path = arguments.checkpoint.expanduser()
     load = serving.load if (path / serving.SERVED_FILE).is_file() else serving.load_trained
     run = load(path, step=arguments.step)
