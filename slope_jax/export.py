@@ -21,6 +21,7 @@ from slope_jax.prompts import checked_prompts
 ABOUT_FILE, PREFILL_FILE, DECODE_FILE = "exported.json", "prefill.jax", "decode.jax"
 _FILES = {"prefill": PREFILL_FILE, "decode": DECODE_FILE}
 _REMEDY = "Copy the folder again, or export the model again"
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _SIZES = ("batch", "prompt", "slots", "vocab_size")
 
 
@@ -91,20 +92,22 @@ def export(
 ) -> Exported:
     """Prefill and decode of a decoder; the weights stay arguments.
 
-    What multiplies a sparse layer is chosen while tracing, for the device that JAX would run on. So
-    programs for "cuda" made on a machine without a GPU hold no sparse kernels but dense products on
-    decompressed weights, and are refused: export on a Hopper GPU, or build the model with
-    implementation="xla".
+    What multiplies a sparse layer, and what computes attention, is chosen while tracing, for the
+    device that JAX would run on. Programs for another platform, or for several, hold what runs on all
+    of them: XLA's attention (in float32 if traced on a CPU), and dense products on decompressed
+    weights, which must be asked for by implementation="xla", for they are slower than the sparse
+    kernels that a Hopper GPU gets by itself. For those, export on the GPU, for "cuda" alone.
 
     Args:
       model, variables: from `inference_variables`; shapes are enough.
       batch, prompt: rows and tokens of the prompts.
       max_new_tokens: for which the cache has slots.
-      platforms: "cpu", "cuda"; None: the one that JAX runs on.
+      platforms: of "cpu", "cuda", "rocm", "tpu"; None: the one that JAX runs on.
 
     Raises:
-      ValueError: sizes out of range.
-      NotImplementedError: "cuda" is asked for on another platform, see above.
+      ValueError: sizes out of range, or an unknown platform.
+      NotImplementedError: a platform that JAX does not run on is asked for, and the model keeps to
+        what is chosen for the device at hand, see above.
 
     >>> from slope_jax.models import build
     >>> model = build("gpt2-nano", vocab_size=64, num_layers=1, hidden_size=32, mlp_size=64)
@@ -120,13 +123,8 @@ def export(
             f" more, and the last two together at most max_positions={most}"
         )
     here = jax_export.default_export_platform()
-    platforms = tuple(platforms or (here,))
-    sparse = "masks" in variables and model.config.implementation != "xla"
-    if sparse and (foreign := [p for p in platforms if p != here]):
-        raise NotImplementedError(
-            f"platforms {foreign}: the sparse kernels are chosen for the device at hand, which is"
-            f" {here}; export there, or build the model with implementation='xla'"
-        )
+    platforms = (platforms,) if isinstance(platforms, str) else tuple(platforms or (here,))
+    model = _for_all(model, platforms, here, sparse="masks" in variables)
 
     def prefill(variables, ids, lengths):
         variables = {**variables, CACHE: init_cache(model.config, batch, slots)}
@@ -159,6 +157,28 @@ def export(
         slots,
         model.config.vocab_size,
     )
+
+
+def _for_all(model: Decoder, platforms: tuple[str, ...], here: str, *, sparse: bool) -> Decoder:
+    """The model with what runs on every platform, in the place of what is chosen for `here`."""
+    if unknown := [p for p in platforms if p not in PLATFORMS]:
+        raise ValueError(f"platforms {unknown}: choose from {', '.join(PLATFORMS)}")
+    foreign = [p for p in platforms if p != here]
+    if not foreign:
+        return model
+    config, fixed = model.config, []
+    if sparse and config.implementation != "xla":
+        kernels = f"implementation={config.implementation!r} (sparse kernels)"
+        fixed.append((kernels, "implementation='xla'"))
+    if config.attention == "cudnn":
+        fixed.append(("attention='cudnn'", "attention=None"))
+    if fixed:
+        chosen, instead = (" and ".join(words) for words in zip(*fixed, strict=True))
+        raise NotImplementedError(
+            f"platforms {foreign}: {chosen} would be chosen for the device at hand, which is {here};"
+            f" export there, or build the model with {instead}, which runs on all"
+        )
+    return type(model)(dataclasses.replace(config, attention="xla"))
 
 
 # Custom calls, of whose stability JAX knows nothing: kernels, and the layout of the cache.

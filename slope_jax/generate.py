@@ -40,12 +40,16 @@ def inference_variables(
     and layers apart, as slices of a stack would be copied for each token. Masks, norms and biases
     stay as they are.
     """
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.astype(model.config.dtype) if path[-1].key in _CAST else leaf,
-        variables["params"],
-    )
+    params = cast_weights(variables["params"], model.config.dtype)
     single = type(model)(dataclasses.replace(model.config, scan=False, remat=False))
     return single, unstack_layers({**variables, "params": params})
+
+
+def cast_weights(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """Parameters with kernels, tables and adapters in a dtype, which norms and biases do not get."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.astype(dtype) if path[-1].key in _CAST else leaf, params
+    )
 
 
 def generate(

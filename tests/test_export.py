@@ -1,6 +1,9 @@
 """Exported prefill and decode, through a file, against `generate`."""
 
+import dataclasses
 import doctest
+import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,7 @@ import pytest
 
 from slope_jax import export, models
 from slope_jax.generate import generate, inference_variables
+from slope_jax.models import attention
 
 SMALL = {"hidden_size": 32, "num_heads": 4, "mlp_size": 64, "num_layers": 2, "vocab_size": 61}
 
@@ -64,10 +68,63 @@ def test_what_is_loaded_gives_the_tokens_of_generate(made, tmp_path):
             export.load(tmp_path / "made")
 
 
-def test_kernels_are_not_exported_for_a_device_that_is_not_there(made):
+def test_what_is_chosen_for_the_device_at_hand_is_refused_for_others(made):
     model, variables = made
     sizes = {"batch": 1, "prompt": 4, "max_new_tokens": 2}
-    with pytest.raises(NotImplementedError, match="chosen for the device at hand, which is cpu"):
-        export.export(model, variables, **sizes, platforms=["cuda"])
+    for fields, message in (
+        ({}, r"\(sparse kernels\) would .* which is cpu; .* with implementation='xla', which"),
+        (
+            {"implementation": "xla", "attention": "cudnn"},
+            "attention='cudnn' would .* attention=None, which",
+        ),
+        ({"attention": "cudnn"}, "implementation='xla' and attention=None, which runs on all"),
+    ):
+        chosen = type(model)(dataclasses.replace(model.config, **fields))
+        with pytest.raises(NotImplementedError, match=message):
+            export.export(chosen, variables, **sizes, platforms=["cpu", "cuda"])
+    with pytest.raises(ValueError, match=r"\['gpu'\]: choose from cpu, cuda"):
+        export.export(model, variables, **sizes, platforms=["gpu"])
     with pytest.raises(ValueError, match="max_positions=16"):
         export.export(model, variables, batch=1, prompt=14, max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("here", "platforms"),
+    [("cpu", ("cuda",)), ("cpu", ("cpu", "cuda")), ("cuda", ("cpu", "cuda")), ("cuda", "cpu")],
+)
+def test_programs_for_other_platforms_hold_what_runs_there(
+    made, tmp_path, monkeypatch, here, platforms
+):
+    """On a GPU, cuDNN would compute the attention of 16-bit numbers; no CPU does."""
+    config = dataclasses.replace(made[0].config, dtype=jnp.bfloat16, implementation="xla")
+    model, variables = inference_variables(type(made[0])(config), made[1])
+    prompts = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 6)), jnp.int32)
+    lengths = np.full(2, 6, np.int32)
+    exact, native = (
+        np.asarray(m.apply(v, prompts)[:, -1, :61], np.float32)
+        for m, v in (made, (model, variables))
+    )
+    if here == "cuda":
+        gpu = types.SimpleNamespace(
+            platform="gpu", compute_capability="9.0", device_kind="NVIDIA H100"
+        )
+        monkeypatch.setattr(attention, "_default_device", lambda: gpu)
+        monkeypatch.setattr(export.jax_export, "default_export_platform", lambda: here)
+    exported = export.export(
+        model, variables, batch=2, prompt=6, max_new_tokens=4, platforms=platforms
+    )
+    assert exported.platforms == ((platforms,) if isinstance(platforms, str) else platforms)
+    for program in (exported.prefill, exported.decode):
+        calls = set(re.findall(r"custom_call @([\w$.]+)", program.mlir_module()))
+        assert calls <= {"LayoutConstraint"}
+    export.save(exported, tmp_path / "made")
+    loaded = export.load(tmp_path / "made")
+    if "cpu" in loaded.platforms:
+        logits, _ = loaded.prefill.call(variables, prompts, lengths)
+        assert exact.std() > 1
+        error = np.abs(np.asarray(logits)[:, :61] - exact).max()
+        assert 0 < error <= 2 * np.abs(native - exact).max()
+        assert loaded.greedy(variables, prompts, 4).shape == (2, 4)
+    else:
+        with pytest.raises(ValueError, match="cuda"):
+            loaded.greedy(variables, prompts, 4)

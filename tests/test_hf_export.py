@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity import close
+from parity import close, randomised
 
 from slope_jax import models
 from slope_jax.models import hf_export
@@ -167,6 +167,103 @@ def test_large_models_are_written_in_shards(tmp_path, monkeypatch):
         lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), variables["params"]
     )
     jax.tree.map(np.testing.assert_array_equal, loaded["params"], rounded)
+
+
+@pytest.fixture
+def with_tokenizer(torch, transformers, tmp_path):
+    """A folder of Transformers whose special ids are those of no family's first model."""
+    import tokenizers
+
+    words = ["sparse", "kernel", "<end>", "<pad>", "<begin>", "mask", "<stop>"]
+    made = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="mask")
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    named = {"bos_token": "<begin>", "eos_token": "<end>", "pad_token": "<pad>"}
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, additional_special_tokens=["<stop>"], **named
+    )
+    wrapped.chat_template = "{{ messages[0].content }}"
+    config = transformers.LlamaConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=24,
+        bos_token_id=4,
+        eos_token_id=[2, 6],
+        pad_token_id=3,
+    )
+    theirs = randomised(torch, transformers.LlamaForCausalLM(config))
+    theirs.generation_config.repetition_penalty = 1.5
+    theirs.save_pretrained(tmp_path / "given")
+    wrapped.save_pretrained(tmp_path / "given")
+    wrapped.save_pretrained(tmp_path / "alone")
+    return tmp_path, made, wrapped, named
+
+
+def test_a_tokenizer_goes_along_whatever_its_form(transformers, with_tokenizer):
+    path, made, wrapped, named = with_tokenizer
+    model, variables = models.from_hf(path / "given", sparsity="dense")
+    auto, load = transformers.AutoTokenizer, transformers.AutoModelForCausalLM
+    before = load.from_pretrained(path / "given")
+    text = "sparse kernel <begin> unknown"
+    expected = wrapped(text, return_tensors="pt")
+    for name, tokenizer, special in (
+        ("folder", str(path / "given"), None),
+        ("alone", path / "alone", None),
+        ("wrapped", wrapped, None),
+        ("bare", made, named),
+    ):
+        options = {"tokenizer": tokenizer, "special_tokens": special}
+        models.export_hf(path / "to" / name, model, variables, **options)
+        found, theirs = (kind.from_pretrained(path / "to" / name) for kind in (auto, load))
+        given = found(text, return_tensors="pt")
+        assert given["input_ids"].tolist() == expected["input_ids"].tolist() == [[0, 1, 4, 5]]
+        assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (4, 2, 3)
+        ends = [2, 6] if name == "folder" else 2
+        for config in (theirs.config, theirs.generation_config):
+            assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (4, ends, 3)
+        assert (found.chat_template is None) == (name == "bare")
+        if name == "folder":
+            made_by = (model.generate(**given, max_new_tokens=8) for model in (before, theirs))
+            np.testing.assert_array_equal(*(tokens.numpy() for tokens in made_by))
+            assert theirs.generation_config.repetition_penalty == 1.5
+
+
+def test_without_a_tokenizer_no_id_is_special(transformers, tmp_path):
+    """Those that Transformers takes by itself are of other vocabularies."""
+    for family in FAMILIES:
+        models.export_hf(tmp_path / family, *made(family, 0))
+        config = transformers.AutoConfig.from_pretrained(tmp_path / family)
+        assert [config.bos_token_id, config.eos_token_id, config.pad_token_id] == [None] * 3
+
+
+def test_a_tokenizer_of_another_model_is_refused(with_tokenizer):
+    import tokenizers
+
+    path, tokenizer, wrapped, named = with_tokenizer
+    model, variables = models.from_hf(path / "given", sparsity="dense")
+    large = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 61, "b": 1}, unk_token="a"))
+    (path / "damaged").mkdir()
+    (path / "damaged" / "tokenizer.json").write_text("{")
+    for options, message in (
+        ({"tokenizer": large}, "ids up to 61, but the model vocab_size=61"),
+        (
+            {"tokenizer": tokenizer, "special_tokens": {"end": "<end>"}},
+            "no role end; there are bos",
+        ),
+        ({"tokenizer": tokenizer, "special_tokens": {"eos_token": "</s>"}}, "no token '</s>'"),
+        ({"tokenizer": wrapped, "special_tokens": named}, "others name theirs"),
+        ({"special_tokens": named}, "others name theirs"),
+        ({"tokenizer": path}, "not a folder with one of tokenizer.json"),
+        ({"tokenizer": path / "damaged"}, "cannot be read"),
+        ({"tokenizer": 3}, "tokenizer is a int; give"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            models.export_hf(path / "new", model, variables, **options)
+    assert sorted(p.name for p in path.iterdir()) == ["alone", "damaged", "given"]
 
 
 def test_a_folder_is_there_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -10,7 +10,9 @@ import pytest
 from parity import close, randomised
 
 from slope_jax import models
+from slope_jax.generate import generate
 from train import serving
+from train.data.tokenizer import END_OF_TEXT, vocabulary_from_json
 
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 
@@ -28,10 +30,10 @@ def folder(torch, transformers, tmp_path, monkeypatch):
     theirs.save_pretrained(tmp_path / "gpt2", safe_serialization=True)
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
+    from tokenizers.pre_tokenizers import WhitespaceSplit
 
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="mask"))
-    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.save(str(tmp_path / "gpt2" / "tokenizer.json"))
     text = " ".join(np.random.default_rng(1).choice(WORDS, 400))
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
@@ -40,7 +42,9 @@ def folder(torch, transformers, tmp_path, monkeypatch):
     model = models.build("gpt2-nano", **sizes, max_positions=16, adapter_rank=2)
     variables = jax.jit(model.init)(jax.random.key(0), **model.example_inputs())
     params = jax.tree.map(lambda x: 3 * x + 0.1, variables["params"])  # no adapter is zero
-    run = serving.Trained(model, variables | {"params": params}, None, {})
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    vocabulary = vocabulary_from_json(tokenizer.to_str(), "clm")
+    run = serving.Trained(model, variables | {"params": params}, vocabulary, {})
     monkeypatch.setattr(serving, "load_trained", {"runs/gpt2": run}.__getitem__)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -93,6 +97,10 @@ def test_the_page(torch, folder, products):
     close(expected, theirs(torch, pruned["theirs"]))
     run = lora["run"]
     close(ours(run.model, run.variables), theirs(torch, lora["theirs"]))
+    prompt = jnp.array([[WORDS.index("sparse")]])
+    made = generate(run.model, run.variables, prompt, max_new_tokens=7, end_token=len(WORDS))
+    ids = [*prompt[0].tolist(), *np.asarray(made.tokens[0])[: made.lengths[0]].tolist()]
+    assert lora["text"] == run.vocabulary.decode(ids)
 
     # In bfloat16 the sparse weights are as far from float32 as the dense ones, give or take.
     assert not products

@@ -18,7 +18,7 @@ from slope_jax.generate import generate
 from train.data.tokenizer import train_tokenizer, vocabulary_from_json
 from train.evaluate import main, perplexity
 from train.generate import continued_text
-from train.harness import Harness
+from train.harness import Harness, evaluate_tasks
 from train.scoring import score, strided_windows
 from train.serving import Served
 
@@ -120,18 +120,24 @@ def test_what_is_generated_greedily_is_scored_as_greedy(served):
     ]
 
 
-def test_a_whole_text_is_scored_in_windows_side_by_side(served):
-    text = "Dense kernel mask values layer. " * 4
+def rolled(served, text):
+    """Nats of a text: each window but the first has all the context that fits, scoring new ones."""
     tokens = [served.vocabulary.specials.end_of_text, *served.vocabulary.encode(text)]
-    assert len(tokens) > LONGEST + 2
-    expected = 0.0
-    for start in range(0, len(tokens) - 1, LONGEST):
-        piece = tokens[start : start + LONGEST]
-        rows = log_probabilities(served, piece)
-        targets = tokens[start + 1 : start + LONGEST + 1]
-        expected += sum(rows[range(len(targets)), targets])
+    total, done = 0.0, 1
+    while done < len(tokens):
+        stop = min(done + LONGEST, len(tokens))
+        inputs = tokens[max(0, stop - 1 - LONGEST) : stop - 1]
+        rows = log_probabilities(served, inputs)[done - stop :]
+        total -= sum(rows[range(stop - done), tokens[done:stop]])
+        done = stop
+    return total
+
+
+def test_a_whole_text_is_scored_in_windows_that_are_full(served):
+    text = "Dense kernel mask values layer. " * 4
+    assert len(served.vocabulary.encode(text)) > LONGEST + 2
     whole, empty = Harness(served).loglikelihood_rolling([request(text), request("")])
-    assert whole == pytest.approx(expected, rel=1e-5)
+    assert whole == pytest.approx(-rolled(served, text), rel=1e-5)
     assert empty == 0.0
 
 
@@ -145,6 +151,119 @@ def test_text_is_generated_up_to_a_stop(served):
     assert adapter.generate_until(requests) == [whole, whole[: whole.index(stop)]]
     with pytest.raises(NotImplementedError, match="do_sample"):
         adapter.generate_until([request("a", {"do_sample": True, "temperature": 0.7})])
+
+
+def chosen(served, prompt, choices):
+    """The number of the likeliest choice, by the sum of its tokens and by that over its letters."""
+    encode = served.vocabulary.encode
+    before, sums = encode(prompt), []
+    for choice in choices:
+        after = encode(f"{prompt} {choice}")[len(before) :]
+        rows = log_probabilities(served, (before + after)[-(LONGEST + 1) : -1])[-len(after) :]
+        sums.append(sum(rows[range(len(after)), after]))
+    shares = [total / len(choice) for total, choice in zip(sums, choices, strict=True)]
+    return int(np.argmax(sums)), int(np.argmax(shares))
+
+
+def greedily(served, prompt, count):
+    tokens = served.vocabulary.encode(prompt)
+    for _ in range(count):
+        tokens.append(int(log_probabilities(served, tokens)[-1].argmax()))
+    return served.vocabulary.decode(tokens)[len(prompt) :]
+
+
+@pytest.mark.filterwarnings("ignore")  # the harness and what it imports are not ours
+@pytest.mark.parametrize("command", [False, True])
+def test_the_harness_itself_gives_what_loops_give(served, tmp_path, monkeypatch, command):
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed (the extra eval)")
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rng = np.random.default_rng(0)
+    words = ["sparse", "kernel", "mask", "values", "dense", "layer", "adapter", "rank", "a token"]
+
+    def sentence(count):
+        return " ".join(rng.choice(words, count))
+
+    docs = []
+    for number in range(12):
+        prompt = sentence(1 + number)
+        written = greedily(served, prompt, 6) if number < 4 else "nothing"
+        docs.append(
+            {
+                "prompt": prompt,
+                "choices": [sentence(k) for k in (1, 2, 3)],
+                "label": int(rng.integers(3)),
+                "text": sentence(3 * number + 1),
+                "written": written.split("a")[0],
+            }
+        )
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    shared = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "docs.jsonl")}},
+        "test_split": "test",
+    }
+    mean = {"aggregation": "mean", "higher_is_better": True}
+    tasks = [
+        {
+            "task": "local_choice",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{prompt}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "label",
+            "metric_list": [{"metric": "acc", **mean}, {"metric": "acc_norm", **mean}],
+        },
+        {
+            "task": "local_text",
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{text}}",
+            "metric_list": [
+                {"metric": "word_perplexity", "higher_is_better": False},
+                {"metric": "bits_per_byte", "higher_is_better": False},
+            ],
+        },
+        {
+            "task": "local_written",
+            "output_type": "generate_until",
+            "doc_to_text": "{{prompt}}",
+            "doc_to_target": "{{written}}",
+            "generation_kwargs": {"until": ["a"], "max_gen_toks": 6, "do_sample": False},
+            "metric_list": [{"metric": "exact_match", **mean}],
+        },
+    ]
+    tasks = [task | shared for task in tasks]
+    if command:
+        names = []
+        for task in tasks:
+            names.append(tmp_path / f"{task['task']}.yaml")
+            names[-1].write_text(json.dumps(task))  # JSON is YAML
+        monkeypatch.setattr("train.serving.load", lambda path, step=None: served)
+        options = [f"--tasks={','.join(map(str, names))}", f"--output={tmp_path / 'numbers.json'}"]
+        assert main(["--checkpoint=run", *options]) == 0
+        found = json.loads((tmp_path / "numbers.json").read_text())["results"]
+    else:
+        found = evaluate_tasks(served, tasks, batch_size=3)
+
+    by_sum, by_share = zip(
+        *(chosen(served, doc["prompt"], doc["choices"]) for doc in docs), strict=True
+    )
+    labels = [doc["label"] for doc in docs]
+    assert len(set(by_sum)) > 1
+    assert by_sum != by_share
+    assert found["local_choice"]["acc,none"] == pytest.approx(np.mean(np.equal(by_sum, labels)))
+    assert found["local_choice"]["acc_norm,none"] == pytest.approx(
+        np.mean(np.equal(by_share, labels))
+    )
+    nats = sum(rolled(served, doc["text"]) for doc in docs)
+    count = sum(len(doc["text"].split()) for doc in docs)
+    letters = sum(len(doc["text"]) for doc in docs)
+    text = found["local_text"]
+    assert text["word_perplexity,none"] == pytest.approx(math.exp(nats / count), rel=1e-4)
+    assert text["bits_per_byte,none"] == pytest.approx(nats / letters / math.log(2), rel=1e-5)
+    assert found["local_written"]["exact_match,none"] == pytest.approx(4 / 12)
 
 
 def test_a_long_context_keeps_what_fits_beside_the_new_tokens(served, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,7 @@ def test_gpt2_trains_and_leaves_a_full_record(text, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "adapters of rank" in out
     assert "held-out loss" in out
+    assert not re.search(r"\b0 tokens/s", out)
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["tokens"] == 6 * 2 * 8
     assert summary["adapter_step"] == 3
@@ -66,6 +68,9 @@ def test_gpt2_trains_and_leaves_a_full_record(text, tmp_path, capsys):
     lines = [json.loads(x) for x in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines if "loss" in x] == [1, 2, 3, 4, 5, 6]
     assert all("nsp_loss" not in x for x in lines)
+    speeds = [x.get("tokens_per_second") for x in lines if "loss" in x]
+    assert speeds[0] is None  # the first step compiles
+    assert all(speed > 0 for speed in speeds[1:])
 
 
 def test_divergence_stops_and_names_the_last_good_checkpoint(text, tmp_path, capsys, monkeypatch):

@@ -2,44 +2,21 @@
 
 import dataclasses
 import errno
-import json
 import shutil
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from jobs import save_run
 
 from slope_jax.generate import generate, inference_variables
 from train import evaluate, serving
-from train.checkpoint import Checkpoints
 from train.config import from_json, to_json
-from train.data.tokenizer import train_tokenizer
 from train.generate import main
 from train.recipes import make_config
-from train.state import init_state, join_adapters, make_setup
-
-
-def save_run(folder, texts, model, step, **fields):
-    """A run's checkpoint without the run: its first state, after `step` steps in name."""
-    fields = {"seq_len": (16,), "steps": (10,), "adapter_start": 0.5, **fields}
-    config = make_config(model, dtype="bfloat16", vocab_size=300, **fields)
-    vocabulary = train_tokenizer(texts, config.objective, 300)
-    setup = make_setup(config, vocab_size=vocabulary.size)
-    state, adapted = init_state(setup), config.adapter_step is not None
-    if adapted and step > config.adapter_step:
-        state, _ = join_adapters(setup, state)
-    # Far from the birth of a model, where all logits are alike and adapters add nothing.
-    state = state.replace(
-        step=jnp.int32(step), params=jax.tree.map(lambda x: 4 * x + 0.01, state.params)
-    )
-    checkpoints = Checkpoints(folder, keep=2)
-    tokenizer = json.loads(vocabulary.to_json())
-    checkpoints.save(state, setup.key, {"config": to_json(config)}, tokenizer, None)
-    checkpoints.wait()
-    checkpoints.close()
-    return setup.adapted if adapted and step > config.adapter_step else setup.model, state
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +79,40 @@ def test_what_is_saved_is_loaded_bit_for_bit(served, tmp_path):
     with pytest.raises(ValueError, match="exists already"):
         serving.save(served, folder)
     assert [p.name for p in folder.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked", "expected"),
+    [
+        ("auto", None, "bfloat16"),
+        ("auto", "float32", "float32"),
+        ("float32", None, "float32"),
+    ],
+)
+def test_weights_are_saved_in_16_bits_unless_float32_is_asked_for(
+    tmp_path, small_text, capsys, trained, asked, expected
+):
+    texts = [(small_text / "a.txt").read_text()]
+    save_run(tmp_path / "run", texts, "gpt2-nano", 7, dtype=trained)
+    options = [f"--checkpoint={tmp_path / 'run'}", f"--save={tmp_path / 'saved'}"]
+    assert main([*options, *([f"--save-dtype={asked}"] if asked else [])]) == 0
+    assert f"saved, weights in {expected}" in capsys.readouterr().err
+    with ocp.StandardCheckpointer() as checkpointer:
+        written = checkpointer.restore(tmp_path / "saved" / "variables")
+    layer = written["params"]["layers_1"]["mlp"]["up"]
+    kinds = {name: array.dtype.name for name, array in layer.items()}
+    assert kinds.pop("bias") == "float32"
+    assert set(kinds.values()) == {expected}
+    assert written["params"]["embeddings"]["token"]["embedding"].dtype == expected
+    # A CPU computes in float32, with what the folder holds.
+    served, again = serving.load(tmp_path / "run"), serving.load(tmp_path / "saved")
+    assert again.model == served.model
+    rounded = jax.tree.map(
+        lambda whole, kept: whole.astype(kept.dtype).astype(whole.dtype),
+        served.variables,
+        written,
+    )
+    jax.tree.map(np.testing.assert_array_equal, again.variables, rounded)
 
 
 def continued(served, text, count):
@@ -190,6 +201,7 @@ def test_bad_input_is_named(run, tmp_path, capsys):
         ([f"--checkpoint={tmp_path}", "--prompt=a"], "holds no checkpoints"),
         ([f"--checkpoint={run[0]}", "--step=5", "--prompt=a"], "no checkpoint of step 5; there are 3, 7"),
         ([f"--checkpoint={run[0]}"], "give --prompt=TEXT or --save"),
+        (["--checkpoint=run", "--prompt=a", "--save-dtype=float32"], "that --save=FOLDER names"),
         ([f"--checkpoint={run[0]}", "--prompt=a", "--max-new-tokens=9999"], "max_positions"),
     ]:  # fmt: skip
         assert main(options) == 2

@@ -26,7 +26,7 @@ class Speed:
     """
 
     def __init__(self, horizon: float = 30.0):
-        self._horizon, self._marks, self._rates = horizon, [], (0.0, 0.0)
+        self._horizon, self._marks, self._rates = horizon, [], (None, None)
         self.seconds, self.tokens = 0.0, 0
 
     def restart(self) -> None:
@@ -56,12 +56,12 @@ class Speed:
         self._rates = (now[1] - first[1]) / elapsed, (now[2] - first[2]) / elapsed
 
     @property
-    def steps_per_second(self) -> float:
-        """Over the last half minute; 0 before two steps are done."""
+    def steps_per_second(self) -> float | None:
+        """Over the last half minute; None before two steps are done."""
         return self._rates[0]
 
     @property
-    def tokens_per_second(self) -> float:
+    def tokens_per_second(self) -> float | None:
         return self._rates[1]
 
 
@@ -101,7 +101,8 @@ class Display:
 
     def update(self, step: int, metrics: dict[str, float], speed: Speed) -> None:
         """Show that `step` steps are done, with the latest metrics."""
-        status = f"loss {metrics['loss']:.3f}  {speed.tokens_per_second:,.0f} tokens/s"
+        tokens = speed.tokens_per_second
+        status = f"loss {metrics['loss']:.3f}" + (f"  {tokens:,.0f} tokens/s" if tokens else "")
         self._progress.update(self._task, completed=step, status=status)
         now = time.monotonic()
         if self._live or (now - self._last_line < LINE_SECONDS and step < self._total):

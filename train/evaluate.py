@@ -231,8 +231,10 @@ def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--window", type=int, help="tokens; the run's longest sequence by default")
     parser.add_argument("--stride", type=int, help="tokens; half a window by default")
     parser.add_argument("--batch", type=int, default=8, help="windows at a time")
-    parser.add_argument("--tasks", help="of the LM Evaluation Harness, with commas between them")
-    parser.add_argument("--shots", type=int, default=0, help="solved examples ahead of each")
+    parser.add_argument("--tasks", help="of the LM Evaluation Harness: names or .yaml files, a,b")
+    parser.add_argument(
+        "--shots", type=int, help="solved examples ahead of each; the task's if not given"
+    )
     parser.add_argument("--limit", type=int, help="examples of each task; all if not given")
     parser.add_argument("--cache-dir", type=pathlib.Path, help="of the data, as of train.pretrain")
     parser.add_argument("--output", type=pathlib.Path, help="JSON file for the numbers")

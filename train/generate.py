@@ -4,7 +4,8 @@
     python -m train.generate --checkpoint=runs/NAME --prompt="The [MASK] of a matrix"
 
 One prompt is written as it is made; several are made together, and written one after the other.
-`--save=FOLDER` writes the model as it is used here, without what only training needs.
+`--save=FOLDER` writes the model without what only training needs, its weights in bfloat16 unless the
+run was given --dtype=float32, or `--save-dtype` says otherwise.
 """
 
 import argparse
@@ -51,6 +52,8 @@ def _run(arguments: argparse.Namespace) -> None:
     from train import serving
     from train.display import size
 
+    if arguments.save_dtype and arguments.save is None:
+        raise ValueError("--save-dtype is of the folder that --save=FOLDER names")
     served = serving.load(arguments.checkpoint, step=arguments.step)
     about = served.about
     print(
@@ -59,7 +62,9 @@ def _run(arguments: argparse.Namespace) -> None:
         file=sys.stderr,
     )
     if arguments.save is not None:
-        print(f"saved to {serving.save(served, arguments.save)}", file=sys.stderr)
+        dtype = arguments.save_dtype or serving.saved_dtype(about)
+        folder = serving.save(served, arguments.save, dtype=dtype)
+        print(f"saved to {folder}, weights in {dtype}", file=sys.stderr)
     if not arguments.prompt:
         if arguments.save is None:
             raise ValueError("nothing to do; give --prompt=TEXT or --save=FOLDER")
@@ -233,7 +238,8 @@ def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, help="sample among those that hold this share")
     parser.add_argument("--stop", action="append", default=[], help="text to end at; repeatable")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
-    parser.add_argument("--save", type=pathlib.Path, help="new folder for the model as used here")
+    parser.add_argument("--save", type=pathlib.Path, help="new folder for the model alone")
+    parser.add_argument("--save-dtype", choices=("bfloat16", "float32"), help="of its weights")
     return parser.parse_args(args)
 
 

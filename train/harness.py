@@ -49,14 +49,19 @@ class Harness:
         return [(-float(s.nats.sum(dtype=np.float64)), bool(s.greedy.all())) for s in scores]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False):
-        """For args (text,): nats of the whole text's likelihood, in windows side by side."""
+        """For args (text,): nats of the whole text's likelihood, in windows that score side by side.
+
+        Each reads as much as fits, so that the last one scores what is left behind a full context,
+        as the harness asks.
+        """
         pieces, owners = [], []
         for number, (text,) in enumerate(request.args for request in requests):
             tokens = np.array([self.end, *self.served.vocabulary.encode(text)], np.int32)
             if len(tokens) < 2:
                 continue  # no tokens are certain
             for w in strided_windows(len(tokens), self.longest, self.longest):
-                pieces.append((tokens[w.start : w.stop + 1], w.stop - w.scored))
+                start = max(0, w.stop - self.longest)
+                pieces.append((tokens[start : w.stop + 1], w.stop - w.scored))
                 owners.append(number)
         totals = [0.0] * len(requests)
         for owner, s in zip(owners, self._score(pieces), strict=True):
@@ -145,13 +150,20 @@ def harness_model(served: Served, batch_size: int = 8):
 
 def evaluate_tasks(
     served: Served,
-    tasks: Sequence[str],
+    tasks: Sequence[str | dict[str, Any]],
     *,
-    shots: int = 0,
+    shots: int | None = None,
     limit: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, dict[str, Any]]:
     """Numbers by task and metric, from the harness.
+
+    Args:
+      served: what `train.serving.load` gives, a decoder.
+      tasks: names, files (.yaml) or configurations of tasks.
+      shots: solved examples ahead of each; None: as each task has it.
+      limit: examples of each task; None: all.
+      batch_size: requests at a time.
 
     Raises:
       ValueError: the harness is not installed.

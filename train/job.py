@@ -296,8 +296,9 @@ class _Job:
             self.speed.update(step, tokens)
             self.display.update(step, metrics, self.speed)
             if step % self.config.log_every == 0 or step == self.config.total_steps:
-                rate = round(self.speed.tokens_per_second, 1)
-                self.writer.write(step, metrics | {"tokens": tokens, "tokens_per_second": rate})
+                rate = self.speed.tokens_per_second
+                measured = {} if rate is None else {"tokens_per_second": round(rate, 1)}
+                self.writer.write(step, metrics | {"tokens": tokens} | measured)
 
     def _count_bad(self, step: int, metrics: dict[str, float]) -> None:
         """Note a step that `make_train_step` skipped; give up when there were too many."""

@@ -2,7 +2,7 @@
 
     FOLDER/served.json      configuration of the run, size of the vocabulary, whether adapters joined
     FOLDER/tokenizer.json   the tokenizer
-    FOLDER/variables        weights by Orbax: 16-bit (or the run's) values, metadata, adapters
+    FOLDER/variables        weights by Orbax: values (bfloat16, see `save`), metadata, adapters
 
 No masters, no transposed copies, no optimizer state.
 """
@@ -13,12 +13,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import linen as nn
 
 from pallas_kernels.files import new_folder, write_atomically
 from slope_jax import TrainState
-from slope_jax.generate import inference_variables
+from slope_jax.generate import cast_weights, inference_variables
 from train import integrity
 from train.checkpoint import Checkpoints, placed
 from train.config import from_json, to_json
@@ -128,20 +129,37 @@ def trained_shapes(about: dict[str, Any], vocabulary: Vocabulary) -> Trained:
     return Trained(*_shaped(about, lambda *trained: trained), vocabulary, about)
 
 
-def save(served: Served, folder: pathlib.Path | str) -> pathlib.Path:
+def save(
+    served: Served, folder: pathlib.Path | str, *, dtype: jax.typing.DTypeLike | None = None
+) -> pathlib.Path:
     """Writes a folder that `load` reads: whole or not at all.
+
+    Args:
+      served: what `load` gives.
+      folder: a new one.
+      dtype: of kernels, tables and adapters in the folder. None: float32 if the run was given
+        dtype="float32", else bfloat16, on whatever device: where "auto" computes in float32, as on a
+        CPU, `load` makes that of them again.
 
     Raises:
       ValueError: the folder exists already.
     """
     folder = pathlib.Path(folder).expanduser().resolve()
+    dtype = jnp.dtype(dtype or saved_dtype(served.about))
+    variables = served.variables
     with new_folder(folder) as staging:
+        variables = variables | {"params": cast_weights(variables["params"], dtype)}
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(staging / VARIABLES, served.variables)
+            checkpointer.save(staging / VARIABLES, variables)
         served.vocabulary.save(staging / TOKENIZER_FILE)
         write_atomically(staging / SERVED_FILE, json.dumps(served.about, indent=1) + "\n")
         integrity.write_manifest(staging)
     return folder
+
+
+def saved_dtype(about: dict[str, Any]) -> str:
+    """In which `save` writes the weights of a run that `Served.about` describes."""
+    return "float32" if about["config"]["dtype"] == "float32" else "bfloat16"
 
 
 def _from_run(folder: pathlib.Path, step: int | None) -> Trained:

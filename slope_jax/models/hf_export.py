@@ -17,6 +17,7 @@ from slope_jax.models.bert import Bert
 from slope_jax.models.decoder import Decoder
 from slope_jax.models.gpt2 import GPT2
 from slope_jax.models.hf_families import FAMILIES, Source
+from slope_jax.models.hf_tokenizer import write_tokenizer
 from slope_jax.models.opt import OPT
 from slope_jax.models.stack import unstack_layers
 
@@ -46,8 +47,10 @@ def export_hf(
     *,
     adapters: Literal["merge", "lora"] = "merge",
     dtype: Any = None,
+    tokenizer: Any = None,
+    special_tokens: Mapping[str, str] | None = None,
 ) -> Path:
-    """Writes config.json and safetensors files; the inverse of `load_hf`.
+    """Writes config.json, safetensors files and the tokenizer's; the inverse of `load_hf`.
 
     Kernels are dense in the folder, with zeros where ours are pruned.
 
@@ -59,22 +62,31 @@ def export_hf(
         of several of theirs (queries, keys, values; gate, up), each gets the same lora_A and its
         columns of adapter_r, so that nothing is lost.
       dtype: of the tensors; None keeps that of each parameter. Sums are in float32.
+      tokenizer: a Hugging Face folder, whose tokenizer and generation_config.json are copied, with
+        the special ids of its config.json; a tokenizer of Transformers; or a `tokenizers.Tokenizer`.
+        Its ids are those of the model. None: there are no special ids, and nothing ends what
+        Transformers generates.
+      special_tokens: of a `tokenizers.Tokenizer`: tokens by role, such as {"eos_token": "</s>"}; the
+        roles are those of Transformers. Of a decoder, the end pads too where nothing else does.
 
     Raises:
-      ValueError: the folder exists already, or `adapters` is neither of the two.
+      ValueError: the folder exists already, `adapters` is neither of the two, or the tokenizer is
+        none, or not one of this model.
       ImportError: safetensors is not installed.
 
     >>> model, variables = from_hf("~/models/gpt2", sparsity="2:4")  # doctest: +SKIP
-    >>> export_hf("~/models/gpt2-sparse", model, variables)  # doctest: +SKIP
+    >>> export_hf("~/gpt2-sparse", model, variables, tokenizer="~/models/gpt2")  # doctest: +SKIP
     """
     if adapters not in ("merge", "lora"):
         raise ValueError(f"adapters={adapters!r}; choose 'merge' or 'lora'")
     folder, family = Path(folder).expanduser().resolve(), family_of(model)
     single = unstack_layers(variables)
     with new_folder(folder) as staging:
+        causal = isinstance(model, Decoder)
+        ids = write_tokenizer(staging, tokenizer, special_tokens, model.config, causal=causal)
         tensors = _tensors(model, family, single, merged=adapters == "merge", dtype=dtype)
         write_shards(staging, tensors)
-        config = config_json(model, family, np.dtype(dtype or model.config.param_dtype).name)
+        config = config_json(model, family, np.dtype(dtype or model.config.param_dtype).name) | ids
         write_atomically(staging / "config.json", json.dumps(config, indent=2) + "\n")
         if adapters == "lora" and model.config.rank:
             write_adapter(staging / "adapter", model, family, single, dtype)

@@ -16,6 +16,7 @@ from slope_jax.models.decoder import Decoder
 from slope_jax.models.hf_export import at, full_name, linear_of, parts_of
 from slope_jax.models.hf_families import Source
 from slope_jax.models.hf_files import listed
+from slope_jax.models.hf_tokenizer import write_tokenizer
 from slope_jax.models.stack import unstack_layers
 from slope_jax.policy import DENSE
 
@@ -70,6 +71,8 @@ def export_semi_structured(
     variables: Mapping[str, Any],
     *,
     dtype: Any = jnp.bfloat16,
+    tokenizer: Any = None,
+    special_tokens: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes the model for PyTorch with its pruned kernels compressed, 9/16 of the dense bytes.
 
@@ -81,12 +84,12 @@ def export_semi_structured(
 
     Args:
       folder: a new one; it is there whole or not at all.
-      model, variables: as for `export_hf`.
+      model, variables, tokenizer, special_tokens: as for `export_hf`.
       dtype: of all floats, bfloat16 or float16.
 
     Raises:
-      ValueError: the folder exists already, nothing is pruned, or a pruned linear has a pattern or
-        sizes that PyTorch's class does not take; all such are listed.
+      ValueError: the folder exists already, nothing is pruned, a pruned linear has a pattern or
+        sizes that PyTorch's class does not take (all such are listed), or the tokenizer is wrong.
       ImportError: safetensors is not installed.
 
     >>> export_semi_structured("~/models/gpt2-2to4", model, variables)  # doctest: +SKIP
@@ -98,8 +101,10 @@ def export_semi_structured(
     _check(model, family)
     folder, single = Path(folder).expanduser().resolve(), unstack_layers(variables)
     with new_folder(folder) as staging:
+        causal = isinstance(model, Decoder)
+        ids = write_tokenizer(staging, tokenizer, special_tokens, model.config, causal=causal)
         hf_export.write_shards(staging, _tensors(model, family, single, dtype), FILE)
-        config = hf_export.config_json(model, family, dtype.name)
+        config = hf_export.config_json(model, family, dtype.name) | ids
         write_atomically(staging / "config.json", json.dumps(config, indent=2) + "\n")
         if model.config.rank:
             hf_export.write_adapter(staging / "adapter", model, family, single, dtype)

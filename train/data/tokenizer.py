@@ -16,8 +16,9 @@ BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 END_OF_TEXT = "<|endoftext|>"
 SPECIALS = {"mlm": BERT_SPECIALS, "clm": (END_OF_TEXT,)}
 # Names under which published tokenizers keep the same roles.
-_ALIASES = {
+ALIASES = {
     "pad": ("[PAD]", "<pad>"),
+    "unk": ("[UNK]", "<unk>"),
     "cls": ("[CLS]", "<s>"),
     "sep": ("[SEP]", "</s>"),
     "mask": ("[MASK]", "<mask>"),
@@ -155,16 +156,16 @@ def _word_piece(path: Path) -> tokenizers.Tokenizer:
 def _vocabulary(tokenizer: tokenizers.Tokenizer, objective: str, name: str) -> Vocabulary:
     ids = {}
     for role in _ROLES[objective]:
-        found = [tokenizer.token_to_id(token) for token in _ALIASES[role]]
+        found = [tokenizer.token_to_id(token) for token in ALIASES[role]]
         found = [index for index in found if index is not None]
         if not found:
             raise ValueError(
                 f"{name} has no token for {role}, which objective {objective} needs: add one of "
-                f"{' '.join(_ALIASES[role])}, or leave --tokenizer out to train one"
+                f"{' '.join(ALIASES[role])}, or leave --tokenizer out to train one"
             )
         ids[role] = found[0]
     special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    for token in ("[UNK]", "<unk>"):
+    for token in ALIASES["unk"]:
         if (unknown := tokenizer.token_to_id(token)) is not None:
             special.add(unknown)
     # Text that happens to spell a special token, "[MASK]" in a manual say, must stay text; and

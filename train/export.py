@@ -1,0 +1,156 @@
+"""A trained model as a Hugging Face folder, tokenizer included:
+
+    python -m train.export --checkpoint=runs/NAME --output=FOLDER
+    python -m train.export --checkpoint=runs/NAME --output=FOLDER --adapters=lora --dtype=bfloat16
+
+AutoTokenizer and AutoModelForCausalLM (AutoModelForPreTraining of a BERT) load it. Weights are dense,
+with zeros where ours are pruned; `--semi-structured` writes 2:4 tensors for PyTorch instead.
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from train.generate import exit_code
+
+if TYPE_CHECKING:
+    import tokenizers
+
+    from train.data.tokenizer import Vocabulary
+    from train.serving import Served, Trained
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command; 0 if it is done, 1 if files failed, 2 for bad input."""
+    return exit_code(_run, _arguments(args))
+
+
+def export_run(
+    folder: pathlib.Path | str,
+    run: "Trained | Served",
+    *,
+    adapters: Literal["merge", "lora"] = "merge",
+    dtype: Any = None,
+) -> pathlib.Path:
+    """`slope_jax.models.export_hf` of a run, with its tokenizer.
+
+    The tokenizer gives the ids that the model was trained on: of a text alone for a decoder, and with
+    [CLS] and [SEP] for a BERT. But where a text spells a special token, it means that token, as is
+    usual with Transformers (`split_special_tokens=True` takes it for text, as our commands do).
+
+    Args:
+      folder: a new one.
+      run: what `train.serving.load_trained` or `load` gives.
+      adapters, dtype: as for `export_hf`.
+
+    Raises:
+      ValueError: the folder exists already.
+      ImportError: safetensors is not installed.
+    """
+    from slope_jax.models import export_hf
+
+    tokenizer, special = hf_tokenizer(run.vocabulary)
+    return export_hf(
+        folder,
+        run.model,
+        run.variables,
+        adapters=adapters,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        special_tokens=special,
+    )
+
+
+def hf_tokenizer(vocabulary: "Vocabulary") -> tuple["tokenizers.Tokenizer", dict[str, str]]:
+    """A run's tokenizer that adds what its training adds, and the roles of its special tokens."""
+    import tokenizers
+    from tokenizers.processors import TemplateProcessing
+
+    from train.data.tokenizer import ALIASES
+
+    made = tokenizers.Tokenizer.from_str(vocabulary.to_json())
+    specials = vocabulary.specials
+    if vocabulary.objective == "mlm":
+        ids = {"pad_token": specials.pad, "cls_token": specials.cls}
+        ids |= {"sep_token": specials.sep, "mask_token": specials.mask}
+        cls, sep = (made.id_to_token(i) for i in (specials.cls, specials.sep))
+        made.post_processor = TemplateProcessing(
+            single=[cls, "$A", sep],
+            pair=[f"{cls}:0", "$A:0", f"{sep}:0", "$B:1", f"{sep}:1"],
+            special_tokens=[(cls, specials.cls), (sep, specials.sep)],
+        )
+    else:
+        ids = dict.fromkeys(("bos_token", "eos_token"), specials.end_of_text)
+        made.post_processor = TemplateProcessing(single="$A:0", pair="$A:0 $B:1")
+    for role in ("pad", "unk"):
+        known = (i for name in ALIASES[role] if (i := made.token_to_id(name)) is not None)
+        ids.setdefault(f"{role}_token", next(known, None))
+    return made, {role: made.id_to_token(i) for role, i in ids.items() if i is not None}
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    import importlib.util
+
+    from slope_jax.models import export_semi_structured
+    from train import serving
+
+    if importlib.util.find_spec("safetensors") is None:
+        raise ValueError("export needs safetensors: pip install 'slope-jax[hf]'")
+    path = arguments.checkpoint.expanduser()
+    load = serving.load if (path / serving.SERVED_FILE).is_file() else serving.load_trained
+    run = load(path, step=arguments.step)
+    if arguments.semi_structured:
+        tokenizer, special = hf_tokenizer(run.vocabulary)
+        folder = export_semi_structured(
+            arguments.output,
+            run.model,
+            run.variables,
+            dtype=arguments.dtype or "bfloat16",
+            tokenizer=tokenizer,
+            special_tokens=special,
+        )
+    else:
+        folder = export_run(
+            arguments.output, run, adapters=arguments.adapters, dtype=arguments.dtype
+        )
+    about = run.about
+    print(f"{about['config']['model']} of step {about['step']}: exported to {folder}")
+
+
+def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=pathlib.Path,
+        required=True,
+        help="folder of a run, one of its checkpoints/STEP, or what train.generate --save wrote",
+    )
+    parser.add_argument("--step", type=int, help="checkpoint of a run; the latest if not given")
+    parser.add_argument("--output", type=pathlib.Path, required=True, help="a new folder")
+    parser.add_argument(
+        "--adapters",
+        choices=("merge", "lora"),
+        default="merge",
+        help="add them to the weights, or write LoRA files for PEFT beside the sparse ones",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the tensors; as they are if not given: float32 of a run",
+    )
+    parser.add_argument(
+        "--semi-structured",
+        action="store_true",
+        help="2:4 tensors of PyTorch, bfloat16 or float16, adapters apart",
+    )
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
