@@ -15,7 +15,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import cluster, ring, warps
+from pallas_kernels.mosaic import cluster, launch, ring, warps
 from pallas_kernels.mosaic.activations import PRECISE
 from pallas_kernels.mosaic.frame import SHARED_MEMORY
 from pallas_kernels.mosaic.support import FEW_TOKENS
@@ -130,6 +130,7 @@ def _time(g: warps.Geometry) -> float:
     return time + (wave(rest) if rest else 0.0)
 
 
+@launch.once("config", "activation", "save_preactivation", "out_dtype")
 def nm_matmul(
     x: jax.Array,
     values: jax.Array,
@@ -172,7 +173,7 @@ def nm_matmul(
         _kernel(geometry, activation, dict(zip(names, refs, strict=True)))
 
     clusters = {"cluster": (config.split,), "cluster_names": ("share",)}
-    kernel = plgpu.kernel(
+    kernel = launch.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct((tokens, f), out_dtype or x.dtype)] * len(results),
         grid=(pl.cdiv(f, warps.OUTPUTS * config.across),),
@@ -185,7 +186,7 @@ def nm_matmul(
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
-        kernel_name="nm_matmul",
+        name="nm_matmul",
     )
     y, *preactivation = kernel(*operands.values())
     return (y, *preactivation) if save_preactivation else y

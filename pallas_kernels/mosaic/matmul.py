@@ -25,7 +25,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import frame, parts, store, wgmma
+from pallas_kernels.mosaic import frame, launch, parts, store, wgmma
 from pallas_kernels.mosaic.frame import CONSUMERS, STEP
 from pallas_kernels.mosaic.schedule import Schedule
 
@@ -133,6 +133,7 @@ def estimate(tile: Tile, plan: Schedule, stages: int) -> float:
     return stage * stages * (work + IDLE * (longest - work)) + epilogue * waves + sharing
 
 
+@launch.once("tile", "activation", "save_preactivation", "out_dtype", "processors")
 def nm_matmul(
     x: jax.Array,
     values: jax.Array,
@@ -191,7 +192,7 @@ def nm_matmul(
         halves = _Kernel(tile, schedule, activation, dict(zip(names, refs, strict=True)))
         frame.run(halves.produce, halves.consume)
 
-    kernel = plgpu.kernel(
+    kernel = launch.kernel(
         body,
         out_type=list(results.values()),
         grid=(processors // tile.cluster,),
@@ -199,7 +200,7 @@ def nm_matmul(
         **cluster,
         scratch_types=list(scratch.values()),
         **frame.OPTIONS,
-        kernel_name="nm_matmul",
+        name="nm_matmul",
     )
     found = dict(zip(results, kernel(*operands.values()), strict=True))
     return (found["y"], found["z"]) if save_preactivation else found["y"]

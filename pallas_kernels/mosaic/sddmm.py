@@ -20,7 +20,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import frame, keep, parts, wgmma
+from pallas_kernels.mosaic import frame, keep, launch, parts, wgmma
 from pallas_kernels.mosaic.frame import CONSUMERS, STEP
 from pallas_kernels.mosaic.schedule import Schedule
 from pallas_kernels.mosaic.sddmm_tiles import Tile, candidates, choose
@@ -28,6 +28,7 @@ from pallas_kernels.mosaic.sddmm_tiles import Tile, candidates, choose
 __all__ = ["Tile", "candidates", "choose", "nm_sddmm"]
 
 
+@launch.once("tile", "out_dtype", "processors")
 def nm_sddmm(
     x: jax.Array,
     dy: jax.Array,
@@ -91,7 +92,7 @@ def nm_sddmm(
         halves = _Kernel(tile, schedule, refs)
         frame.run(halves.produce, halves.consume)
 
-    kernel = plgpu.kernel(
+    kernel = launch.kernel(
         body,
         out_type=tuple(results.values()),
         grid=(processors // tile.cluster,),
@@ -99,7 +100,7 @@ def nm_sddmm(
         **cluster,
         scratch_types=scratch,
         **frame.OPTIONS,
-        kernel_name="nm_sddmm",
+        name="nm_sddmm",
     )
     found = dict(zip(results, kernel(*operands.values()), strict=True))
     return jax.freeze(operands["out"]) if in_place else found["out"]

@@ -19,12 +19,13 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.compressed import CompressedMatrix
-from pallas_kernels.mosaic import ops, select
+from pallas_kernels.mosaic import launch, ops, select
 from pallas_kernels.mosaic.words import Machine, load, store
 
 TILE = (64, 128)  # inputs, outputs
 
 
+@launch.once("dtype")
 def nm_transpose(w: CompressedMatrix, dtype) -> CompressedMatrix:
     """`pallas_kernels.nm_transpose` for pattern 2:4 and sizes that are multiples of 8."""
     (k, f), stack = w.shape, w.values.shape[:-2]
@@ -34,7 +35,7 @@ def nm_transpose(w: CompressedMatrix, dtype) -> CompressedMatrix:
         values, metadata = jnp.zeros(shapes[0], dtype), jnp.zeros(shapes[1], jnp.uint8)
     else:
         grid = (pl.cdiv(k, TILE[0]), pl.cdiv(f, TILE[1]))
-        kernel = plgpu.kernel(
+        kernel = launch.kernel(
             functools.partial(_kernel, grid=grid, shape=(k, f), target=str(dtype)),
             out_type=(
                 jax.ShapeDtypeStruct((depth * f // 2, k), dtype),
@@ -45,7 +46,7 @@ def nm_transpose(w: CompressedMatrix, dtype) -> CompressedMatrix:
             compiler_params=plgpu.CompilerParams(
                 lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
             ),
-            kernel_name="nm_transpose",
+            name="nm_transpose",
         )
         values, metadata = kernel(w.values.reshape(-1, f), w.metadata.reshape(-1, f))
         values, metadata = values.reshape(shapes[0]), metadata.reshape(shapes[1])
