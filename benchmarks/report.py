@@ -203,6 +203,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "accuracy-glue": report_accuracy.glue,
     },
     DOCS / "robustness.md": {"soak": soak},
+    DOCS / "devices.md": {"sharded-step": report_scaling.sharded},
     DOCS / "scaling.md": {
         "communication": report_scaling.communication,
         "communication-kinds": report_scaling.kinds,

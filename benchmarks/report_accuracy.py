@@ -6,13 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from scipy import stats  # JAX needs it, too
+
 from benchmarks.pictures import svg
 from benchmarks.record import RESULTS
 from benchmarks.tables import markdown, records, sources
 from experiments.runs import GROUPS
 
 MISSING = "Not measured yet: `python -m experiments`."
-CONTROL = "dense"
+CONTROLS = ("dense", "slope")
 Row = dict[str, Any]
 
 
@@ -27,8 +29,27 @@ def rates(folder: Path = RESULTS) -> str:
 
 
 def ablations(folder: Path = RESULTS) -> str:
-    """One thing changed at a time."""
-    return _pages("gpt2-ablations", folder, _each)
+    """One thing changed at a time, and how far that may be by chance."""
+    base = [row for record in records("accuracy-gpt2-methods", folder) for row in record["results"]]
+    told = _beside_seeds(_finished(base), "slope")
+    page = _pages("gpt2-ablations", folder, _each)
+    return page if told is None or page == MISSING else f"{told}\n\n{page}"
+
+
+def _beside_seeds(rows: list[Row], variant: str) -> str | None:
+    """The seeds' mean, and how far one more run of the same may be from it; None of one seed."""
+    found = [row for row in rows if row["variant"] == variant]
+    if len(found) < 2:
+        return None
+    text = _texts(found)[0]
+    spread = statistics.stdev(math.log(row["perplexity"][text]) for row in found)
+    quantile = stats.t.ppf(0.975, len(found) - 1)
+    margin = quantile * spread * math.sqrt(1 + 1 / len(found))
+    return (
+        f"{variant}, {len(found)} seeds: {_spread(row['perplexity'][text] for row in found)} on {text}."
+        f" One more run of the same would be less than {100 * margin:.1f} % away (95 % of the time), so"
+        " smaller differences of single runs say nothing."
+    )
 
 
 def small(folder: Path = RESULTS) -> str:
@@ -132,42 +153,63 @@ def _texts(rows: list[Row]) -> list[str]:
 
 def _methods(rows: list[Row]) -> str:
     texts, variants = _texts(rows), by_variant(rows)
-    control = {row["seed"]: row for row in variants.get(CONTROL, [])}
     noise = noise_of(rows)
-    header = ("method", "seeds", "lr", *(f"perplexity, {t}" for t in texts))
+    controls = [name for name in CONTROLS if name in variants]
+    header = ["method", "seeds", "lr", *(f"perplexity, {t}" for t in texts)]
+    header += [f"against {name}, {texts[0]}" for name in controls]
     lines = []
     for variant, found in variants.items():
         cells = [_spread(row["perplexity"][text] for row in found) for text in texts]
-        lines.append(
-            (
-                variant,
-                f"{len(found)}",
-                f"{found[0]['lr']:g}",
-                *cells,
-                _against(found, control, texts[0], noise),
-            )
-        )
-    table = markdown((*header, f"against dense, {texts[0]}"), lines)
-    if noise is None:
-        return table
-    return (
-        f"{table}\n\nRuns of one seed that are the same until adapters join differ there by up to"
-        f" {100 * noise:.1f} % in held-out perplexity: differences below that are noise."
-    )
-
-
-def _against(found: list[Row], control: dict[int, Row], text: str, noise: float | None) -> str:
-    """The mean change of perplexity against the dense runs of the same seeds."""
-    logs = [
-        math.log(row["perplexity"][text] / control[row["seed"]]["perplexity"][text])
-        for row in found
-        if row["seed"] in control
+        cells += [_against(found, variants[name], texts[0], noise) for name in controls]
+        lines.append((variant, f"{len(found)}", f"{found[0]['lr']:g}", *cells))
+    told = [
+        "± of a change is half of its 95 % interval, from the spread of the seeds; changes within it are"
+        " marked as noise."
     ]
-    if not logs:
+    if noise is not None:
+        told.append(
+            "Runs of one seed that are the same until adapters join differ there by up to"
+            f" {100 * noise:.1f} % in held-out perplexity: a change of one seed that is smaller is"
+            " noise."
+        )
+    return f"{markdown(header, lines)}\n\n{' '.join(told)}"
+
+
+def _against(found: list[Row], control: list[Row], text: str, noise: float | None) -> str:
+    """The mean change of perplexity, how far it is known, and whether it may be none at all."""
+    if found[0]["variant"] == control[0]["variant"]:
         return "–"
-    change = math.expm1(statistics.fmean(logs))
-    small = noise is not None and abs(change) < noise and found[0]["variant"] != CONTROL
-    return f"{100 * change:+.1f} %" + (" (noise)" if small else "")
+    change, margin = change_and_margin(found, control, text)
+    if change is None:
+        return "–"
+    shown = f"{100 * math.expm1(change):+.1f} %"
+    if margin is None:
+        small = noise is not None and abs(math.expm1(change)) < noise
+    else:
+        shown, small = f"{shown} ± {100 * margin:.1f}", abs(change) < margin
+    return shown + (" (noise)" if small else "")
+
+
+def change_and_margin(
+    found: list[Row], control: list[Row], text: str
+) -> tuple[float | None, float | None]:
+    """The change of the mean log perplexity, and half of its 95 % interval by Welch's t-test.
+
+    The margin is None where a side has one seed; the change is then that of the same seeds, None if
+    there are none.
+    """
+    sides = [[math.log(row["perplexity"][text]) for row in rows] for rows in (found, control)]
+    if min(map(len, sides)) < 2:
+        theirs = {row["seed"]: row["perplexity"][text] for row in control}
+        logs = [
+            math.log(row["perplexity"][text] / theirs[row["seed"]])
+            for row in found
+            if row["seed"] in theirs
+        ]
+        return (statistics.fmean(logs) if logs else None), None
+    interval = stats.ttest_ind(*sides, equal_var=False).confidence_interval(0.95)
+    change = statistics.fmean(sides[0]) - statistics.fmean(sides[1])
+    return change, float(interval.high - interval.low) / 2
 
 
 def noise_of(rows: Iterable[Row]) -> float | None:

@@ -15,6 +15,29 @@ DRAWN = tuple(Layout(2**i, scaling.HOST) for i in range(8))
 GB = 1e9
 
 
+def sharded(folder: Path = RESULTS) -> str:
+    """The step of a mesh of one device beside that without a mesh, in turns."""
+    found = records("sharded-step", folder)
+    if not found:
+        return "Not measured yet: `python -m benchmarks.sharded_step`."
+    header = ("device", "model", "layers", "micro-batch", "no mesh, ms", "mesh of one, ms", "ratio")
+    rows = [
+        (
+            record["device"],
+            r["model"],
+            f"{r['depth']}",
+            f"{r['tokens'] // r['length']} x {r['length']}",
+            f"{r['unsharded_ms']:.2f}",
+            f"{r['sharded_ms']:.2f}",
+            f"{r['ratio']:.3f}",
+        )
+        for record in found
+        for r in record["results"]
+    ]
+    failed = [f"Failed: {x['model']}: {x['error']}" for record in found for x in record["failed"]]
+    return "\n\n".join([markdown(header, rows), *failed]) + sources(found)
+
+
 def communication(folder: Path = RESULTS) -> str:
     """Bytes sent in a step by each device, by model and mesh."""
     found = records("communication", folder)

@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.pictures import svg
 from benchmarks.record import RESULTS, slug
+from benchmarks.steps import MODELS
 from benchmarks.tables import markdown, records, sources
 
 MISSING = {
@@ -73,7 +74,8 @@ def _results(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if key in seen:
             raise ValueError(f"two records hold {row['model']} at rank {row['rank']}: {key}")
         seen.add(key)
-    return rows
+    order = {model: number for number, model in enumerate(MODELS)}
+    return sorted(rows, key=lambda row: order.get(row["model"], len(order)))
 
 
 def _troubles(parts: list[dict[str, Any]]) -> list[str]:
@@ -84,8 +86,10 @@ def _troubles(parts: list[dict[str, Any]]) -> list[str]:
                 f"{name} {failed[name]}" for name in ("what", "depth", "rank") if name in failed
             )
             lines.append(f"Failed: {failed['model']} {what}: {failed['error'].splitlines()[0]}")
-        if left := record.get("left_out"):
-            lines.append(f"Left out for want of time: {', '.join(left)}.")
+    there = {row["model"] for record in parts for row in record["results"]}
+    left = [model for record in parts for model in record.get("left_out", []) if model not in there]
+    if left:
+        lines.append(f"Left out for want of time: {', '.join(dict.fromkeys(left))}.")
     return lines
 
 

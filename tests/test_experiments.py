@@ -345,15 +345,50 @@ def test_runs_that_wait_for_a_failed_one_say_so(monkeypatch, tmp_path, capsys):
     assert ended(lambda fields: row())[0]
 
 
-def test_the_table_has_means_deviations_and_pairs_seeds():
+def cells_of(rows) -> dict[str, list[str]]:
+    """Cells of the table of methods, by the first of each line."""
+    lines = [x for x in report_accuracy._methods(rows).splitlines() if x.startswith("|")][2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {first: others for first, *others in cells}
+
+
+def test_the_table_has_means_deviations_and_pairs_single_seeds():
     def run(variant, seed, perplexity):
         return row(perplexity, variant=variant, seed=seed, lr=1e-3)
 
     rows = [run("dense", 0, 10.0), run("dense", 1, 20.0), run("slope", 1, 22.0)]
-    table = report_accuracy._methods(rows).splitlines()
-    assert f"15.00 ± {statistics.stdev([10.0, 20.0]):.2f}" in table[2]
-    assert table[3].split("|")[-2].strip() == "+10.0 %"
-    assert "±" not in table[3]
+    cells = cells_of([*rows, run("fst", 2, 9.0)])
+    assert f"15.00 ± {statistics.stdev([10.0, 20.0]):.2f}" in cells["dense"]
+    assert cells["slope"][-2:] == ["+10.0 %", "–"]
+    assert cells["dense"][-2:] == ["–", "-9.1 %"]
+    assert cells["fst"][-2:] == ["–", "–"]
+
+
+def test_a_change_of_several_seeds_is_as_sure_as_their_spread_lets_it():
+    """By the quantile of Student's t with 4 degrees of freedom, 2.776, from a table."""
+
+    def runs(variant, *logs):
+        about = {"variant": variant, "lr": 1e-3}
+        return [row(math.exp(log), seed=seed, **about) for seed, log in enumerate(logs)]
+
+    dense, slope = runs("dense", 3.99, 4.0, 4.01), runs("slope", 4.01, 4.02, 4.03)
+    change, margin = report_accuracy.change_and_margin(slope, dense, "books")
+    assert change == pytest.approx(0.02)
+    assert margin == pytest.approx(2.776 * math.sqrt(2 * 0.01**2 / 3), rel=1e-3)
+    assert cells_of([*dense, *slope])["slope"][-2] == "+2.0 % ± 2.3 (noise)"
+    far = runs("half", 4.03, 4.04, 4.05)
+    assert cells_of([*dense, *far])["half"][-1] == "+4.1 % ± 2.3"
+
+
+def test_one_run_is_told_how_far_it_may_be_from_the_seeds_by_chance(tmp_path):
+    """By the quantile of Student's t with 2 degrees of freedom, 4.303, from a table."""
+    logs = (3.99, 4.0, 4.01)
+    rows = [row(math.exp(x), variant="slope", seed=seed, lr=1e-3) for seed, x in enumerate(logs)]
+    told = report_accuracy._beside_seeds(rows, "slope")
+    assert told.startswith(f"slope, 3 seeds: {math.exp(4.0):.2f} ± 0.55 on books.")
+    margin = 4.303 * 0.01 * math.sqrt(1 + 1 / 3)
+    assert f"less than {100 * margin:.1f} % away" in told
+    assert report_accuracy._beside_seeds(rows[:1], "slope") is None
 
 
 def test_noise_is_how_far_runs_are_apart_that_should_be_equal():
@@ -367,25 +402,19 @@ def test_noise_is_how_far_runs_are_apart_that_should_be_equal():
         run("wide", 0, [(0, 900.0), (10, 80.0), (20, 41.0), (30, 90.0)], joins=28),
         run("narrow", 0, [(0, 900.0), (10, 50.0), (20, 42.0), (25, 60.0), (30, 20.0)], joins=20),
         run("slope", 1, [(20, 40.0)], perplexity=104.0),
-        run("wide", 1, [(20, 40.4)], joins=28),
+        run("wide", 1, [(20, 40.4)], joins=28, perplexity=103.0),
         run("slope", 2, [(20, 99.0)]),
         run("dense", 0, [(20, 10.0)], method="dense"),
-        run("dense", 1, [(20, 99.0)], method="dense"),
+        run("dense", 1, [(20, 99.0)], method="dense", perplexity=101.0),
         run("half", 0, [(20, 10.0)], method="half", perplexity=94.9),
         run("fst", 0, [(20, 10.0)], method="fst", perplexity=95.1),
     ]
     assert report_accuracy.noise_of(rows) == pytest.approx(42 / 40 - 1)
-    *lines, _, told = report_accuracy._methods(rows).splitlines()
+    *_, told = report_accuracy._methods(rows).splitlines()
     assert "differ there by up to 5.0 % in held-out perplexity" in told
-    last = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in lines[2:]}
-    assert last == {
-        "slope": "+2.0 % (noise)",
-        "wide": "+0.0 % (noise)",
-        "narrow": "+0.0 % (noise)",
-        "dense": "+0.0 %",
-        "half": "-5.1 %",
-        "fst": "-4.9 % (noise)",
-    }
+    cells = {name: found[-2] for name, found in cells_of(rows).items()}
+    assert cells["half"] == "-5.1 %"
+    assert cells["fst"] == "-4.9 % (noise)"
     assert report_accuracy.noise_of(rows[3:4]) is None
 
 

@@ -15,6 +15,7 @@ import pytest
 from benchmarks import (
     memory,
     pictures,
+    report_scaling,
     report_training,
     sharded_step,
     step_profile,
@@ -233,6 +234,7 @@ def test_the_sharded_step_is_timed_beside_the_plain_one(fake_programs, monkeypat
     (path,) = tmp_path.glob("*.json")
     ((row,),) = [json.loads(path.read_text())["results"]]
     assert len(row["sharded_rounds_ms"]) == len(row["unsharded_rounds_ms"]) == 3
+    assert f"| {row['ratio']:.3f} |" in report_scaling.sharded(tmp_path)
     timings = [Timing((10.0, 30.0, 20.0), 5, 1.0, False), Timing((21.0, 22.0, 90.0), 6, 1.0, False)]
     planned = [case for case, _ in fake_programs]
     row = sharded_step.result(planned, timings, FakeProgram(planned[1]))
@@ -431,7 +433,9 @@ def records(tmp_path):
         ("step-profile", [profile]),
     ):
         record = shared | {"command": f"python -m {name}", "results": results, "failed": failed}
-        (tmp_path / f"{name}-x.json").write_text(json.dumps(record | {"left_out": ["opt-30b"]}))
+        (tmp_path / f"{name}-x.json").write_text(
+            json.dumps(record | {"left_out": ["opt-30b", "gpt2-nano"]})
+        )
     return tmp_path
 
 
