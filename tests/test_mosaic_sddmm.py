@@ -253,3 +253,15 @@ def test_the_chosen_configuration_is_exact_on_integers(shape):
     w = compress(w, "2:4")
     dw = nm_sddmm(x, dy, w, out_dtype=jnp.float32, implementation="mosaic")
     np.testing.assert_array_equal(dw, kept_product(x, dy, w))
+
+
+@needs_gpu
+@pytest.mark.parametrize("pattern", [str(p) for p in support.FITTING])
+@pytest.mark.parametrize("into", [None, jnp.float32])
+def test_gradients_of_any_fitting_pattern_are_exact_on_integers(pattern, into):
+    x, dy = integers(0, (300, 208)), integers(1, (300, 136))
+    w = compress(integers(2, (208, 136), jnp.float32), pattern)
+    start = None if into is None else integers(3, w.values.shape, into)
+    got = nm_sddmm(x, dy, w, into=start, out_dtype=jnp.float32, implementation="mosaic")
+    exact = kept_product(x, dy, w) + (0 if start is None else np.asarray(start))
+    np.testing.assert_array_equal(got, exact)

@@ -6,13 +6,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import batching, compressed, tuning
+from pallas_kernels import batching, tuning
 from pallas_kernels.compressed import CompressedMatrix
 from pallas_kernels.epilogue import Epilogue, finish
 from pallas_kernels.mosaic import few_tokens, matmul, sddmm, transpose
-from pallas_kernels.pattern import Pattern
+from pallas_kernels.mosaic.two_four import as_two_four, values_of
 
-TWO_FOUR = Pattern(2, 4)
 RANK_MULTIPLE = 8
 
 
@@ -27,7 +26,7 @@ def nm_sddmm(
 ) -> jax.Array:
     del precision
     run = functools.partial(_nm_sddmm, out_dtype=out_dtype)
-    return batching.one_by_one(run)(x, dy, w.metadata, into)
+    return batching.one_by_one(run)(x, dy, w, into)
 
 
 def nm_transpose(w: CompressedMatrix, dtype) -> CompressedMatrix:
@@ -75,14 +74,20 @@ def _measured(op: str, tokens: int, k: int, f: int, dtype) -> tuning.Entry | Non
     )
 
 
-def _nm_sddmm(x, dy, metadata, into, *, out_dtype):
-    tokens, k, f = math.prod(x.shape[:-1]), x.shape[-1], dy.shape[-1]
+def _nm_sddmm(x, dy, w, into, *, out_dtype):
+    tokens, (k, f) = math.prod(x.shape[:-1]), w.shape
     if tokens == 0:
-        return jnp.zeros((k // 2, f), out_dtype) if into is None else into.astype(out_dtype)
+        none = jnp.zeros((w.pattern.kept(k), f), out_dtype)
+        return none if into is None else into.astype(out_dtype)
     entry = _measured("nm_sddmm", tokens, k, f, x.dtype)
     tile = sddmm.choose(tokens, k, f) if entry is None else sddmm.Tile(**entry.config)
     flat_x, flat_dy = x.reshape(tokens, k), dy.reshape(tokens, f)
-    return sddmm.nm_sddmm(flat_x, flat_dy, metadata, tile, out_dtype=out_dtype, into=into)
+    metadata = as_two_four(w).metadata
+    if w.pattern.kept(k) == k // 2:
+        return sddmm.nm_sddmm(flat_x, flat_dy, metadata, tile, out_dtype=out_dtype, into=into)
+    exact = jnp.float32 if into is not None else out_dtype
+    dw = values_of(sddmm.nm_sddmm(flat_x, flat_dy, metadata, tile, out_dtype=exact), w)
+    return dw if into is None else (dw + into.astype(exact)).astype(out_dtype)
 
 
 def _rows_of_matmul(x, w: CompressedMatrix, epilogue: Epilogue):
@@ -100,11 +105,3 @@ def _padded_low_rank(epilogue: Epilogue, tokens: int):
         jnp.pad(t.reshape(tokens, -1), ((0, 0), (0, missing))),
         jnp.pad(r, ((0, missing), (0, 0))),
     )
-
-
-def as_two_four(w: CompressedMatrix) -> CompressedMatrix:
-    """The same matrix as 2:4, with stored zeros where the pattern keeps fewer."""
-    if w.pattern == TWO_FOUR:
-        return w
-    mask = compressed.kept_mask(w)
-    return compressed.compress(compressed.decompress(w), TWO_FOUR, mask=mask)

@@ -54,7 +54,7 @@ def problem_obstacle(
     dtypes = ("float32", *DTYPES) if op == "nm_transpose" else DTYPES
     if dtype not in dtypes:
         return f"{op} has a kernel for {' or '.join(dtypes)}, not {dtype}"
-    fitting = FITTING if op == "nm_matmul" else (Pattern(2, 4),)
+    fitting = (Pattern(2, 4),) if op == "nm_transpose" else FITTING
     if pattern not in fitting:
         return f"{op} has a kernel for {', '.join(map(str, fitting))}, not {pattern}"
     if axis != 0:
