@@ -192,6 +192,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "inference": report_inference.summary,
         "inference-weights": report_inference.weights,
         "inference-times": report_inference.times,
+        "serving-profile": report_inference.profile,
         "generation": report_inference.generation,
     },
     DOCS / "accuracy.md": {

@@ -7,6 +7,15 @@ from typing import Any
 from benchmarks.record import RESULTS
 from benchmarks.tables import markdown, records, sources
 
+SHOWN = 0.005  # what the tables round to
+CATEGORIES = (
+    "linears",
+    "first products of adapters",
+    "attention",
+    "elementwise",
+    "copies",
+    "vocabulary",
+)
 MISSING = "Not measured yet: `python -m benchmarks.inference`."
 KEY = ("model", "phase", "batch", "prompt")
 IMPORTANT = (("prefill", 1, 2048), ("prefill", 8, 512), ("decode", 1, 512), ("decode", 16, 512))
@@ -25,6 +34,38 @@ def times(folder: Path = RESULTS) -> str:
 def weights(folder: Path = RESULTS) -> str:
     """Bytes of the weights, as the device and as their shapes say."""
     return _by_device(folder, _weights)
+
+
+def profile(folder: Path = RESULTS) -> str:
+    """Where the time of a step goes, by what the kernels are for."""
+    pages = [
+        "\n\n".join([f"{record['device']}:", _profile(record["results"]), *_failures(record)])
+        + sources([record])
+        for record in records("serving-profile", folder)
+    ]
+    return "\n\n".join(pages) or MISSING.replace("inference", "serving_profile")
+
+
+def _profile(rows: list[dict[str, Any]]) -> str:
+    """Microseconds of a step on the device, dense → 2:4."""
+    kinds = [name for name in CATEGORIES if any(name in row["sparse"] for row in rows)]
+    header = ("model", "work", "rank", *(f"{kind}, us" for kind in kinds), "all, us", "speed-up", "linears, GB/s")  # fmt: skip
+    lines = []
+    for row in rows:
+        cells = [
+            " → ".join(f"{1e3 * row[side].get(kind, 0.0):,.0f}" for side in ("dense", "sparse"))
+            for kind in kinds
+        ]
+        busy = f"{1e3 * row['dense_busy_ms']:,.0f} → {1e3 * row['sparse_busy_ms']:,.0f}"
+        rate = f"{row['dense_gb_per_s']:,.0f} → {row['sparse_gb_per_s']:,.0f}"
+        model = f"{row['model']}, {row['depth']} layers"
+        speedup = f"{row['busy_speedup']:.2f}"
+        lines.append((model, _work(row), f"{row['rank']}", *cells, busy, speedup, rate))
+    return markdown(header, lines)
+
+
+def _failures(record: dict[str, Any]) -> list[str]:
+    return [f"Failed: {x['model']}: {x['error'].splitlines()[0]}" for x in record["failed"]]
 
 
 def generation(folder: Path = RESULTS) -> str:
@@ -90,7 +131,7 @@ def _noise(rows: list[dict[str, Any]]) -> list[str]:
     found = []
     for row in rows:
         less = [r for r in rows if all(r[n] == row[n] for n in KEY) and r["rank"] < row["rank"]]
-        slower = [r for r in less if r["sparse_ms"] > row["sparse_ms"]]
+        slower = [r for r in less if r["sparse_ms"] > (1 + SHOWN) * row["sparse_ms"]]
         if slower:
             most = max(slower, key=lambda r: r["sparse_ms"])
             found.append(

@@ -22,6 +22,7 @@ from typing import Any
 
 from benchmarks import inference, serving_steps, train_step
 from benchmarks.record import make_record, write_record
+from benchmarks.report_inference import CATEGORIES
 from benchmarks.serving_steps import ITERATIONS, Cut, Program, Work
 from benchmarks.step_profile import (
     MOST_KERNELS,
@@ -40,9 +41,7 @@ from train.environment import accelerator
 
 PROFILED = ("opt-13b", "llama-3-8b")
 LOOPS = 2
-LINEARS, ADAPTERS, ATTENTION = "linears", "first products of adapters", "attention"
-HEAD, ELEMENTWISE, COPIES = "vocabulary", "elementwise", "copies"
-CATEGORIES = (LINEARS, ADAPTERS, ATTENTION, ELEMENTWISE, COPIES, HEAD)
+LINEARS, ADAPTERS, ATTENTION, ELEMENTWISE, COPIES, HEAD = CATEGORIES
 
 
 def main() -> None:

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import inference, report_inference, serving_steps
+from benchmarks import inference, report_inference, serving_profile, serving_steps
 from benchmarks.inference import Timing
 from benchmarks.serving_steps import DECODE, ITERATIONS, PREFILL, Cut, Work
+from benchmarks.step_profile import Event, Instruction
 from pallas_kernels.samples import CACHE_BYTES
 from slope_jax.generate import generate
 
@@ -18,7 +19,8 @@ TINY = Cut("gpt2-nano", 3, dtype="float32")
 
 
 def test_examples_of_the_docstrings():
-    assert doctest.testmod(serving_steps).failed == 0
+    for module in (serving_steps, serving_profile):
+        assert doctest.testmod(module).failed == 0
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +174,46 @@ def test_a_higher_rank_that_seems_faster_is_told():
     (told,) = report_inference._noise(rows)
     assert told.startswith("m, prefill 8 x 512: rank 80 cannot be faster than rank 0; ")
     assert "off by 18% or more" in told
+
+
+def test_kernels_of_a_step_are_summed_by_what_they_are_for(tmp_path):
+    layer = "jit(_loop)/while/body/OPT/layers_0/"
+    program = {
+        "custom.1": Instruction((16, 15360), layer + "attention/qkv/nm_matmul"),
+        "gemm.2": Instruction((16, 80), layer + "mlp/up/dot_general"),
+        "gemm.3": Instruction((16, 64), layer + "mlp/up/dot_general"),
+        "fusion.4": Instruction((16, 40, 1, 512), layer + "attention/dot_general"),
+        "fusion_5": Instruction((16, 5120), layer + "checkpoint/mlp_norm/convert_element_type"),
+        "scatter.6": Instruction((16, 40, 528, 128), layer + "attention/scatter"),
+        "gemm.7": Instruction((16, 50272), "jit(_loop)/while/body/OPT/token.attend/dot_general"),
+        "copy.8": Instruction((16,), "jit(_loop)/while"),
+    }
+    names = ("nm_matmul_mosaic_gpu_kernel", "nvjet_sm90", "nvjet_sm90", "input_reduce_fusion")
+    names += ("fusion_5", "input_scatter_fusion", "nvjet_sm90", "copy_8")
+    traced = [
+        Event(name, "" if name == "fusion_5" else instruction, 0.0, 1e6 * 2**i)
+        for i, (name, instruction) in enumerate(zip(names, program, strict=True))
+    ]
+    sums = serving_profile.sums(traced + traced, program, 80, 2)
+    assert sums["categories"] == {
+        "linears": 1.0 + 4.0,
+        "first products of adapters": 2.0,
+        "attention": 8.0 + 32.0,
+        "elementwise": 16.0,
+        "copies": 128.0,
+        "vocabulary": 64.0,
+    }
+    assert sums["busy_ms"] == 255.0
+    assert sums["launches"]["attention"] == 2
+    dense = serving_profile.sums(traced[2:], program, 0, 1)
+    cuts = Cut("gpt2-nano", 2, sparsity="dense"), Cut("gpt2-nano", 2, rank=80)
+    work = Work(DECODE, 16, 512)
+    row = serving_profile.result(work, *cuts, dense | {"step_ms": 9}, sums | {"step_ms": 9})
+    assert row["products_speedup"] == round(4 / 7, 4)
+    assert row["dense_gb_per_s"] == round(cuts[0].layer_bytes / 4.0 / 1e6, 4)
+    assert "linears" in serving_profile.table(row)
+    record = {"device": "A GPU", "results": [row], "failed": [], "command": "python -m x"}
+    record |= {"versions": {"jax": "1", "python": "3"}, "date": "2026-11-26", "commit": "c" * 40}
+    (tmp_path / "serving-profile-a-gpu.json").write_text(json.dumps(record))
+    (line,) = (x for x in report_inference.profile(tmp_path).splitlines() if "gpt2-nano" in x)
+    assert "| 4,000 → 5,000 | 0 → 2,000 | 40,000 → 40,000 |" in line
