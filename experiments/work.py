@@ -129,6 +129,8 @@ def result(config, summary, perplexities, curve, seconds: float) -> dict[str, An
         "tokens_per_second": _rounded(summary["tokens_per_second"]),
         "seconds": round(seconds, 1),
         "job_seconds": round(summary["seconds"], 1),
+        "first_step_seconds": _rounded(summary["first_step_seconds"]),
+        "compiling_seconds": _rounded(summary["compiling_seconds"]),
     }
 
 

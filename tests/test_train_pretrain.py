@@ -61,6 +61,9 @@ def test_gpt2_trains_and_leaves_a_full_record(text, tmp_path, capsys):
     assert summary["density"] == 0.5
     assert summary["environment"]["versions"]["jax"] == jax.__version__
     assert summary["peak_memory_bytes"]["host"] > 2**20
+    assert summary["programs"] >= 4  # the state's birth, evaluation, and the step with and without
+    assert summary["compiling_seconds"] > 0
+    assert 0 < summary["first_step_seconds"] < summary["seconds"]
     assert (run_dir / "checkpoints" / "6").is_dir()
     assert (run_dir / "tokenizer.json").is_file()
     assert (run_dir / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -15,7 +15,7 @@ from rich.console import Console
 from pallas_kernels.files import write_atomically
 from slope_jax import TrainState
 from slope_jax.sharding import BATCH, size_of
-from train import environment, processes, summary
+from train import compiling, environment, processes, summary
 from train.checkpoint import Checkpoints, check_space
 from train.config import Config, Phase, to_json
 from train.data import batches_from
@@ -129,12 +129,16 @@ class _Job:
     ):
         self.config, self.folder, self.checkpoints = config, folder, checkpoints
         self.console, self.started, self.clock = console, started, started
+        self.made = compiling.spent()
         self.fresh = checkpoints.latest() is None
         self.step = checkpoints.latest() or 0
         self.history: dict[str, Any] = {
             "evals": [],
             "adapters": 0,
             "seconds": 0.0,
+            "first_step_seconds": None,
+            "compiling_seconds": 0.0,
+            "programs": 0,
             "step_seconds": 0.0,
             "step_tokens": 0,
             "bad_steps": 0,
@@ -292,6 +296,8 @@ class _Job:
             step, arrays = self.pending.pop(0)
             metrics = {name: float(x) for name, x in jax.device_get(arrays).items()}
             self._count_bad(step, metrics)
+            if step == 1:
+                self.history["first_step_seconds"] = time.monotonic() - self.started
             tokens = self._tokens(step)
             self.speed.update(step, tokens)
             self.display.update(step, metrics, self.speed)
@@ -352,6 +358,10 @@ class _Job:
         self.history["step_seconds"] += self.speed.seconds
         self.history["step_tokens"] += self.speed.tokens
         self.clock, self.speed.seconds, self.speed.tokens = now, 0.0, 0
+        made, before = compiling.spent(), self.made
+        self.history["programs"] += made.since(before).programs
+        self.history["compiling_seconds"] += made.since(before).seconds
+        self.made = made
 
     def _record(self) -> dict[str, Any]:
         phase = next(p for p in self.config.phases if self.step <= p.end)

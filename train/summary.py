@@ -54,6 +54,9 @@ def write_summary(
         "train_loss_last": sum(tail) / len(tail) if tail else None,
         "tokens_per_second": history["step_tokens"] / step_seconds if step_seconds else None,
         "seconds": history["seconds"],
+        "first_step_seconds": history["first_step_seconds"],
+        "compiling_seconds": history["compiling_seconds"],
+        "programs": history["programs"],
         "peak_memory_bytes": peak_memory(),
         "parameters": stored,
         "dense_parameters": dense,
@@ -119,7 +122,7 @@ def describe(summary: dict[str, Any], folder: pathlib.Path) -> str:
             f"{summary['tokens']:,} in {summary['steps']:,} steps"
             + (f", {rate:,.0f} tokens/s" if rate else ""),
         ),
-        ("time", f"{duration(summary['seconds'])} with compilation, evaluation and saving"),
+        ("time", _time(summary)),
         ("memory", ", ".join(f"{where} {size(peak)}" for where, peak in memory.items())),
         (
             "parameters",
@@ -135,6 +138,15 @@ def describe(summary: dict[str, Any], folder: pathlib.Path) -> str:
             ("skipped", f"{summary['bad_steps']} steps whose loss or gradient was not finite")
         )
     return "\n".join(f"{name:14}{text}" for name, text in rows)
+
+
+def _time(summary: dict[str, Any]) -> str:
+    first, made = summary["first_step_seconds"], summary["compiling_seconds"]
+    text = (
+        f"{duration(summary['seconds'])} with evaluation, saving, and {duration(made)} of compiling"
+        f" {summary['programs']} programs"
+    )
+    return text if first is None else f"{text}; the first step was done after {duration(first)}"
 
 
 def _adapters(summary: dict[str, Any]) -> str:
