@@ -158,7 +158,7 @@ def test_changed_text_is_refused_where_the_old_tokens_are_gone(folder, whole):
 
 def command(folder: pathlib.Path, name: str) -> list[str]:
     fields = options(folder, run_dir=str(folder / name), checkpoint_every=5)
-    fields |= {"seq_len": 16, "steps": 40, "adapter_start": 0.5, "dropout": 0.0, "eval_every": 0}
+    fields |= {"seq_len": 16, "steps": 40, "adapter_rank": 0, "dropout": 0.0, "eval_every": 0}
     fields |= {"accumulation": 1, "moments": "float32"}
     args = [sys.executable, "-m", "train.pretrain", "--model", "bert-tiny", "--no-tensorboard"]
     for key, value in fields.items():
