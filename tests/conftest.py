@@ -5,6 +5,7 @@ programs that run once or twice, so on a CPU XLA optimizes little and keeps what
 JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests the programs that users have.
 """
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -38,11 +39,20 @@ hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes; everything else runs on the first
+gc.set_threshold(20_000, 20, 100)  # programs are many objects, and none of them garbage
 LOWERED: list[float] = []  # seconds of each program since they were last forgotten
 jax.monitoring.register_event_duration_secs_listener(
     lambda name, seconds, **_: LOWERED.append(seconds) if name.endswith(LOWERING) else None
 )
+LONGEST = {
+    f"test_{x}" for x in ("train_resume", "train_mesh", "notebooks", "train_processes", "soak")
+}
 COMPILED = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first: what begins last is waited for by all but one worker."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 def pytest_unconfigure():

@@ -7,8 +7,9 @@ import hypothesis.strategies as st
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import compress, decompress, double_prune, magnitude_mask
 
-from pallas_kernels import Pattern, compress, decompress
+from pallas_kernels import Pattern
 from slope_jax import masks
 from slope_jax.policy import SparsityPolicy
 
@@ -35,7 +36,7 @@ def groups(mask, m, axis):
 @hypothesis_settings
 def test_masks_keep_n_of_every_m_and_the_largest(data, pattern, axis):
     w, (n, m) = data.draw(weights(pattern)), map(int, pattern.split(":"))
-    mask = masks.magnitude_mask(w, pattern, axis=axis)
+    mask = magnitude_mask(w, pattern, axis=axis)
     assert (groups(mask, m, axis) == n).all()
     assert masks.is_nm(mask, pattern, axis=axis)
     size = np.moveaxis(np.abs(np.asarray(w)), axis, -1).reshape(-1, m)
@@ -49,7 +50,7 @@ def test_masks_keep_n_of_every_m_and_the_largest(data, pattern, axis):
 @hypothesis_settings
 def test_compression_loses_nothing_that_is_kept(data, pattern):
     w = data.draw(weights(pattern))
-    mask = masks.magnitude_mask(w, pattern)
+    mask = magnitude_mask(w, pattern)
     made = compress(w, pattern, mask=mask)
     assert made.values.size == w.size * Pattern.parse(pattern).density
     wanted = np.where(np.asarray(mask), np.asarray(w), np.float32(0))
@@ -63,8 +64,8 @@ def test_compression_loses_nothing_that_is_kept(data, pattern):
 @hypothesis_settings
 def test_double_pruning_prunes_more_and_along_both_axes(data, pattern):
     w, (n, m) = data.draw(weights(pattern)), map(int, pattern.split(":"))
-    mask_r = np.asarray(masks.magnitude_mask(w, pattern))
-    mask_rc = np.asarray(masks.double_prune(jnp.where(mask_r, w, 0), pattern)) & mask_r
+    mask_r = np.asarray(magnitude_mask(w, pattern))
+    mask_rc = np.asarray(double_prune(jnp.where(mask_r, w, 0), pattern)) & mask_r
     assert not (mask_rc & ~mask_r).any()
     assert (groups(mask_rc, m, 0) <= n).all()
     assert (groups(mask_rc, m, 1) <= n).all()

@@ -26,6 +26,7 @@ OPTIONS = {
     "valid_fraction": 0.2,
     "seq_len": 16,
     "batch_size": 8,
+    "sparsity": "layers/[1-3]/mlp/.*=2:4; .*=dense",  # both ways that a mesh cuts a linear
     "steps": STEPS,
     "adapter_rank": 0,
     "eval_every": 3,

@@ -161,8 +161,9 @@ class _Job:
         with together("set up the model"):
             self.share, devices = share_of(mesh), size_of(mesh, BATCH) if mesh else 1
             self.data = make_datasets(config, self.corpus, self.share, devices)
-            self.setup, self.plan = make_setup(config, vocab_size=self.corpus.vocab_size), ahead[1]
-            if self.setup.model != ahead[0].model:  # of another vocabulary than was asked for
+            self.setup, self.plan = ahead
+            if self.corpus.vocab_size != config.vocab_size:
+                self.setup = make_setup(config, vocab_size=self.corpus.vocab_size)
                 self.plan = make_plan(config, self.setup)
         self.key = processes.replicated(step_key(self.setup))
         self.speed = Speed()

@@ -1,9 +1,10 @@
 """Model, optimizer and training state of a run, concrete or as shapes only."""
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ from train.optimizer import make_optimizer, make_schedule
 STACKED = re.compile(r"layers_\d+_to_\d+")  # names that the models give to scanned layers
 
 
-class Setup(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setup:
     """What is fixed before the first step. `adapted` is `model` with adapters, None without."""
 
     model: nn.Module
@@ -28,6 +30,11 @@ class Setup(NamedTuple):
     tx: optax.GradientTransformation
     key: jax.Array
     method: Method
+
+    @functools.cached_property
+    def init(self) -> Callable[[jax.Array], TrainState]:
+        """The state of a key. One function, so that JAX traces it once, for the plan and the run."""
+        return functools.partial(_init, self)
 
 
 def make_setup(config: Config, *, vocab_size: int | None = None) -> Setup:
@@ -79,8 +86,8 @@ def is_stacked(path: tuple) -> bool:
 
 def init_state(setup: Setup) -> TrainState:
     """The state before the first step, compiled as one function, on the mesh if one is set."""
-    init, key = functools.partial(_init, setup), jax.random.fold_in(setup.key, 0)
-    return jax.jit(init, out_shardings=_placed(lambda: init(key)))(key)
+    key = jax.random.fold_in(setup.key, 0)
+    return jax.jit(setup.init, out_shardings=_placed(setup.init, key))(key)
 
 
 def join_adapters(setup: Setup, state: TrainState) -> tuple[TrainState, int]:
@@ -96,7 +103,7 @@ def join_adapters(setup: Setup, state: TrainState) -> tuple[TrainState, int]:
         return state
 
     # Compiled, so that the fresh optimizer state of existing parameters is never allocated.
-    out_shardings = _placed(lambda: join(state))
+    out_shardings = _placed(join, state)
     return jax.jit(join, donate_argnums=0, out_shardings=out_shardings)(state), counts[0]
 
 
@@ -104,9 +111,9 @@ def _join(setup: Setup, state: TrainState) -> tuple[TrainState, int]:
     return add_adapters(state, setup.adapted, jax.random.fold_in(setup.key, 1))
 
 
-def _placed(make: Callable[[], TrainState]) -> Any:
+def _placed(make: Callable[[Any], TrainState], argument: Any) -> Any:
     """Where the leaves of what `make` gives lie on the mesh; None without one."""
-    return None if active_mesh() is None else state_specs(jax.eval_shape(make))
+    return None if active_mesh() is None else state_specs(jax.eval_shape(make, argument))
 
 
 def as_called(setup: Setup, state: TrainState) -> TrainState:
@@ -124,7 +131,7 @@ def _variables(method: Method, params: Any, masks: Any) -> dict[str, Any]:
 
 def abstract_state(setup: Setup, *, adapters: bool) -> TrainState:
     """Shapes and dtypes of the state, before or after the adapters join; no memory, no compute."""
-    state = jax.eval_shape(functools.partial(_init, setup), setup.key)
+    state = jax.eval_shape(setup.init, setup.key)
     if adapters:
         state = jax.eval_shape(lambda s: _join(setup, s)[0], state)
     return state
