@@ -198,6 +198,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     DOCS / "accuracy.md": {
         "accuracy": report_accuracy.summary,
         "accuracy-rates": report_accuracy.rates,
+        "accuracy-adapters": report_accuracy.adapters,
         "accuracy-ablations": report_accuracy.ablations,
         "accuracy-small": report_accuracy.small,
         "accuracy-bert": report_accuracy.bert,

@@ -28,6 +28,48 @@ def rates(folder: Path = RESULTS) -> str:
     return _pages("gpt2-lr", folder, _each)
 
 
+def adapters(folder: Path = RESULTS) -> str:
+    """What adapters add to the run that is the same until they join."""
+    return _pages("gpt2-adapters", folder, _adapters)
+
+
+def _adapters(rows: list[Row]) -> str:
+    texts, variants = _texts(rows), by_variant(rows)
+    base = variants.get("slope", [])
+    header = ["run", "seeds", "lr", *(f"perplexity, {t}" for t in texts)]
+    header += [f"against the same run without, {t}" for t in texts]
+    lines = []
+    for variant, found in variants.items():
+        cells = [_spread(row["perplexity"][text] for row in found) for text in texts]
+        cells += ["–" if found is base else _paired(found, base, text) for text in texts]
+        lines.append((variant, f"{len(found)}", f"{found[0]['lr']:g}", *cells))
+    told = [
+        "Changes are means over pairs of runs of one seed, ± half of their 95 % interval; those within it"
+        " are marked as noise."
+    ]
+    if (apart := noise_of(rows)) is not None:
+        told.append(f"Until adapters join, runs of one seed are {100 * apart:.2f} % apart at most.")
+    return f"{markdown(header, lines)}\n\n{' '.join(told)}"
+
+
+def _paired(found: list[Row], control: list[Row], text: str) -> str:
+    """The mean change of perplexity in pairs of one seed, and how far it is known (Student's t)."""
+    theirs = {row["seed"]: row["perplexity"][text] for row in control}
+    logs = [
+        math.log(row["perplexity"][text] / theirs[row["seed"]])
+        for row in found
+        if row["seed"] in theirs
+    ]
+    if not logs:
+        return "–"
+    change, spread = mean_and_deviation(logs)
+    shown = f"{100 * math.expm1(change):+.2f} %"
+    if spread is None:
+        return shown
+    margin = stats.t.ppf(0.975, len(logs) - 1) * spread / math.sqrt(len(logs))
+    return f"{shown} ± {100 * margin:.2f}" + (" (noise)" if abs(change) < margin else "")
+
+
 def ablations(folder: Path = RESULTS) -> str:
     """One thing changed at a time, and how far that may be by chance."""
     base = [row for record in records("accuracy-gpt2-methods", folder) for row in record["results"]]

@@ -8,7 +8,8 @@ written after every run; runs that are in it with the fields they have now are n
 another begins from a folder that is gone. The status is 1 if a run failed or waits for one that did.
 
 Small models leave a GPU idle while they are compiled, so several run at a time (``--parallel``),
-except where speed counts.
+and XLA adds up in a fixed order, so that runs of one seed differ by what is asked alone; neither where
+speed counts.
 """
 
 import argparse
@@ -36,6 +37,7 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(arguments.folder / "compiled"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    _fix_order(arguments.groups)
     stop = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
     console = Console(width=120)
     with futures.ProcessPoolExecutor(arguments.parallel, mp_context=context) as pool:
@@ -49,6 +51,12 @@ def main() -> None:
         ]
         if not _run_all(groups, pool, arguments.parallel, stop):
             raise SystemExit(1)
+
+
+def _fix_order(groups: Sequence[str]) -> None:
+    """Makes this process's children add up in a fixed order, unless their speed counts."""
+    if not ALONE.intersection(groups):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {work.FIXED_ORDER}".strip()
 
 
 def _run_all(groups: Sequence[Group], pool: futures.Executor, parallel: int, stop: float) -> bool:

@@ -124,16 +124,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "2:4 then 2:8": {"sparsity": "2:4,2:8"},
     "2:8 then 2:4": {"sparsity": "2:8,2:4"},
     "first linear sparse": {"sparsity": ".*(qkv|output|up|down)=2:4; .*=dense"},
-    "rank 6.25 %, last 5 %": {"adapter_rank": RANKS[1], "adapter_start": 0.95},
-    "rank 6.25 %, last 0.5 %": {"adapter_rank": RANKS[1], "adapter_start": 0.995},
-    "rank 6.25 %, from the start": {"adapter_rank": RANKS[1], "adapter_start": 0.0},
-    "rank 6.25 %, lr x 10": {"adapter_rank": RANKS[1], "adapter_lr_scale": 10.0},
-    "rank 6.25 %, last 5 %, lr x 10": {
-        "adapter_rank": RANKS[1],
-        "adapter_start": 0.95,
-        "adapter_lr_scale": 10.0,
-    },
-    "rank 6.25 %, scale x 10": {"adapter_rank": RANKS[1], "adapter_init_scale": 10.0},
     "in XLA": {"implementation": "xla"},
     "lr 0.002, as dense": {"lr": 2e-3},
     # The published decay is for SGD: beside AdamW's weight decay of 0.1 it hardly counts.
@@ -147,6 +137,38 @@ def ablations() -> list[Run]:
     return [
         Run(name, fields, tuned_as=None if "lr" in fields else _tuned_as(fields))
         for name, fields in runs.items()
+    ]
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "slope": {},
+    "rank 1.56 %, last 1 %": {"adapter_rank": RANKS[0]},
+    "rank 6.25 %, last 1 %": {"adapter_rank": RANKS[1]},
+    "rank 6.25 %, last 0.5 %": {"adapter_rank": RANKS[1], "adapter_start": 0.995},
+    "rank 6.25 %, last 5 %": {"adapter_rank": RANKS[1], "adapter_start": 0.95},
+    "rank 6.25 %, last 5 %, lr x 10": {
+        "adapter_rank": RANKS[1],
+        "adapter_start": 0.95,
+        "adapter_lr_scale": 10.0,
+    },
+    "rank 6.25 %, last 5 %, scale x 10": {
+        "adapter_rank": RANKS[1],
+        "adapter_start": 0.95,
+        "adapter_init_scale": 10.0,
+    },
+    "rank 6.25 %, from the start": {"adapter_rank": RANKS[1], "adapter_start": 0.0},
+}
+
+
+def adapters() -> list[Run]:
+    """Rank, start, learning rate and scale of adapters, three seeds.
+
+    Those of a seed are one run until their adapters join, where the device repeats itself.
+    """
+    return [
+        Run(name, {"method": "slope"} | fields, seed, tuned_as=SLOPE_LR)
+        for seed in SEEDS
+        for name, fields in ADAPTERS.items()
     ]
 
 
@@ -181,6 +203,7 @@ COMMON: dict[str, Mapping[str, Any]] = {"gpt2": GPT2, "bert": BERT}
 GROUPS: dict[str, Sequence[Run]] = {
     "gpt2-lr": learning_rates(),
     "gpt2-methods": methods(),
+    "gpt2-adapters": adapters(),
     "gpt2-ablations": ablations(),
     "gpt2-small": gpt2_small(),
     "bert-lr": learning_rates(),

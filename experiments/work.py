@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pathlib
 import time
 import traceback
@@ -15,6 +16,7 @@ HELD_OUT = "held out"  # the text that masked-LM runs are compared by: of their 
 FIELDS = ("method", "sparsity", "mask_init", "backward", "adapter_rank", "adapter_start")
 FIELDS += ("adapter_init_scale", "adapter_lr_scale", "implementation", "prune_dy", "seed")
 BATCH = 32
+FIXED_ORDER = "--xla_gpu_deterministic_ops=true"  # among XLA_FLAGS
 
 
 def prepare_data(
@@ -127,6 +129,7 @@ def result(config, summary, perplexities, curve, seconds: float) -> dict[str, An
         "scored_tokens": {name: found["tokens"] for name, found in perplexities.items()},
         "curve": curve,
         "tokens_per_second": _rounded(summary["tokens_per_second"]),
+        "fixed_order": FIXED_ORDER in os.environ.get("XLA_FLAGS", ""),
         "seconds": round(seconds, 1),
         "job_seconds": round(summary["seconds"], 1),
         "first_step_seconds": _rounded(summary["first_step_seconds"]),

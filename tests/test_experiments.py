@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import math
+import os
 import statistics
 import types
 
@@ -378,6 +379,38 @@ def test_a_change_of_several_seeds_is_as_sure_as_their_spread_lets_it():
     assert cells_of([*dense, *slope])["slope"][-2] == "+2.0 % ± 2.3 (noise)"
     far = runs("half", 4.03, 4.04, 4.05)
     assert cells_of([*dense, *far])["half"][-1] == "+4.1 % ± 2.3"
+
+
+def test_what_adapters_add_is_told_by_pairs_of_one_seed():
+    """By the quantile of Student's t with 2 degrees of freedom, 4.303, from a table."""
+
+    def runs(variant, *logs, joins=None):
+        about = {"variant": variant, "lr": 1e-3, "method": "slope", "adapter_step": joins}
+        curve = [[10, 4.0], [20, 3.0]]
+        return [row(math.exp(x), seed=i, curve=curve, **about) for i, x in enumerate(logs)]
+
+    base, wide = runs("slope", 3.9, 4.0, 4.1), runs("wide", 3.89, 3.98, 4.07, joins=15)
+    lines = report_accuracy._adapters([*base, *wide, *runs("late", 3.9, joins=12)]).splitlines()
+    cells = {x.split("|")[1].strip(): x.split("|")[-2].strip() for x in lines[2:5]}
+    margin = 4.303 * 0.01 / math.sqrt(3)
+    change = math.expm1(-0.02)
+    assert cells == {
+        "slope": "–",
+        "wide": f"{100 * change:+.2f} % ± {100 * margin:.2f} (noise)",
+        "late": "+0.00 %",
+    }
+    assert lines[-1].endswith("runs of one seed are 0.00 % apart at most.")
+    surer = runs("wide", 3.88, 3.98, 4.081)
+    assert report_accuracy._paired(surer, base, "books") == "-1.95 % ± 0.14"
+
+
+@pytest.mark.parametrize(("names", "fixed"), [(["gpt2-methods"], True), (["gpt2-small"], False)])
+def test_runs_add_up_in_a_fixed_order_unless_speed_counts(names, fixed, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--other=1")
+    runner._fix_order(names)
+    flags = os.environ["XLA_FLAGS"].split()
+    assert flags[0] == "--other=1"
+    assert ("--xla_gpu_deterministic_ops=true" in flags) == fixed
 
 
 def test_one_run_is_told_how_far_it_may_be_from_the_seeds_by_chance(tmp_path):
