@@ -8,14 +8,6 @@ from benchmarks.record import RESULTS
 from benchmarks.tables import markdown, records, sources
 
 SHOWN = 0.005  # what the tables round to
-CATEGORIES = (
-    "linears",
-    "first products of adapters",
-    "attention",
-    "elementwise",
-    "copies",
-    "vocabulary",
-)
 MISSING = "Not measured yet: `python -m benchmarks.inference`."
 KEY = ("model", "phase", "batch", "prompt")
 IMPORTANT = (("prefill", 1, 2048), ("prefill", 8, 512), ("decode", 1, 512), ("decode", 16, 512))
@@ -48,7 +40,10 @@ def profile(folder: Path = RESULTS) -> str:
 
 def _profile(rows: list[dict[str, Any]]) -> str:
     """Microseconds of a step on the device, dense → 2:4."""
-    kinds = [name for name in CATEGORIES if any(name in row["sparse"] for row in rows)]
+    fullest_first = sorted((row[side] for row in rows for side in ("sparse", "dense")), key=len)[
+        ::-1
+    ]
+    kinds = list(dict.fromkeys(kind for times in fullest_first for kind in times))
     header = ("model", "work", "rank", *(f"{kind}, us" for kind in kinds), "all, us", "speed-up", "linears, GB/s")  # fmt: skip
     lines = []
     for row in rows:

@@ -15,33 +15,31 @@ import gc
 import itertools
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from benchmarks import inference, serving_steps, train_step
 from benchmarks.record import make_record, write_record
-from benchmarks.report_inference import CATEGORIES
 from benchmarks.serving_steps import ITERATIONS, Cut, Program, Work
 from benchmarks.step_profile import (
-    MOST_KERNELS,
-    Event,
     Instruction,
     events,
     instructions,
     is_attention,
     is_copy,
     is_product,
-    operation_tail,
-    plain,
     rounded,
+    tally,
 )
 from train.environment import accelerator
 
 PROFILED = ("opt-13b", "llama-3-8b")
 LOOPS = 2
-LINEARS, ADAPTERS, ATTENTION, ELEMENTWISE, COPIES, HEAD = CATEGORIES
+LINEARS, ADAPTERS, ATTENTION = "linears", "first products of adapters", "attention"
+ELEMENTWISE, COPIES, HEAD = "elementwise", "copies", "vocabulary"
+CATEGORIES = (LINEARS, ADAPTERS, ATTENTION, ELEMENTWISE, COPIES, HEAD)
 
 
 def main() -> None:
@@ -121,45 +119,8 @@ def profile(program: Program, variables: Mapping[str, Any], preheat: float) -> d
     run.check()
     if not traced:
         raise RuntimeError("the profile has no kernels: is this a GPU?")
-    return {"step_ms": 1e3 * wall} | sums(traced, known, cut.columns, count)
-
-
-def sums(
-    traced: Iterable[Event], program: Mapping[str, Instruction], rank: int, count: int
-) -> dict[str, Any]:
-    """Milliseconds a step by category, how many kernels they are, and those that take longest.
-
-    Args:
-      traced: the kernels of `count` steps.
-      program: instructions by name.
-      rank: of the adapters, 0 for none.
-    """
-    categories: Counter[str] = Counter()
-    launches: Counter[str] = Counter()
-    kernels: dict[tuple[str, str, str], list[float]] = {}
-    for event in traced:
-        instruction = program.get(event.instruction) or program.get(plain(event.name))
-        category = classify(event.name, instruction, rank)
-        categories[category] += event.duration / count / 1e6
-        launches[category] += 1
-        operation = operation_tail(instruction.operation) if instruction else ""
-        kernels.setdefault((event.name[:80], category, operation), []).append(event.duration)
-    longest = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:MOST_KERNELS]
-    return {
-        "busy_ms": sum(categories.values()),
-        "categories": {name: categories[name] for name in CATEGORIES if categories[name]},
-        "launches": {name: launches[name] / count for name in CATEGORIES if launches[name]},
-        "kernels": [
-            {
-                "kernel": name,
-                "category": category,
-                "operation": operation,
-                "calls": len(times) / count,
-                "ms": sum(times) / count / 1e6,
-            }
-            for (name, category, operation), times in longest
-        ],
-    }
+    found = tally(traced, known, partial(classify, rank=cut.columns), CATEGORIES, count)
+    return {"step_ms": 1e3 * wall} | found
 
 
 def classify(kernel: str, instruction: Instruction | None, rank: int) -> str:

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -149,31 +149,52 @@ def sums(
       program: instructions by name.
       tokens: of a micro-batch.
     """
-    categories: Counter[str] = Counter()
+    found = tally(traced, program, partial(classify, tokens=tokens), CATEGORIES, count)
+    del found["launches"]
+    return found
+
+
+def tally(
+    traced: Iterable[Event],
+    program: Mapping[str, Instruction],
+    classify: Callable[[str, Instruction | None], str],
+    categories: Sequence[str],
+    count: int,
+) -> dict[str, Any]:
+    """What `count` steps ran, a step: milliseconds, launches, and the kernels that take longest.
+
+    Args:
+      program: instructions by name.
+      classify: a kernel's name and instruction to one of `categories`.
+    """
+    times: Counter[str] = Counter()
+    launches: Counter[str] = Counter()
     kernels: dict[tuple[str, str, str], list[float]] = {}
     unnamed = 0.0
     for event in traced:
-        instruction = program.get(event.instruction) or program.get(plain(event.name))
+        instruction = program.get(event.instruction) or program.get(_plain(event.name))
         unnamed += 0 if instruction else event.duration
-        category = classify(event.name, instruction, tokens)
-        categories[category] += event.duration / count / 1e6
-        operation = operation_tail(instruction.operation) if instruction else ""
+        category = classify(event.name, instruction)
+        times[category] += event.duration / count / 1e6
+        launches[category] += 1
+        operation = _tail(instruction.operation) if instruction else ""
         kernels.setdefault((event.name[:80], category, operation), []).append(event.duration)
     longest = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:MOST_KERNELS]
-    busy = sum(categories.values())
+    busy = sum(times.values())
     return {
         "busy_ms": busy,
-        "categories": {name: categories[name] for name in CATEGORIES if categories[name]},
+        "categories": {name: times[name] for name in categories if times[name]},
+        "launches": {name: launches[name] / count for name in categories if launches[name]},
         "unnamed": unnamed / count / 1e6 / busy if busy else 0.0,
         "kernels": [
             {
                 "kernel": name,
                 "category": category,
                 "operation": operation,
-                "calls": len(times) / count,
-                "ms": sum(times) / count / 1e6,
+                "calls": len(durations) / count,
+                "ms": sum(durations) / count / 1e6,
             }
-            for (name, category, operation), times in longest
+            for (name, category, operation), durations in longest
         ],
     }
 
@@ -224,7 +245,7 @@ def instructions(text: str) -> dict[str, Instruction]:
         dimensions = tuple(int(size) for size in sizes[1].split(",") if size) if sizes else ()
         entry = Instruction(dimensions, operation[1])
         found[match["name"]] = entry
-        found.setdefault(plain(match["name"]), entry)
+        found.setdefault(_plain(match["name"]), entry)
     return found
 
 
@@ -322,12 +343,11 @@ def is_copy(kernel: str, operation: str) -> bool:
     return bool(_COPY.search(kernel) or _COPY.search(operation.rpartition("/")[2]))
 
 
-def plain(name: str) -> str:
-    """An instruction's name as its kernel's name has it."""
+def _plain(name: str) -> str:
     return re.sub(r"[.\-]", "_", name)
 
 
-def operation_tail(operation: str) -> str:
+def _tail(operation: str) -> str:
     """The last parts of an operation's path."""
     return "/".join(operation.split("/")[-4:])
 

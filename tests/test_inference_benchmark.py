@@ -2,6 +2,7 @@
 
 import argparse
 import doctest
+import functools
 import json
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from benchmarks import inference, report_inference, serving_profile, serving_steps
 from benchmarks.inference import Timing
 from benchmarks.serving_steps import DECODE, ITERATIONS, PREFILL, Cut, Work
-from benchmarks.step_profile import Event, Instruction
+from benchmarks.step_profile import Event, Instruction, tally
 from pallas_kernels.samples import CACHE_BYTES
 from slope_jax.generate import generate
 
@@ -194,7 +195,12 @@ def test_kernels_of_a_step_are_summed_by_what_they_are_for(tmp_path):
         Event(name, "" if name == "fusion_5" else instruction, 0.0, 1e6 * 2**i)
         for i, (name, instruction) in enumerate(zip(names, program, strict=True))
     ]
-    sums = serving_profile.sums(traced + traced, program, 80, 2)
+
+    def sums_of(events, rank, count):
+        classify = functools.partial(serving_profile.classify, rank=rank)
+        return tally(events, program, classify, serving_profile.CATEGORIES, count)
+
+    sums = sums_of(traced + traced, 80, 2)
     assert sums["categories"] == {
         "linears": 1.0 + 4.0,
         "first products of adapters": 2.0,
@@ -205,7 +211,7 @@ def test_kernels_of_a_step_are_summed_by_what_they_are_for(tmp_path):
     }
     assert sums["busy_ms"] == 255.0
     assert sums["launches"]["attention"] == 2
-    dense = serving_profile.sums(traced[2:], program, 0, 1)
+    dense = sums_of(traced[2:], 0, 1)
     cuts = Cut("gpt2-nano", 2, sparsity="dense"), Cut("gpt2-nano", 2, rank=80)
     work = Work(DECODE, 16, 512)
     row = serving_profile.result(work, *cuts, dense | {"step_ms": 9}, sums | {"step_ms": 9})

@@ -227,7 +227,7 @@ def test_nothing_dense_is_in_the_step_of_the_kernels(monkeypatch):
 
 @pytest.mark.skipif(support.version_obstacle() is not None, reason=str(support.version_obstacle()))
 def test_kernels_that_are_alike_are_one_program(monkeypatch):
-    """The compiler for the GPU takes a second for each that it does not know, in every process."""
+    """The GPU's compiler works anew on each that it does not know, in every process."""
     monkeypatch.setattr(support, "device_obstacle", lambda: None)
     steps = [traced(count, implementation="mosaic")[0] for count in (1, 2)]
     one, two = (

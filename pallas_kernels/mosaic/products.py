@@ -83,7 +83,7 @@ def _nm_sddmm(x, dy, w, into, *, out_dtype):
     tile = sddmm.choose(tokens, k, f) if entry is None else sddmm.Tile(**entry.config)
     flat_x, flat_dy = x.reshape(tokens, k), dy.reshape(tokens, f)
     metadata = as_two_four(w).metadata
-    if w.pattern.kept(k) == k // 2:
+    if 2 * w.n == w.m:  # values are where those of 2:4 are
         return sddmm.nm_sddmm(flat_x, flat_dy, metadata, tile, out_dtype=out_dtype, into=into)
     exact = jnp.float32 if into is not None else out_dtype
     dw = values_of(sddmm.nm_sddmm(flat_x, flat_dy, metadata, tile, out_dtype=exact), w)

@@ -31,7 +31,7 @@ def as_two_four(w: CompressedMatrix) -> CompressedMatrix:
 
 def values_of(two_four: jax.Array, w: CompressedMatrix) -> jax.Array:
     """Those of w's own positions, from (..., in / 2, out) where `as_two_four(w)` has values."""
-    if w.m <= 4 and w.n * 4 == w.m * 2:  # 1:2, 2:4
+    if 2 * w.n == w.m:
         return two_four
     positions = compressed.split_groups(compressed.positions_of(w), w.n, 0)
     quad, place = positions // 4, positions % 4
