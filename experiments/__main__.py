@@ -8,8 +8,9 @@ written after every run; runs that are in it with the fields they have now are n
 another begins from a folder that is gone. The status is 1 if a run failed or waits for one that did.
 
 Small models leave a GPU idle while they are compiled, so several run at a time (``--parallel``),
-and XLA adds up in a fixed order, so that runs of one seed differ by what is asked alone; neither where
-speed counts.
+spread over ``--gpus``, and XLA adds up in a fixed order, so that runs of one seed differ by what is
+asked alone. Where speed counts (gpt2-small), neither: a GPU has one run at a time, also of other
+groups in the same command.
 """
 
 import argparse
@@ -34,13 +35,13 @@ from experiments.runs import ALONE, GROUPS, family_of
 
 def main() -> None:
     arguments = _arguments()
-    context = multiprocessing.get_context("spawn")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(arguments.folder / "compiled"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     _fix_order(arguments.groups)
     stop = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
     console = Console(width=120)
-    with futures.ProcessPoolExecutor(arguments.parallel, mp_context=context) as pool:
+    parallel = arguments.gpus if ALONE.intersection(arguments.groups) else arguments.parallel
+    with _pool(parallel, arguments.gpus) as pool:
         families = sorted(set(map(family_of, arguments.groups)))
         device, tokenizers = pool.submit(
             work.prepare_data, arguments.data, arguments.folder, families
@@ -49,8 +50,29 @@ def main() -> None:
             Group(name, arguments, device, tokenizers[family_of(name)], console)
             for name in arguments.groups
         ]
-        if not _run_all(groups, pool, arguments.parallel, stop):
+        if not _run_all(groups, pool, parallel, stop):
             raise SystemExit(1)
+
+
+def _pool(parallel: int, gpus: int) -> futures.Executor:
+    """Processes for the runs, which see one of the GPUs each, in turn."""
+    context = multiprocessing.get_context("spawn")
+    if gpus == 1:
+        return futures.ProcessPoolExecutor(parallel, mp_context=context)
+    queue = context.SimpleQueue()
+    for name in gpus_in_turn(parallel, gpus, os.environ.get("CUDA_VISIBLE_DEVICES")):
+        queue.put(name)
+    return futures.ProcessPoolExecutor(parallel, context, work.take_gpu, (queue,))
+
+
+def gpus_in_turn(parallel: int, gpus: int, visible: str | None) -> list[str]:
+    """The GPU of each process, as ``CUDA_VISIBLE_DEVICES`` names it.
+
+    >>> gpus_in_turn(5, 2, None), gpus_in_turn(3, 2, "4,6,7")
+    (['0', '1', '0', '1', '0'], ['4', '6', '4'])
+    """
+    names = visible.split(",") if visible else list(map(str, range(gpus)))
+    return [names[number % gpus] for number in range(parallel)]
 
 
 def _fix_order(groups: Sequence[str]) -> None:
@@ -70,7 +92,7 @@ def _run_all(groups: Sequence[Group], pool: futures.Executor, parallel: int, sto
             group.check_rates()
     needed = {before for group in groups for before in group.needed_elsewhere()}
     # A list: all of them run, whatever the first ones come to.
-    fine = [g.run(pool, 1 if g.name in ALONE else parallel, stop, needed) for g in groups]
+    fine = [g.run(pool, parallel, stop, needed) for g in groups]
     return all(fine)
 
 
@@ -90,6 +112,7 @@ def _arguments() -> argparse.Namespace:
         "--glue", default="", help="folder of its tasks for bert-glue; TensorFlow Datasets if empty"
     )
     parser.add_argument("--parallel", type=int, default=4, help="runs at a time")
+    parser.add_argument("--gpus", type=int, default=1, help="that the runs are spread over")
     parser.add_argument("--minutes", type=float, help="start no run that would end after")
     parser.add_argument(
         "--folder", type=pathlib.Path, default=pathlib.Path("runs/experiments"), help="of the runs"
@@ -107,6 +130,15 @@ def _arguments() -> argparse.Namespace:
         parser.error(
             f"{trial} makes runs that are not those of their names; name another folder for their"
             " records with --results"
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    most = (
+        arguments.parallel if visible is None else min(arguments.parallel, visible.count(",") + 1)
+    )
+    if not 1 <= arguments.gpus <= most:
+        parser.error(
+            f"--gpus={arguments.gpus} must be from 1 to {most}: no more than --parallel, nor than"
+            " CUDA_VISIBLE_DEVICES names"
         )
     arguments.valid = dict(arguments.valid)
     arguments.folder = arguments.folder.resolve()

@@ -19,6 +19,11 @@ BATCH = 32
 FIXED_ORDER = "--xla_gpu_deterministic_ops=true"  # among XLA_FLAGS
 
 
+def take_gpu(turns) -> None:
+    """Leaves this process the next GPU of a queue; to be called before JAX looks for devices."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = turns.get()
+
+
 def prepare_data(
     data: str, folder: pathlib.Path, families: Sequence[str]
 ) -> tuple[str, dict[str, str]]:

@@ -325,6 +325,21 @@ def test_trials_stay_out_of_the_committed_records(monkeypatch, tmp_path, option,
     assert runner._arguments().results == tmp_path
 
 
+def test_runs_take_the_gpus_in_turn():
+    assert runner.gpus_in_turn(5, 2, None) == ["0", "1", "0", "1", "0"]
+    assert runner.gpus_in_turn(3, 2, "4,6,7") == ["4", "6", "4"]
+
+
+def test_no_more_gpus_than_runs_at_a_time(monkeypatch, tmp_path, capsys):
+    text = tmp_path / "a.txt"
+    text.write_text("words")
+    given = ["experiments", f"--data=text:{text}", f"--valid=books={text}", "--gpus=3"]
+    monkeypatch.setattr("sys.argv", [*given, "--parallel=2"])
+    with pytest.raises(SystemExit):
+        runner._arguments()
+    assert "--gpus=3 must be from 1 to 2" in capsys.readouterr().err
+
+
 def test_runs_that_wait_for_a_failed_one_say_so(monkeypatch, tmp_path, capsys):
     def ended(results, stop=float("inf"), **changes):
         console, folder = Console(width=200), tmp_path / str(len(list(tmp_path.iterdir())))
