@@ -40,20 +40,19 @@ class Run:
         return f"{self.variant}-seed-{self.seed}"
 
 
-# About 10.6 million parameters besides the embeddings, and six tokens for each: three times a text of
-# 21 million.
+# About 10.6 million parameters besides the embeddings, and two tokens for each.
 GPT2 = {
     "model": "gpt2-mini",
     "vocab_size": 8192,
     "seq_len": 512,
     "batch_size": 32,
-    "steps": 3840,
+    "steps": 1280,
     "warmup": 0.1,
     "weight_decay": 0.1,
     "beta2": 0.95,
     "eps": 1e-8,
     "adapter_rank": 0,
-    "eval_every": 480,
+    "eval_every": 160,
     "eval_batches": 8,
     "checkpoint_every": 0,
     "log_every": 10,
@@ -183,9 +182,9 @@ def gpt2_small() -> list[Run]:
         "model": "gpt2-small",
         "seq_len": 1024,
         "batch_size": 32,
-        "steps": 5120,
+        "steps": 2560,
         "lr": 6e-4,
-        "eval_every": 640,
+        "eval_every": 320,
         "eval_batches": 16,
     }
     return [
