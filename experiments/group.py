@@ -13,7 +13,7 @@ from rich.console import Console
 
 from benchmarks.record import make_record, write_record
 from experiments import work
-from experiments.record import MADE, best_rate, identity, is_of, read
+from experiments.record import MADE, best_rate, identity, is_of, read, read_everywhere
 from experiments.runs import COMMON, GROUPS, Run, family_of
 from train.config import Config
 from train.environment import JOB_PACKAGES
@@ -169,12 +169,10 @@ class Group:
     def _rate(self, run: Run) -> dict[str, float]:
         if run.tuned_as is None or "lr" in self.arguments.override:
             return {}
-        rows = read(self.arguments.results, self.rates, self.device)
+        rows = read_everywhere(self.arguments.results, self.rates)
         bert = family_of(self.name) == "bert"
         text = work.HELD_OUT if bert else next(iter(self.arguments.valid))
-        return {
-            "lr": best_rate(rows, run.tuned_as, text, group=self.rates, device=self.device),
-        }
+        return {"lr": best_rate(rows, run.tuned_as, text, group=self.rates)}
 
     def _add(self, run: Run, found: Mapping[str, Any]) -> None:
         failed = "error" in found

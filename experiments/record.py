@@ -18,8 +18,15 @@ FOLDERS = ("tokenizer", "init_from", "checkpoint")
 def read(folder: pathlib.Path, group: str, device: str) -> list[dict[str, Any]]:
     """The rows of a group's record, with what was true of the record when it was all one; or none."""
     path = folder / f"accuracy-{group}-{slug(device)}.json"
-    if not path.exists():
-        return []
+    return _rows(path) if path.exists() else []
+
+
+def read_everywhere(folder: pathlib.Path, group: str) -> list[dict[str, Any]]:
+    """The rows of a group's records, whatever the device."""
+    return [row for path in sorted(folder.glob(f"accuracy-{group}-*.json")) for row in _rows(path)]
+
+
+def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
     record = json.loads(path.read_text(encoding="utf-8"))
     made = {name: record[name] for name in MADE if name in record}
     return [row if "fields" in row else made | row for row in record["results"]]
@@ -48,9 +55,7 @@ def is_of(row: Mapping[str, Any], config: Config | FinetuneConfig) -> bool:
     return all(there[name] == value for name, value in identity(config).items())
 
 
-def best_rate(
-    rows: Sequence[Mapping[str, Any]], method: str, text: str, *, group: str, device: str
-) -> float:
+def best_rate(rows: Sequence[Mapping[str, Any]], method: str, text: str, *, group: str) -> float:
     """The learning rate with the lowest perplexity of a text.
 
     Raises:
@@ -59,7 +64,7 @@ def best_rate(
     tried = [r for r in rows if r.get("method") == method and text in r.get("perplexity", {})]
     if not tried:
         raise ValueError(
-            f"the record of {group} on {device} has no learning rate of {method} with a perplexity of"
+            f"no record of {group} has a learning rate of {method} with a perplexity of"
             f" {text!r}: run --groups={group} first, with the same names in --valid, or give a rate"
             """ with --override='{"lr": 2e-3}' --results=FOLDER"""
         )

@@ -2,8 +2,8 @@
 pallas_kernels.tune`.
 
 An entry says which configuration of a kernel is the fastest for a shape, what it takes, and what
-the dense product takes in the same run. Devices of one compute capability share what only one of
-them has. An entry of T tokens stands for half to twice as many,
+the dense product takes in the same run. Devices of one compute capability share their entries; of
+one shape a device's own counts. An entry of T tokens stands for half to twice as many,
 [T / 2, 2 T]; the largest T of a shape for any more. Where two would do, the nearer one by ratio
 counts, and of equally near ones the larger. Other sizes have no entry: kernels then choose a
 configuration by rule, and `verdict` goes by the nearest shape.
@@ -39,7 +39,8 @@ class Entry:
     """The fastest configuration for x (tokens, in) and an (in, out) matrix; microseconds.
 
     `xla_us` is what runs where the kernel does not: the dense product, and the way from compressed
-    to dense or back. Only measured where the kernel is slower than a dense product alone.
+    to dense or back. Only measured where the kernel is slower than a dense product alone. `device`
+    is the one it was measured on.
     """
 
     op: str
@@ -50,6 +51,7 @@ class Entry:
     sparse_us: float
     dense_us: float
     xla_us: float | None = None
+    device: str = dataclasses.field(default="", repr=False, compare=False)
 
     @property
     def key(self) -> tuple:
@@ -70,7 +72,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """The entries of one kind of device."""
+    """The entries of one kind of device, or those that count on it."""
 
     device: str
     capability: str
@@ -125,7 +127,7 @@ def best(
 ) -> Entry | None:
     """The measured entry for x (tokens, k) and a (k, f) matrix, or None if there is none.
 
-    An op that was not measured on a device goes by another device of its compute capability.
+    What was not measured on a device goes by another device of its compute capability.
 
     Args:
       op: "nm_matmul", "few_tokens" (the same product, by the kernel for few tokens) or "nm_sddmm".
@@ -133,8 +135,8 @@ def best(
       device_kind: as `jax.Device.device_kind`, such as "NVIDIA H100 80GB HBM3".
       capability: the device's compute capability, such as "9.0".
     """
-    table = _table(op, dtype_class(dtype), device_kind, capability, folder)
-    return None if table is None else table.entry(op, tokens, (k, f), dtype_class(dtype))
+    known = _known(device_kind, capability, folder)
+    return known.entry(op, tokens, (k, f), dtype_class(dtype))
 
 
 def verdict(
@@ -151,30 +153,30 @@ def verdict(
     """Whether to run the kernel or the dense product for a shape, from what is measured.
 
     The shape's own entry decides if it has one. Else that of the nearest measured shape of the
-    same op: the fewest octaves away in tokens, in and out together. An op that was not measured on
-    a device goes by another device of the same compute capability. None: nothing of this kind is
+    same op: the fewest octaves away in tokens, in and out together. What was not measured on a
+    device goes by another device of the same compute capability. None: nothing of this kind is
     measured.
 
     Args:
       op, dtype, device_kind, capability: as for `best`.
     """
     kind = dtype_class(dtype)
-    table = _table(op, kind, device_kind, capability, folder)
-    if table is None:
-        return None
-    where = "on" if table.device == device_kind else f"not on {device_kind} but on"
-    entry, name = table.entry(op, tokens, (k, f), kind), "measured"
+    known = _known(device_kind, capability, folder)
+    entry, name = known.entry(op, tokens, (k, f), kind), "measured"
     if entry is None:
-        entry = table.nearest(op, tokens, (k, f), kind)
+        entry = known.nearest(op, tokens, (k, f), kind)
+        if entry is None:
+            return None
         name = f"nearest shape measured ({_shape(entry)})"
     elif entry.tokens != tokens:
         name = f"measured with {entry.tokens} tokens"
+    where = "on" if entry.device == device_kind else f"not on {device_kind} but on"
     times = f"dense {entry.dense_us:.4g} us, sparse {entry.sparse_us:.4g} us"
     if entry.xla_us is not None:
         times += f", dense from compressed {entry.xla_us:.4g} us"
     return Verdict(
         entry.sparse_us <= (entry.xla_us or entry.dense_us),
-        f"{name}, {where} {table.device}: {times}",
+        f"{name}, {where} {entry.device}: {times}",
     )
 
 
@@ -217,7 +219,10 @@ def _load(path: Path) -> Table | None:
             raise ValueError(f"{path.name} lacks {name!r}")
     if path.stem != slug(found["device"]):
         raise ValueError(f"{path.name} holds the table of {found['device']}")
-    entries = [_entry(path.name, i, entry) for i, entry in enumerate(found["entries"])]
+    entries = [
+        dataclasses.replace(_entry(path.name, i, entry), device=found["device"])
+        for i, entry in enumerate(found["entries"])
+    ]
     seen: set[tuple] = set()
     for i, entry in enumerate(entries):
         if entry.key in seen:
@@ -256,16 +261,16 @@ def _entry(name: str, index: int, found: Any) -> Entry:
     )
 
 
-def _table(
-    op: str, dtype: str, device_kind: str, capability: str | None, folder: Path
-) -> Table | None:
-    """The device's table if it has entries of an op, else one of a device of the same capability."""
+@functools.cache
+def _known(device_kind: str, capability: str | None, folder: Path) -> Table:
+    """The device's own entries, and what it lacks from other devices of its capability."""
     others = (table for table in map(_load, sorted(folder.glob("*.json"))) if table is not None)
-    related = (t for t in others if capability is not None and t.capability == capability)
+    related = [t for t in others if capability is not None and t.capability == capability]
+    entries: dict[tuple, Entry] = {}
     for table in (load(device_kind, folder), *related):
-        if table is not None and any((e.op, e.dtype) == (op, dtype) for e in table.entries):
-            return table
-    return None
+        for entry in () if table is None else table.entries:
+            entries.setdefault(entry.key, entry)
+    return Table(device_kind, capability or "", tuple(entries.values()))
 
 
 def _ratio(a: int, b: int) -> float:

@@ -109,7 +109,8 @@ def test_a_shape_without_an_entry_goes_by_the_nearest_in_octaves(tmp_path):
 
 
 def test_what_a_device_lacks_comes_from_one_of_its_capability(tmp_path):
-    write(tmp_path, [entry(2048, tile=3), entry(16, op="few_tokens", split=4)])
+    first = [entry(2048, tile=3), entry(8192, tile=4), entry(16, op="few_tokens", split=4)]
+    write(tmp_path, first)
     write(tmp_path, [entry(2048, tile=5)], device="Other")
     write(tmp_path, [entry(16, op="few_tokens", split=8)], device="Older", capability="8.0")
 
@@ -118,6 +119,8 @@ def test_what_a_device_lacks_comes_from_one_of_its_capability(tmp_path):
         return found and found.config
 
     assert config("nm_matmul", 2048, "9.0") == {"tile": 5}
+    assert config("nm_matmul", 8192, "9.0") == {"tile": 4}
+    assert config("nm_matmul", 8192, None) == {"tile": 5}  # the largest stands for any more
     assert config("few_tokens", 16, "9.0") == {"split": 4}
     assert config("few_tokens", 16, "9.0", device="Third") == {"split": 4}
     assert config("few_tokens", 16, None) is None
