@@ -8,9 +8,9 @@ written after every run; runs that are in it with the fields they have now are n
 another begins from a folder that is gone. The status is 1 if a run failed or waits for one that did.
 
 Small models leave a GPU idle while they are compiled, so several run at a time (``--parallel``),
-spread over ``--gpus``, and XLA adds up in a fixed order, so that runs of one seed differ by what is
-asked alone. Where speed counts (gpt2-small), neither: a GPU has one run at a time, also of other
-groups in the same command.
+spread over ``--gpus``; where speed counts (gpt2-small), a GPU has one at a time. Where runs of one seed
+shall differ by what is asked alone (gpt2-adapters), XLA adds up in a fixed order. Both hold for all
+groups of a command.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from rich.console import Console
 from benchmarks.record import RESULTS
 from experiments import work
 from experiments.group import Group
-from experiments.runs import ALONE, GROUPS, family_of
+from experiments.runs import ALONE, GROUPS, PAIRED, family_of
 
 
 def main() -> None:
@@ -76,8 +76,8 @@ def gpus_in_turn(parallel: int, gpus: int, visible: str | None) -> list[str]:
 
 
 def _fix_order(groups: Sequence[str]) -> None:
-    """Makes this process's children add up in a fixed order, unless their speed counts."""
-    if not ALONE.intersection(groups):
+    """Makes this process's children add up in a fixed order, if a group needs that."""
+    if PAIRED.intersection(groups):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {work.FIXED_ORDER}".strip()
 
 

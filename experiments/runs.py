@@ -216,6 +216,7 @@ GROUPS: dict[str, Sequence[Run]] = {
     "bert-glue": glue(),
 }
 ALONE = frozenset({"gpt2-small"})  # runs whose speed counts
+PAIRED = frozenset({"gpt2-adapters"})  # runs of one seed shall be the same until they are to differ
 
 
 def family_of(group: str) -> str:

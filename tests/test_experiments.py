@@ -419,8 +419,10 @@ def test_what_adapters_add_is_told_by_pairs_of_one_seed():
     assert report_accuracy._paired(surer, base, "books") == "-1.95 % ± 0.14"
 
 
-@pytest.mark.parametrize(("names", "fixed"), [(["gpt2-methods"], True), (["gpt2-small"], False)])
-def test_runs_add_up_in_a_fixed_order_unless_speed_counts(names, fixed, monkeypatch):
+@pytest.mark.parametrize(
+    ("names", "fixed"), [(["gpt2-methods", "gpt2-adapters"], True), (["gpt2-methods"], False)]
+)
+def test_runs_add_up_in_a_fixed_order_where_pairs_shall_be_the_same(names, fixed, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--other=1")
     runner._fix_order(names)
     flags = os.environ["XLA_FLAGS"].split()
