@@ -87,7 +87,7 @@ def collectives(text: str) -> list[Collective]:
     Raises:
       ValueError: how often something runs is unknown, or the text is not understood.
     """
-    entry, bodies = _computations(text)
+    entry, bodies = computations(text)
 
     @functools.cache
     def found(name: str) -> tuple[Collective, ...]:
@@ -102,7 +102,7 @@ def collectives(text: str) -> list[Collective]:
                 narrow = _narrow(line[match.end() :], bodies[name], bodies)
                 result += _parsed(operation, match[2], line, narrow)
                 continue
-            inner = [c for called in _called(line) for c in found(called)]
+            inner = [c for name in called(line) for c in found(name)]
             if not inner:
                 continue
             if operation == "conditional":
@@ -168,7 +168,8 @@ def axes_of(group: Group, sizes: Mapping[str, int]) -> tuple[str, ...]:
     return tuple(varying)
 
 
-def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
+def computations(text: str) -> tuple[str, dict[str, list[str]]]:
+    """The name of a program's entry, and the lines of each computation."""
     entry, bodies, current = None, {}, None
     for line in text.splitlines():
         if (match := _COMPUTATION.match(line)) and not line.startswith("HloModule"):
@@ -181,7 +182,8 @@ def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
     return entry, bodies
 
 
-def _called(line: str) -> Iterator[str]:
+def called(line: str) -> Iterator[str]:
+    """The computations that an instruction calls."""
     for _, names in _CALLED.findall(line):
         yield from (name.strip().lstrip("%") for name in names.strip("{}").split(",") if name)
 
@@ -190,8 +192,8 @@ def _narrow(operands: str, body: list[str], bodies: Mapping[str, list[str]]) -> 
     names = set(re.findall(r"%([\w.-]+)", operands.partition(")")[0]))
     for line in body:
         if (match := _INSTRUCTION.match(line)) and match[1] in names:
-            called = [inner for name in _called(line) for inner in bodies[name]]
-            if any(re.search(r"\bb?f16\[", text) for text in (line, *called)):
+            inside = [inner for name in called(line) for inner in bodies[name]]
+            if any(re.search(r"\bb?f16\[", text) for text in (line, *inside)):
                 return True
     return False
 

@@ -24,6 +24,7 @@ from benchmarks import inference, serving_steps, train_step
 from benchmarks.record import make_record, write_record
 from benchmarks.serving_steps import ITERATIONS, Cut, Program, Work
 from benchmarks.step_profile import (
+    UNKNOWN,
     Instruction,
     events,
     instructions,
@@ -39,7 +40,7 @@ PROFILED = ("opt-13b", "llama-3-8b")
 LOOPS = 2
 LINEARS, ADAPTERS, ATTENTION = "linears", "first products of adapters", "attention"
 ELEMENTWISE, COPIES, HEAD = "elementwise", "copies", "vocabulary"
-CATEGORIES = (LINEARS, ADAPTERS, ATTENTION, ELEMENTWISE, COPIES, HEAD)
+CATEGORIES = (LINEARS, ADAPTERS, UNKNOWN, ATTENTION, ELEMENTWISE, COPIES, HEAD)
 
 
 def main() -> None:
@@ -141,7 +142,10 @@ def classify(kernel: str, instruction: Instruction | None, rank: int) -> str:
         return LINEARS
     if is_attention(kernel) or (inside and "/attention/" in operation and not linear):
         return ATTENTION
-    if is_product(kernel):
+    # XLA multiplies one token by elementwise operations and a sum.
+    if is_product(kernel) or operation.endswith("/dot_general"):
+        if not operation:
+            return UNKNOWN
         if not inside:
             return HEAD
         return ADAPTERS if rank and instruction.dimensions[-1:] == (rank,) else LINEARS

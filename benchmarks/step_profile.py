@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks import steps, train_step
+from benchmarks import hlo, steps, train_step
 from benchmarks.record import make_record, write_record
 from benchmarks.steps import Case, Program
 from train.environment import accelerator
@@ -235,18 +235,36 @@ def classify(kernel: str, instruction: Instruction | None, tokens: int) -> str:
 
 
 def instructions(text: str) -> dict[str, Instruction]:
-    """Those of a compiled program's text, by name, and by the name that its kernel would have."""
-    found = {}
+    """Those of a compiled program's text, by name, and by the name that its kernel would have.
+
+    A fusion without an operation of its own has that of what it computes: of its product, if any.
+    """
+    found, (_, bodies) = {}, hlo.computations(text)
     for row in text.splitlines():
-        match, operation = _INSTRUCTION.match(row), _OPERATION.search(row)
-        if not match or not operation:
+        match = _INSTRUCTION.match(row)
+        operation = match and (_operation(row) or _inner_operation(row, bodies))
+        if not operation:
             continue
         sizes = _DIMENSIONS.search(match["shape"])
         dimensions = tuple(int(size) for size in sizes[1].split(",") if size) if sizes else ()
-        entry = Instruction(dimensions, operation[1])
+        entry = Instruction(dimensions, operation)
         found[match["name"]] = entry
         found.setdefault(_plain(match["name"]), entry)
     return found
+
+
+def _operation(row: str) -> str:
+    found = _OPERATION.search(row)
+    return found[1] if found else ""
+
+
+def _inner_operation(row: str, bodies: Mapping[str, Sequence[str]]) -> str:
+    if " fusion(" not in row:
+        return ""
+    inside = [inner for name in hlo.called(row) for inner in bodies.get(name, ())]
+    products = [inner for inner in inside if " dot(" in inner]
+    named = filter(None, map(_operation, [*products, *reversed(inside)]))
+    return next(named, "")
 
 
 def events(call) -> Iterator[Event]:

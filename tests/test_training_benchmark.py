@@ -336,6 +336,13 @@ def test_a_process_that_fails_says_why(monkeypatch):
 
 
 PROGRAM = """
+%gemm_fusion_dot.4_computation (p: bf16[8192,5120]) -> bf16[8192,5120] {
+  %dot.4 = bf16[8192,5120]{1,0} dot(%p, %q), metadata={op_name="jit(train_step)/jvp(OPT)/layers_0/mlp/down/dot_general"}
+  ROOT %convert.4 = bf16[8192,5120]{1,0} convert(%dot.4), metadata={op_name="jit(train_step)/jvp(OPT)/convert_element_type"}
+}
+
+ENTRY %main (a: bf16[8192,5120]) -> bf16[8192,5120] {
+  %gemm_fusion_dot.4 = bf16[8192,5120]{1,0} fusion(%p), kind=kCustom, calls=%gemm_fusion_dot.4_computation
   %custom-call.5 = (bf16[8192,15360]{1,0}, s8[33554432]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", metadata={op_name="jit(train_step)/jvp(OPT)/while/body/closed_call/layers_1_to_2/attention/qkv/qkv._dense/dot_general" stack_frame_id=1}
   %custom-call.6 = (bf16[8192,5120]{1,0}, s8[33554432]{0}) custom-call(%a, %b), metadata={op_name="jit(train_step)/transpose(jvp(OPT))/while/body/checkpoint/layers_1_to_2/attention/qkv/dot_general"}
   ROOT %custom-call.7 = (bf16[5120,15360]{1,0}, s8[33554432]{0}) custom-call(%a, %b), metadata={op_name="jit(train_step)/transpose(jvp(OPT))/while/body/checkpoint/layers_1_to_2/attention/qkv/dot_general"}
@@ -344,6 +351,7 @@ PROGRAM = """
   %custom-call.8 = (bf16[8192,50272]{1,0}, s8[1]{0}) custom-call(%a, %b), metadata={op_name="jit(train_step)/jvp(OPT)/token.attend/dot_general"}
   %input_reduce_fusion.1 = f32[8192]{0} fusion(%p), metadata={op_name="jit(train_step)/jvp(OPT)/layers_0/attention_norm/reduce_sum"}
   %custom-call.9 = (bf16[4,2048,5120]{2,1,0}, s8[1]{0}) custom-call(%a, %b), metadata={op_name="jit(train_step)/transpose(jvp(OPT))/while/body/checkpoint/rematted_computation/layers_1_to_2/mlp/up/dot_general"}
+}
 """
 
 
@@ -355,6 +363,7 @@ PROGRAM = """
         ("nvjet_tst_192x128", "custom-call.7", "dw"),
         ("nvjet_tst_192x128", "custom-call.8", "vocabulary and heads"),
         ("sm90_xmma_gemm_bf16", "custom-call.9", "forward"),  # rematerialised
+        ("gemm_fusion_dot_4", "gemm_fusion_dot.4", "forward"),  # the operation is inside
         ("nvjet_tst_192x128", "", "products of unknown use"),
         ("nm_matmul_kernel", "custom-call.5", "forward"),
         ("nm_matmul_kernel", "custom-call.6", "dx"),
