@@ -14,7 +14,7 @@ MISSING = {
     "memory": "Not measured yet: `python -m benchmarks.memory`.",
     "step-profile": "Not measured yet: `python -m benchmarks.step_profile`.",
 }
-KEY = ("model", "tokens", "length", "accumulation", "remat", "moments")
+KEY = ("model", "tokens", "length", "accumulation", "remat", "moments", "scan")
 GIB = 2**30
 COLOURS = ("#2f6f9f", "#5d94bd", "#8fb8d6", "#c6dbeb", "#d98e04", "#7a5195", "#c0392b", "#9a9a9a", "#cfcfcf", "#4d4d4d")  # fmt: skip
 
@@ -67,7 +67,8 @@ def _devices(benchmark: str, folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _results(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    rows = [row for record in parts for row in record["results"]]
+    scanned = {"scan": True}  # as all were until records told
+    rows = [scanned | row for record in parts for row in record["results"]]
     seen = set()
     for row in rows:
         key = (*(row[name] for name in KEY), row["rank"], row.get("dropout"), row.get("depth"))
@@ -265,7 +266,8 @@ def _batch(row: dict[str, Any]) -> str:
     many = f" x {row['accumulation']}" if row["accumulation"] > 1 else ""
     remat = ", remat" if row["remat"] else ""
     moments = "" if row["moments"] == "float32" else f", {row['moments']} moments"
-    return f"{micro // row['length']} x {row['length']}{many}{remat}{moments}"
+    unrolled = "" if row["scan"] else ", unrolled"
+    return f"{micro // row['length']} x {row['length']}{many}{remat}{moments}{unrolled}"
 
 
 def _paths(paths: dict[str, int]) -> str:

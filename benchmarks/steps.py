@@ -79,7 +79,9 @@ def setting(model: str) -> Setting:
 class Case:
     """One program: a model cut to `depth` layers, dense or sparse, and what a step trains on.
 
-    `meshed` is whether it runs through `slope_jax.sharded`, on a mesh of one device. `rank` is that of the adapters, below 1 a fraction of the width, to the next multiple of 8.
+    `meshed` is whether it runs through `slope_jax.sharded`, on a mesh of one device. `rank` is that of
+    the adapters, below 1 a fraction of the width, to the next multiple of 8. `scan` is whether layers
+    are stacked, so that they share a program.
     """
 
     model: str
@@ -95,6 +97,7 @@ class Case:
     implementation: str | None = None
     dtype: str = "bfloat16"
     meshed: bool = False
+    scan: bool = True
 
     @property
     def name(self) -> str:
@@ -121,6 +124,7 @@ class Case:
             "dropout": self.dropout,
             "implementation": self.implementation,
             "dtype": self.dtype,
+            "scan": self.scan,
         }
         return models.build(self.model, **(options | overrides))
 

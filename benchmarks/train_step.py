@@ -115,6 +115,7 @@ def cases(model: str, arguments: argparse.Namespace) -> list[Case]:
         "dropout": arguments.dropout,
         "moments": arguments.moments or chosen.moments,
         "dtype": arguments.dtype,
+        "scan": arguments.scan,
     }
     variants = [{"sparsity": "dense"}, *({"rank": rank} for rank in arguments.ranks)]
     depths = arguments.depths or chosen.depths
@@ -263,6 +264,7 @@ def result(
         "dropout": case.dropout,
         "moments": case.moments,
         "dtype": case.dtype,
+        "scan": case.scan,
         "sparsity": case.sparsity,
         "rank": case.config.rank,
         "dense_ms": round(dense_ms, 3),
@@ -345,6 +347,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--moments", choices=("float32", "bfloat16"), help="each model's if not given"
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--scan", action=argparse.BooleanOptionalAction, default=True, help="stack layers"
+    )
     parser.add_argument("--minutes", type=float, help="start no model after; what is done is kept")
     parser.add_argument("--part", help="name of the record, for a part of the list")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the record")
