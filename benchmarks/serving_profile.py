@@ -134,12 +134,16 @@ def classify(kernel: str, instruction: Instruction | None, rank: int) -> str:
     'attention'
     >>> classify("nvjet_tst_64x8", Instruction((1, 64), path + "qkv/dot_general"), 64)
     'first products of adapters'
+    >>> classify("first_product", Instruction((4, 1, 64), path + "qkv/first_product"), 64)
+    'first products of adapters'
     """
     operation = instruction.operation if instruction else ""
     inside = "layers_" in operation
     linear = any(f"/{name}/" in f"{operation}/" for name in ("qkv", "output", "mlp"))
     if "nm_matmul" in kernel:
         return LINEARS
+    if "first_product" in kernel:
+        return ADAPTERS
     if is_attention(kernel) or (inside and "/attention/" in operation and not linear):
         return ATTENTION
     # XLA multiplies one token by elementwise operations and a sum.

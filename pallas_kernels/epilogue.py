@@ -23,18 +23,29 @@ class Epilogue:
 
     * `bias`: (out,), or None.
     * `low_rank`: t (..., rank) with x's leading axes and r (rank, out), both in x's dtype, or None.
+    * `adapter`: l (in, rank) and r in x's dtype, in the place of `low_rank`: t is x @ l, or None.
     * `activation`: a key of `ACTIVATIONS`, or None.
     * `save_preactivation`: z is returned too, for the backward pass.
     """
 
     bias: jax.Array | None = None
     low_rank: tuple[jax.Array, jax.Array] | None = None
+    adapter: tuple[jax.Array, jax.Array] | None = None
     activation: str | None = dataclasses.field(default=None, metadata={"static": True})
     save_preactivation: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def is_empty(self) -> bool:
-        return self.bias is None and self.low_rank is None and self.activation is None
+        terms = (self.bias, self.low_rank, self.adapter, self.activation)
+        return all(term is None for term in terms)
+
+    def multiplied(self, x: jax.Array, precision=None) -> "Epilogue":
+        """The same with the adapter's first product made: `low_rank` for `adapter`."""
+        if self.adapter is None:
+            return self
+        left, right = self.adapter
+        low_rank = (first_product(x, left, precision), right)
+        return dataclasses.replace(self, low_rank=low_rank, adapter=None)
 
     def check(self, x: jax.Array, out: int) -> None:
         """Raises a ValueError unless this fits x (..., in) times (in, out)."""
@@ -45,8 +56,14 @@ class Epilogue:
             check_dtype(self.bias.dtype, "bias")
             if self.bias.shape != (out,):
                 raise ValueError(f"bias has shape {self.bias.shape}; it must be (out,), ({out},)")
+        if self.low_rank is not None and self.adapter is not None:
+            raise ValueError(
+                "low_rank and adapter are both given; leave out one, they are the same"
+            )
         if self.low_rank is not None:
             self._check_low_rank(x, out)
+        if self.adapter is not None:
+            self._check_adapter(x, out)
 
     def _check_low_rank(self, x: jax.Array, out: int) -> None:
         t, r = self.low_rank
@@ -58,6 +75,22 @@ class Epilogue:
         if t.dtype != x.dtype or r.dtype != x.dtype:
             raise ValueError(f"low_rank is {t.dtype} and {r.dtype}; both must be x's {x.dtype}")
 
+    def _check_adapter(self, x: jax.Array, out: int) -> None:
+        left, r = self.adapter
+        if r.ndim != 2 or left.shape != (x.shape[-1], r.shape[0]) or r.shape[1] != out:
+            raise ValueError(
+                f"adapter has shapes {left.shape} and {r.shape}; they must be"
+                f" {(x.shape[-1], 'rank')} and ('rank', {out})"
+            )
+        if left.dtype != x.dtype or r.dtype != x.dtype:
+            raise ValueError(f"adapter is {left.dtype} and {r.dtype}; both must be x's {x.dtype}")
+
+
+def first_product(x: jax.Array, left: jax.Array, precision=None) -> jax.Array:
+    """x @ left, by XLA."""
+    # Without the barrier, XLA multiplies twice in a scan: for now, and into the stack for later.
+    return jax.lax.optimization_barrier(jnp.matmul(x, left, precision=precision))
+
 
 def check_activation(name: str | None) -> None:
     if name is not None and name not in ACTIVATIONS:
@@ -67,7 +100,11 @@ def check_activation(name: str | None) -> None:
 
 
 def finish(z: jax.Array, epilogue: Epilogue, out_dtype, precision=None):
-    """The result of a product whose float32 sum is z = x @ w, in plain JAX: y, or (y, z)."""
+    """The result of a product whose float32 sum is z = x @ w, in plain JAX: y, or (y, z).
+
+    Args:
+      epilogue: without an adapter; see `Epilogue.multiplied`.
+    """
     if epilogue.low_rank is not None:
         t, r = epilogue.low_rank
         z = z + jnp.matmul(t, r, precision=precision, preferred_element_type=jnp.float32)

@@ -17,6 +17,7 @@ def nm_matmul(
     bias: jax.Array | None = None,
     activation: str | None = None,
     low_rank: tuple[jax.Array, jax.Array] | None = None,
+    adapter: tuple[jax.Array, jax.Array] | None = None,
     save_preactivation: bool = False,
     out_dtype=None,
     precision: jax.lax.PrecisionLike = None,
@@ -31,6 +32,8 @@ def nm_matmul(
       activation: "relu", "gelu" (exact), "gelu_tanh" or "silu"; None for none. In 16-bit results
         the kernels may err by 5e-4 of its argument, less than the result's rounding there.
       low_rank: t (..., rank) and r (rank, out) in x's dtype, as of adapters: t = x @ adapter_l.
+      adapter: l (in, rank) and r in x's dtype, in the place of `low_rank`, with t = x @ l: for
+        whoever has no use for t. For few tokens the kernels multiply it themselves, which is faster.
       save_preactivation: return what enters the activation as well.
       out_dtype: dtype of the results; None for x's.
       precision: of the products, as in `jax.lax.dot_general`.
@@ -56,7 +59,7 @@ def nm_matmul(
         )
     _check_rows(x, w.shape[0], "x", "in")
     _check_same_dtype(x, w.values, "x", "w.values")
-    epilogue = Epilogue(bias, low_rank, activation, save_preactivation)
+    epilogue = Epilogue(bias, low_rank, adapter, activation, save_preactivation)
     epilogue.check(x, w.shape[1])
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     choice = dispatch.choose(_query("nm_matmul", w, x, out_dtype), implementation)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import CompressedMatrix, decompress, nm_matmul, nm_sddmm, nm_transpose
-from pallas_kernels.epilogue import ACTIVATIONS
+from pallas_kernels.epilogue import ACTIVATIONS, first_product
 
 DOUBLE_PRUNED, EXACT = "double-pruned", "exact"
 BACKWARDS = (DOUBLE_PRUNED, EXACT)
@@ -88,37 +88,53 @@ class Options(NamedTuple):
     backward: str
 
 
+class Saved(NamedTuple):
+    """What a pass keeps beside y for the backward pass: what enters the activation, and x @ l."""
+
+    preactivation: bool = False
+    first_product: bool = False
+
+
+NOTHING = Saved()
+
+
+def saved_with(activation: str | None) -> Saved:
+    """What the backward pass needs: where relu is flat, its y says."""
+    return Saved(preactivation=activation not in (None, "relu"), first_product=True)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _slope_matmul(x, w, working, bias, adapter, activation, options):
     return product(x, w, working, bias, adapter, activation, options)[0]
 
 
-def product(x, w, working, bias, adapter, activation, options, save_preactivation=False):
-    """y, z if it is to be saved, and x @ l."""
+def product(x, w, working, bias, adapter, activation, options, saved=NOTHING):
+    """y, and z and x @ l where they are saved."""
     precision, implementation = options.precision, options.implementation
-    low_rank = None
+    low_rank, t = None, None
     if adapter is not None:
-        left, right = (a.astype(x.dtype) for a in adapter)
-        # Without the barrier, XLA multiplies twice in a scan: for now, and into the stack for later.
-        t = jax.lax.optimization_barrier(jnp.matmul(x, left, precision=precision))
-        low_rank = (t, right)
+        adapter = left, right = tuple(a.astype(x.dtype) for a in adapter)
+        if saved.first_product:
+            t = first_product(x, left, precision)
+            low_rank, adapter = (t, right), None
     y = nm_matmul(
         x,
         w.with_values(w.values.astype(x.dtype) if working.values is None else working.values),
         bias=bias,
         activation=activation,
         low_rank=low_rank,
-        save_preactivation=save_preactivation,
+        adapter=adapter,
+        save_preactivation=saved.preactivation,
         precision=precision,
         implementation=implementation,
     )
-    y, z = y if save_preactivation else (y, None)
-    return y, z, None if low_rank is None else low_rank[0]
+    y, z = y if saved.preactivation else (y, None)
+    return y, z, t
 
 
 def _forward(x, w, working, bias, adapter, activation, options):
-    save = activation not in (None, "relu")  # where relu is flat, its y says
-    y, z, t = product(x, w, working, bias, adapter, activation, options, save_preactivation=save)
+    saved = saved_with(activation)
+    y, z, t = product(x, w, working, bias, adapter, activation, options, saved)
     if None not in working:  # the backward pass then reads w's positions alone
         w = w.with_values(working.values)
     residuals = (x, w, working.transpose, bias, adapter, y if activation == "relu" else z, t)

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from pallas_kernels import CompressedMatrix, Query, choose, nm_transpose
 from pallas_kernels.epilogue import ACTIVATIONS
 from slope_jax import matmul
-from slope_jax.matmul import Options, Working
+from slope_jax.matmul import Options, Saved, Working
 
 
-def product(x, w, bias, adapter, activation, options: Options, save: bool):
-    """y, the pre-activation if it is to be saved, and x @ l; w has x's dtype."""
+def product(x, w, bias, adapter, activation, options: Options, saved: Saved):
+    """y, and the pre-activation and x @ l where they are saved; w has x's dtype."""
     if isinstance(w, CompressedMatrix):
-        return matmul.product(x, w, Working(), bias, adapter, activation, options, save)
+        return matmul.product(x, w, Working(), bias, adapter, activation, options, saved)
     z, t = jnp.matmul(x, w, precision=options.precision), None
     if adapter is not None:
         t = jnp.matmul(x, adapter[0], precision=options.precision)
@@ -22,7 +22,7 @@ def product(x, w, bias, adapter, activation, options: Options, save: bool):
     if bias is not None:
         z = z + bias.astype(z.dtype).reshape((1,) * (z.ndim - 1) + (-1,))
     y = z if activation is None else ACTIVATIONS[activation](z)
-    return y, z if save else None, t
+    return y, z if saved.preactivation else None, t if saved.first_product else None
 
 
 def gradients(activation, options: Options, residuals, dy):

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 from pallas_kernels import CompressedMatrix, nm_transpose
 from pallas_kernels.epilogue import ACTIVATIONS
 from slope_jax import matmul, pieces
-from slope_jax.matmul import EXACT, Options, Working
+from slope_jax.matmul import EXACT, NOTHING, Options, Working
 from slope_jax.sharding import (
     BATCH,
     COLUMN,
@@ -138,19 +138,19 @@ def transposed(w: CompressedMatrix, cut: Cut, dtype, implementation: str | None)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _sharded(x, w, working, bias, adapter, activation, options, place):
-    return _run_forward(x, w, working, bias, adapter, activation, options, place, False)[0]
+    return _run_forward(x, w, working, bias, adapter, activation, options, place, NOTHING)[0]
 
 
 def _forward(x, w, working, bias, adapter, activation, options, place):
-    save = activation not in (None, "relu")
-    y, z, t = _run_forward(x, w, working, bias, adapter, activation, options, place, save)
+    saved = matmul.saved_with(activation)
+    y, z, t = _run_forward(x, w, working, bias, adapter, activation, options, place, saved)
     if isinstance(w, CompressedMatrix) and None not in working:
         w = w.with_values(working.values)
     residuals = (x, w, working, bias, adapter, y if activation == "relu" else z, t)
     return y, residuals
 
 
-def _run_forward(x, w, working, bias, adapter, activation, options, place, save):
+def _run_forward(x, w, working, bias, adapter, activation, options, place, saved):
     values = _values(w) if working.values is None else working.values
     metadata = w.metadata if isinstance(w, CompressedMatrix) else None
     arguments = (x, values, metadata, bias, adapter)
@@ -160,15 +160,16 @@ def _run_forward(x, w, working, bias, adapter, activation, options, place, save)
         adapter = _gathered_adapter(adapter, x.dtype, place)
         bias = _own_columns(bias, place)
         if not place.splits_inputs:
-            return pieces.product(x, weight, bias, adapter, activation, options, save)
+            return pieces.product(x, weight, bias, adapter, activation, options, saved)
         # The devices' parts of the sum come first; what is not linear follows.
-        y, _, t = pieces.product(x, weight, None, adapter, None, options, False)
+        linear = saved._replace(preactivation=False)
+        y, _, t = pieces.product(x, weight, None, adapter, None, options, linear)
         z = _sum(y, TENSOR)
         t = None if t is None else _sum(t, TENSOR)
         if bias is not None:
             z = z + bias.astype(z.dtype).reshape((1,) * (z.ndim - 1) + (-1,))
         y = z if activation is None else ACTIVATIONS[activation](z)
-        return y, z if save else None, t
+        return y, z if saved.preactivation else None, t
 
     specs = (
         _x_spec(x, place),

@@ -55,8 +55,9 @@ def test_matmul_is_the_formula(activation):
     exact = np.asarray(x @ decompress(w) + x @ left @ right) + np.asarray(
         bias
     )  # exact: eighths, integers
-    y = nm_matmul(x, w, bias=bias, activation=activation, low_rank=(x @ left, right))
-    close(y, formula(activation, exact)[0])
+    for low_rank in ({"low_rank": (x @ left, right)}, {"adapter": (left, right)}):
+        y = nm_matmul(x, w, bias=bias, activation=activation, **low_rank)
+        close(y, formula(activation, exact)[0])
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -100,6 +101,18 @@ def test_gradients_are_those_of_the_method(activation):
     close(dright, (flat @ left).T @ dz)
 
 
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_results_are_the_same_with_and_without_gradients(activation):
+    """Where no gradient is wanted, nobody keeps the adapter's first product."""
+    x, w, bias, left, right = problem()
+
+    def call(adapter):
+        return slope_matmul(x, w, bias=bias, activation=activation, adapter=adapter)
+
+    y, _ = jax.vjp(call, (left, right))
+    np.testing.assert_array_equal(y, call((left, right)))
+
+
 def test_gradients_have_the_dtypes_of_their_operands():
     x, w, bias, left, right = problem()
     adapter = (left, right.astype(jnp.bfloat16))
@@ -139,6 +152,22 @@ def test_vmap_and_scan_over_layers_of_everything():
         (
             {"low_rank": (jnp.ones((2, 3, 4), jnp.bfloat16), jnp.ones((4, 48)))},
             "low_rank is bfloat16 and float32; both must be x's float32",
+        ),
+        (
+            {"adapter": (jnp.ones((16, 4)), jnp.ones((4, 48)))},
+            r"adapter has shapes.*\(32, 'rank'\)",
+        ),
+        ({"adapter": (jnp.ones((32, 4)), jnp.ones((5, 48)))}, "adapter has shapes"),
+        (
+            {"adapter": (jnp.ones((32, 4)), jnp.ones((4, 48), jnp.bfloat16))},
+            "adapter is float32 and bfloat16; both must be x's float32",
+        ),
+        (
+            {
+                "low_rank": (jnp.ones((2, 3, 4)), jnp.ones((4, 48))),
+                "adapter": (jnp.ones((32, 4)), jnp.ones((4, 48))),
+            },
+            "low_rank and adapter are both given",
         ),
         ({"save_preactivation": True}, "needs an activation"),
     ],

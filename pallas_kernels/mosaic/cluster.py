@@ -1,13 +1,45 @@
-"""The few-token kernel's end: sums over warps and over the CTAs of a cluster, and the epilogue."""
+"""CTAs of the kernels for few tokens: launch, sums over warps and over a cluster, and the epilogue."""
 
 import functools
 
+import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
 from jax.experimental.mosaic.gpu import utils as mutils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from pallas_kernels.mosaic import activations, ops, ptx, warps
+from pallas_kernels.mosaic import activations, launch, ops, ptx, warps
+
+
+def kernel(geometry: warps.Geometry, body, *, out_type, grid: dict[str, int], name: str):
+    """A kernel on a grid of clusters of CTAs, each the `share`-th of its cluster if not alone.
+
+    `body` gets operands, results, and the CTA's shared memory.
+    """
+    g = geometry
+    clusters = {"cluster": (g.split,), "cluster_names": ("share",)}
+    return launch.kernel(
+        body,
+        out_type=out_type,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=g.warps // 4,
+        thread_name="wg",
+        **(clusters if g.split > 1 else {}),
+        scratch_types=[plgpu.SMEM((g.shared_memory,), jnp.uint8)],
+        # Safe here: the inline parts hold their own barriers.
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
+        name=name,
+    )
+
+
+def share_of(geometry: warps.Geometry) -> jax.Array:
+    """The number of this CTA in its cluster."""
+    return lax.axis_index("share") if geometry.split > 1 else jnp.int32(0)
 
 
 def open_exchange(geometry: warps.Geometry, ring_ref, share) -> None:
@@ -33,7 +65,9 @@ def open_exchange(geometry: warps.Geometry, ring_ref, share) -> None:
     body(ring_ref, share)
 
 
-def finish(geometry: warps.Geometry, acc, ring_ref, tile, share, refs, activation) -> None:
+def finish(
+    geometry: warps.Geometry, acc, ring_ref, tile, share, refs, activation=None, first_row=0
+) -> None:
     """y = activation(z), z = acc, summed over the warps and CTAs that share inputs, + bias.
 
     Always in the same order: the warps of a CTA add theirs in shared memory, and the CTAs of a
@@ -41,20 +75,21 @@ def finish(geometry: warps.Geometry, acc, ring_ref, tile, share, refs, activatio
 
     Args:
       refs: "y", and "z" and "bias" if there are any, in global memory.
+      first_row: of y and z, which the first token has.
     """
     g = geometry
     used = {name: refs[name] for name in ("y", "z", "bias") if name in refs}
 
     @plgpu.inline_mgpu(
-        arg_types=(g.layout, warps.REF, warps.SPLAT, warps.SPLAT, *(warps.REF,) * len(used))
+        arg_types=(g.layout, warps.REF, *(warps.SPLAT,) * 3, *(warps.REF,) * len(used))
     )
-    def body(ctx, acc, ring, tile, share, *arrays):
-        tile, share = tile.registers.item(), share.registers.item()
+    def body(ctx, acc, ring, tile, share, row, *arrays):
+        tile, share, row = (s.registers.item() for s in (tile, share, row))
         lane = warps.Lane(g)
         ring = ptx.shared_address(ring)
         arrays = dict(zip(used, arrays, strict=True))
-        complete = functools.partial(_complete, g, lane, tile, arrays, activation)
-        units = (_own_units if g.along == 1 else _added_units)(g, lane, ring, warps.from_sums(acc))
+        complete = functools.partial(_complete, g, lane, tile, row, arrays, activation)
+        units = (_own_units if g.along == 1 else _added_units)(g, lane, ring, warps.values_of(acc))
         ptx.asm("cp.async.wait_group 0;")
         if g.split == 1:
             for unit, known, values in units:
@@ -71,7 +106,7 @@ def finish(geometry: warps.Geometry, acc, ring_ref, tile, share, refs, activatio
         for unit, known, values in _received_units(g, lane, ring, share):
             complete(unit, known, values)
 
-    body(acc, ring_ref, tile, share, *used.values())
+    body(acc, ring_ref, tile, share, jnp.int32(first_row), *used.values())
 
 
 # Units: (number in the tile, whether there is one or None for always, 8 values a lane).
@@ -129,7 +164,7 @@ def _sum_units(address, count: int, apart: int):
                 f"ld.shared.v4.f32 {{$0,$1,$2,$3}}, [$4+{offset}];", address, results="ffff"
             )
         ]
-        total = values if total is None else _add(total, values)
+        total = values if total is None else ptx.add_floats(total, values)
     return total
 
 
@@ -156,7 +191,7 @@ def _send(g, lane, ring, share, unit, known, values) -> None:
         )
 
 
-def _complete(g, lane, tile, arrays, activation, unit, known, values) -> None:
+def _complete(g, lane, tile, first_row, arrays, activation, unit, known, values) -> None:
     pairs = g.width // 4
     across, pair = llvm.udiv(unit, ops.const(pairs)), llvm.urem(unit, ops.const(pairs))
     token = ptx.sum_of(
@@ -171,23 +206,24 @@ def _complete(g, lane, tile, arrays, activation, unit, known, values) -> None:
     if known is not None:
         inside = llvm.and_(inside, known)
     if "bias" in arrays:
-        values = _add(values, _load_floats(arrays["bias"], column, inside))
+        values = ptx.add_floats(values, _load_floats(arrays["bias"], column, inside))
     inside = llvm.and_(inside, ops.less(token, g.tokens))
+    row = ptx.sum_of(token, first_row)
     if "z" in arrays:
-        _store(arrays["z"], values, token, column, inside, g.f)
+        _store(arrays["z"], values, row, column, inside, g.f)
     if activation is not None:
         values = [activations.PRECISE[activation](z) for z in values]
-    _store(arrays["y"], values, token, column, inside, g.f)
+    _store(arrays["y"], values, row, column, inside, g.f)
 
 
-def _store(out, values, token, column, inside, f: int) -> None:
+def _store(out, values, row, column, inside, f: int) -> None:
     dtype = ptx.dtype_of(out)
     if dtype == "float32":
-        target = ptx.global_address(out, token, 4 * f, ops.mul(column, 4))
+        target = ptx.global_address(out, row, 4 * f, ops.mul(column, 4))
         ptx.store16(target, values[:4], inside)
         ptx.store16(ops.add(target, 16), values[4:], inside)
     else:
-        target = ptx.global_address(out, token, 2 * f, ops.mul(column, 2))
+        target = ptx.global_address(out, row, 2 * f, ops.mul(column, 2))
         words = [ptx.pack(values[i], values[i + 1], dtype) for i in range(0, 8, 2)]
         ptx.store16(target, words, inside)
 
@@ -199,12 +235,12 @@ def _load_floats(ref, column, inside):
         ref, ops.const(0), 0, ops.mul(column, 4 if dtype == "float32" else 2)
     )
     if dtype == "float32":
-        words = [*ptx.load16(source, inside), *ptx.load16(ops.add(source, 16), inside)]
+        words = [*ptx.load(source, inside, 4), *ptx.load(ops.add(source, 16), inside, 4)]
         return [llvm.bitcast(ir.F32Type.get(), word) for word in words]
     kind = ops.PTX_TYPE[dtype]
     return [
         value
-        for word in ptx.load16(source, inside)
+        for word in ptx.load(source, inside, 4)
         for value in ptx.asm(
             "{ .reg .b16 l, h; mov.b32 {l, h}, $2; "
             f"cvt.f32.{kind} $0, l; cvt.f32.{kind} $1, h; }}",
@@ -213,7 +249,3 @@ def _load_floats(ref, column, inside):
             pure=True,
         )
     ]
-
-
-def _add(x, y):
-    return [llvm.fadd(a, b) for a, b in zip(x, y, strict=True)]

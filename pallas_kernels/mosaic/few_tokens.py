@@ -11,13 +11,13 @@ import itertools
 
 import jax
 import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic import cluster, launch, ring, warps
 from pallas_kernels.mosaic.activations import PRECISE
 from pallas_kernels.mosaic.frame import SHARED_MEMORY
+from pallas_kernels.mosaic.low_rank import Product
 from pallas_kernels.mosaic.support import FEW_TOKENS
 
 REGISTERS = 65536  # of a processor
@@ -148,8 +148,9 @@ def nm_matmul(
     Args:
       x: (tokens, in), 1 to 64 tokens, bfloat16 or float16; in is a multiple of 8.
       values: (in / 2, out) in x's dtype, metadata: uint8 (in / 8, out); out a multiple of 8.
-      bias: (out,), float32, bfloat16 or float16. low_rank: t (tokens, rank), r (rank, out) in x's
-        dtype.
+      bias: (out,), float32, bfloat16 or float16.
+      low_rank: t (tokens, rank) in x's dtype, or its float32 summands (parts, tokens, rank) as of
+        `first_product`; r (rank, out) in x's dtype. rank is a multiple of 8.
       out_dtype: x's dtype (None) or float32.
     """
     tokens, k = x.shape
@@ -163,29 +164,18 @@ def nm_matmul(
     if bias is not None:
         operands["bias"] = bias
     if low_rank is not None:
-        t, r = low_rank
-        odd = r.shape[0] % 2  # pairs along the rank are read at once
-        operands |= {"t": jnp.pad(t, ((0, 0), (0, odd))), "r": jnp.pad(r, ((0, odd), (0, 0)))}
+        operands |= {"t": low_rank[0], "r": low_rank[1]}
     results = ("y", "z") if save_preactivation else ("y",)
 
     def body(*refs):
         names = (*operands, *results, "stages")
         _kernel(geometry, activation, dict(zip(names, refs, strict=True)))
 
-    clusters = {"cluster": (config.split,), "cluster_names": ("share",)}
-    kernel = launch.kernel(
+    kernel = cluster.kernel(
+        geometry,
         body,
         out_type=[jax.ShapeDtypeStruct((tokens, f), out_dtype or x.dtype)] * len(results),
-        grid=(pl.cdiv(f, warps.OUTPUTS * config.across),),
-        grid_names=("tile",),
-        num_threads=geometry.warps // 4,
-        thread_name="wg",
-        **(clusters if config.split > 1 else {}),
-        scratch_types=[plgpu.SMEM((geometry.shared_memory,), jnp.uint8)],
-        # Safe here: the inline parts hold their own barriers.
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
-        ),
+        grid={"tile": pl.cdiv(f, warps.OUTPUTS * config.across)},
         name="nm_matmul",
     )
     y, *preactivation = kernel(*operands.values())
@@ -195,7 +185,7 @@ def nm_matmul(
 def _kernel(g: warps.Geometry, activation: str | None, refs: dict) -> None:
     stages = refs["stages"]
     tile = lax.axis_index("tile")
-    share = lax.axis_index("share") if g.split > 1 else jnp.int32(0)
+    share = cluster.share_of(g)
     first, last = (lax.div(s * g.steps, jnp.int32(g.split)) for s in (share, share + 1))
     limit = jnp.minimum(last * (warps.STEP // 8), g.k // 8)
 
@@ -204,14 +194,13 @@ def _kernel(g: warps.Geometry, activation: str | None, refs: dict) -> None:
         ring.fetch(g, weights, stages, tile, first + number * g.along, stage, limit)
 
     cluster.open_exchange(g, stages, share)
-
-    @pl.loop(0, g.stages - 1)
-    def _start(number):
-        fetch(number, number)
-
+    if "t" in refs:  # its loads go ahead of the ring's, and arrive with the first stage
+        adapter = Product(g, refs["t"], refs["r"], tile, share, g.split)
+        started = adapter.start()
+    ring.start(g, fetch)
     acc = warps.zeros(g)
     if "t" in refs:
-        acc = warps.multiply_low_rank(g, acc, refs["t"], refs["r"], tile, share)
+        acc = adapter.add(acc, started)
 
     def multiply(number, state):
         acc, stage = state

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels import batching, tuning
 from pallas_kernels.compressed import CompressedMatrix
 from pallas_kernels.epilogue import Epilogue, finish
-from pallas_kernels.mosaic import few_tokens, matmul, sddmm, transpose
+from pallas_kernels.mosaic import few_tokens, first_product, matmul, sddmm, transpose
 from pallas_kernels.mosaic.two_four import as_two_four, values_of
 
 RANK_MULTIPLE = 8
@@ -36,17 +36,19 @@ def nm_transpose(w: CompressedMatrix, dtype) -> CompressedMatrix:
 def _nm_matmul(x, w, epilogue, *, out_dtype):
     tokens, (k, f) = math.prod(x.shape[:-1]), w.shape
     if tokens == 0:
-        return finish(jnp.zeros((*x.shape[:-1], f), jnp.float32), epilogue, out_dtype)
+        zeros = jnp.zeros((*x.shape[:-1], f), jnp.float32)
+        return finish(zeros, epilogue.multiplied(x), out_dtype)
     w = as_two_four(w)
     module = few_tokens if tokens <= few_tokens.FEW_TOKENS else matmul
+    rows = x.reshape(tokens, k)
     result = module.nm_matmul(
-        x.reshape(tokens, k),
+        rows,
         w.values,
         w.metadata,
         _config(module, tokens, k, f, x.dtype),
         bias=epilogue.bias,
         activation=epilogue.activation,
-        low_rank=_padded_low_rank(epilogue, tokens),
+        low_rank=_low_rank(module, rows, epilogue),
         save_preactivation=epilogue.save_preactivation,
         out_dtype=out_dtype,
     )
@@ -92,16 +94,24 @@ def _nm_sddmm(x, dy, w, into, *, out_dtype):
 
 def _rows_of_matmul(x, w: CompressedMatrix, epilogue: Epilogue):
     low_rank = None if epilogue.low_rank is None else (True, False)
+    adapter = None if epilogue.adapter is None else (False, False)
     bias = None if epilogue.bias is None else False
-    return True, (False, False), (bias, low_rank)
+    return True, (False, False), (bias, low_rank, adapter)
 
 
-def _padded_low_rank(epilogue: Epilogue, tokens: int):
-    if epilogue.low_rank is None:
+def _low_rank(module, x, epilogue: Epilogue):
+    """t and r as the kernel takes them, or None."""
+    if epilogue.adapter is not None and module is few_tokens:
+        left, r = epilogue.adapter
+        if left.shape[1] % RANK_MULTIPLE == 0:
+            cut = first_product.choose(x.shape[0], *left.shape)
+            return first_product.first_product(x, left, cut), r
+    low_rank = epilogue.multiplied(x).low_rank
+    if low_rank is None:
         return None
-    t, r = epilogue.low_rank
+    t, r = low_rank
     missing = -r.shape[0] % RANK_MULTIPLE
     return (
-        jnp.pad(t.reshape(tokens, -1), ((0, 0), (0, missing))),
+        jnp.pad(t.reshape(x.shape[0], -1), ((0, 0), (0, missing))),
         jnp.pad(r, ((0, missing), (0, 0))),
     )

@@ -51,24 +51,19 @@ def global_address(ref, row, row_bytes: int, column_bytes):
     return sum_of(base, ops.wide_mul(row, row_bytes), llvm.zext(i64, column_bytes))
 
 
-def load16(source, inside):
-    zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(4))
+def load(source, inside, words: int):
+    """2 or 4 consecutive words of 32 bits; zeros where not inside.
+
+    Without `.nc`, by which ptxas may move a load behind barriers.
+    """
+    names = [f"${i}" for i in range(words)]
+    zeros = " ".join(f"mov.b32 {name}, 0;" for name in names)
     return asm(
-        f"{{ .reg .pred p; setp.ne.b32 p, $5, 0; {zeros}"
-        " @p ld.global.nc.v4.b32 {$0,$1,$2,$3}, [$4]; }",
+        f"{{ .reg .pred p; setp.ne.b32 p, ${words + 1}, 0; {zeros}"
+        f" @p ld.global.v{words}.b32 {{{','.join(names)}}}, [${words}]; }}",
         source,
         inside,
-        results="rrrr",
-        early=True,
-    )
-
-
-def load4(source, inside):
-    return asm(
-        "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.b32 $0, [$1]; }",
-        source,
-        inside,
-        results="r",
+        results="r" * words,
         early=True,
     )
 
@@ -107,3 +102,7 @@ def minus(x, y):
 
 def sum_of(first, *rest):
     return functools.reduce(ops.add_reg, rest, first)
+
+
+def add_floats(x: list, y: list) -> list:
+    return [llvm.fadd(a, b) for a, b in zip(x, y, strict=True)]

@@ -1,6 +1,9 @@
 """The few-token kernel's copies: a ring of stages in shared memory, filled by `cp.async`."""
 
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.mosaic import ops, ptx, warps
@@ -79,6 +82,29 @@ def _fetch_tokens(g, x, lane, step, target, bound) -> None:
         _copy(
             to, 0, ptx.global_address(x, token, 2 * g.k, ops.mul(column, 2)), 0, 16, left, 0, here
         )
+
+
+def start(geometry: warps.Geometry, fetch) -> None:
+    """fetch(number, stage) of all stages but one.
+
+    In a loop that stays one: unrolled, it would be mixed up with what is ready for it, and wait.
+    """
+
+    @plgpu.inline_mgpu(
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(()))
+    )
+    def count(ctx):  # hidden from LLVM
+        value = ptx.asm(f"mov.b32 $0, {geometry.stages - 1};", results="r")
+        return fa.FragmentedArray.splat(value, (), is_signed=True)
+
+    @plgpu.inline_mgpu()
+    def keep_rolled(ctx):  # by ptxas
+        ptx.asm('.pragma "nounroll";')
+
+    @pl.loop(0, count())
+    def _start(number):
+        keep_rolled()
+        fetch(number, number)
 
 
 def wait(geometry: warps.Geometry, in_flight: int) -> None:

@@ -28,6 +28,12 @@ SPLAT = plgpu.Layout.WG_SPLAT
 REF = plgpu.RefType()
 
 
+def array_type(registers: int, dtype=jnp.float32):
+    """Of an array of so many registers a thread, as inline code takes and returns them."""
+    shape = (128 * registers,)
+    return plgpu.ShapeDtypeStruct(shape, dtype, layout=plgpu.Layout.WG_STRIDED(shape, vec_size=1))
+
+
 @dataclasses.dataclass(frozen=True)
 class Geometry:
     """Sizes of a product and of the CTAs that share it."""
@@ -88,13 +94,13 @@ class Geometry:
         return self.barrier_offset + 16
 
     @property
-    def layout(self):
-        """Of the sums: 2 * width registers a thread, [product][8 tokens][4]."""
-        return plgpu.Layout.WG_STRIDED((256 * self.width,), vec_size=1)
+    def sums(self):
+        """2 * width registers a thread, [product][8 tokens][4]."""
+        return array_type(2 * self.width)
 
     @property
-    def sums(self):
-        return plgpu.ShapeDtypeStruct((256 * self.width,), jnp.float32, layout=self.layout)
+    def layout(self):
+        return self.sums.layout
 
     def register(self, i: int, n: int, j: int) -> int:
         return (i * (self.width // 8) + n) * 4 + j
@@ -130,7 +136,7 @@ def token_base(g, lane, base):
 def zeros(geometry: Geometry):
     @plgpu.inline_mgpu(return_type=geometry.sums)
     def body(ctx):
-        return to_sums([ptx.number(0.0)] * (2 * geometry.width), geometry)
+        return array_of([ptx.number(0.0)] * (2 * geometry.width))
 
     return body()
 
@@ -147,9 +153,9 @@ def multiply(geometry: Geometry, acc, ring_ref, stage):
         words = _metadata_words(lane, ops.add(source, VALUE_BYTES))
         rows = ptx.sum_of(source, spread(lane.c, lane.g))
         tokens = token_base(g, lane, base)
-        sums = from_sums(acc)
+        sums = values_of(acc)
         for half in range(2):
-            a = _operands(
+            a = operands(
                 [
                     ptx.asm(
                         f"ld.shared.v4.b32 {{$0,$1,$2,$3}}, [$4+{512 * (4 * half + piece)}];",
@@ -167,8 +173,8 @@ def multiply(geometry: Geometry, acc, ring_ref, stage):
                     results="rrrr",
                 )
                 for i in range(4):
-                    _mma(g, sums, i, n, a[i], b, words[i], half)
-        return to_sums(sums, g)
+                    mma(g, sums, i, n, a[i], b, words[i], half)
+        return array_of(sums)
 
     return body(acc, ring_ref, stage)
 
@@ -192,53 +198,7 @@ def _metadata_words(lane, source):
     ]
 
 
-def multiply_low_rank(geometry: Geometry, acc, t_ref, r_ref, tile, share):
-    """acc + t @ r, of which this CTA (`share` of the cluster) adds every split-th 16 rows."""
-    g = geometry
-    rank = r_ref.shape[0]
-
-    @plgpu.inline_mgpu(arg_types=(g.layout, REF, REF, SPLAT, SPLAT), return_type=g.sums)
-    def body(ctx, acc, t, r, tile, share):
-        lane = Lane(g)
-        sums = from_sums(acc)
-        column = ptx.sum_of(
-            ops.mul(tile.registers.item(), OUTPUTS * g.across),
-            ops.mul(lane.across, OUTPUTS),
-            ops.mul(lane.g, 8),
-        )
-        inside = ops.less(column, g.f)
-        start = ptx.sum_of(ops.mul(share.registers.item(), g.along), lane.along)
-        for first in range(0, -(-rank // 16), g.split * g.along):
-            row = ptx.sum_of(ops.mul(ops.add(start, first), 16), ops.mul(lane.c, 2))
-            source = ptx.global_address(r, row, 2 * g.f, ops.mul(column, 2))
-            a = _operands(
-                [
-                    ptx.load16(
-                        ops.add(source, 2 * g.f * further),
-                        llvm.and_(inside, ops.less(ops.add(row, further), rank)),
-                    )
-                    for further in (0, 1, 8, 9)
-                ]
-            )
-            for n in range(g.width // 8):
-                token = ops.add(lane.g, 8 * n)
-                source = ptx.global_address(t, token, 2 * rank, ops.mul(row, 2))
-                known = ops.less(token, g.tokens)
-                b = [
-                    ptx.load4(
-                        ops.add(source, 2 * further),
-                        llvm.and_(known, ops.less(ops.add(row, further), rank)),
-                    )
-                    for further in (0, 8)
-                ]
-                for i in range(4):
-                    _mma(g, sums, i, n, a[i], b)
-        return to_sums(sums, g)
-
-    return body(acc, t_ref, r_ref, tile, share)
-
-
-def _operands(pieces):
+def operands(pieces):
     """Registers of A for each product, from a lane's rows 2 c, 2 c + 1, and 8 further."""
 
     def pair(i: int, first: int, order: int):
@@ -250,7 +210,7 @@ def _operands(pieces):
     ]
 
 
-def _mma(g: Geometry, sums, i: int, n: int, a, b, words=None, selector: int = 0) -> None:
+def mma(g: Geometry, sums, i: int, n: int, a, b, words=None, selector: int = 0) -> None:
     """sums[product i, tokens 8 n ..] += a @ b, by a sparse k32 or a dense k16 instruction."""
     at = [g.register(i, n, j) for j in range(4)]
     kind = ops.PTX_TYPE[g.dtype]
@@ -274,13 +234,16 @@ def _mma(g: Geometry, sums, i: int, n: int, a, b, words=None, selector: int = 0)
         sums[j] = value
 
 
-def from_sums(acc) -> list:
-    return [llvm.extractelement(r, ops.const(0)) for r in acc.registers.flat]
+def values_of(array) -> list:
+    return [llvm.extractelement(r, ops.const(0)) for r in array.registers.flat]
 
 
-def to_sums(values, g: Geometry):
-    vector = ir.VectorType.get((1,), ir.F32Type.get())
+def array_of(values):
+    """The array of so many registers a thread, of which `values` are this thread's."""
+    vector = ir.VectorType.get((1,), values[0].type)
     registers = np.empty(len(values), dtype=object)
     for i, value in enumerate(values):
         registers[i] = llvm.insertelement(llvm.mlir_undef(vector), value, ops.const(0))
-    return fa.FragmentedArray(_registers=registers, _layout=g.layout.to_mgpu(), _is_signed=None)
+    is_signed = None if values[0].type == ir.F32Type.get() else True
+    layout = array_type(len(values)).layout.to_mgpu()
+    return fa.FragmentedArray(_registers=registers, _layout=layout, _is_signed=is_signed)

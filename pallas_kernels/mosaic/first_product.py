@@ -1,0 +1,86 @@
+"""t = x @ l for few tokens, an adapter's first product: as soon as possible, by many processors.
+
+CTAs share the inputs, and each starts the loads of all of its share at once. Sums are added up over
+warps and clusters as in `few_tokens`; each cluster leaves a part of its own, which `few_tokens` adds
+up while it loads them: no second pass, no atomics, no memory to be cleared.
+"""
+
+import dataclasses
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.mosaic import cluster, launch, low_rank, warps
+from pallas_kernels.mosaic.support import FEW_TOKENS
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How 64 columns of the product are shared: `parts` clusters of `split` CTAs of `along` warps."""
+
+    along: int = 8
+    split: int = 8
+    parts: int = 4
+
+    def __post_init__(self):
+        if self.along not in (4, 8, 16):
+            raise ValueError(f"{self}: along must be 4, 8 or 16 warps")
+        if self.split not in (1, 2, 4, 8):
+            raise ValueError(f"{self}: split must be 1, 2, 4 or 8, the CTAs of a cluster")
+        if self.parts < 1:
+            raise ValueError(f"{self}: parts must be at least 1")
+
+    @property
+    def sharers(self) -> int:
+        return self.split * self.parts
+
+
+def choose(tokens: int, k: int, rank: int) -> Cut:
+    """One unit of inputs a warp, on at most 64 CTAs for 64 columns and 128 in all.
+
+    Every reader adds up the parts, so there are fewer of them for more tokens.
+
+    >>> choose(1, 4096, 64), choose(16, 20480, 64)
+    (Cut(along=8, split=8, parts=4), Cut(along=8, split=8, parts=4))
+    """
+    along = 8
+    wanted = max(1, k // (low_rank.UNIT * along))
+    most = max(1, 128 // pl.cdiv(rank, warps.OUTPUTS))
+    sharers = 1 << (min(wanted, most, 64).bit_length() - 1)  # a power of two
+    split = min(8, sharers)
+    return Cut(along, split, min(sharers // split, 8 if tokens <= 8 else 4))
+
+
+@launch.once("cut")
+def first_product(x: jax.Array, left: jax.Array, cut: Cut) -> jax.Array:
+    """Parts of x @ left, float32 (parts, tokens, rank): it is their sum.
+
+    Args:
+      x: (tokens, in), 1 to 64 tokens, bfloat16 or float16; in is a multiple of 8.
+      left: (in, rank) in x's dtype; rank is a multiple of 8.
+    """
+    (tokens, k), rank = x.shape, left.shape[1]
+    if not 1 <= tokens <= FEW_TOKENS:
+        raise ValueError(f"x has {tokens} tokens; this kernel takes 1 to {FEW_TOKENS}")
+    geometry = warps.Geometry(tokens, k, rank, str(x.dtype), 1, cut.along, cut.split, stages=0)
+    kernel = cluster.kernel(
+        geometry,
+        lambda *refs: _kernel(geometry, cut, *refs),
+        out_type=jax.ShapeDtypeStruct((cut.parts, tokens, rank), jnp.float32),
+        grid={"tile": pl.cdiv(rank, warps.OUTPUTS), "part": cut.parts},
+        name="first_product",
+    )
+    return kernel(x, left)
+
+
+def _kernel(g: warps.Geometry, cut: Cut, x_ref, left_ref, out_ref, shared_ref) -> None:
+    tile, part = lax.axis_index("tile"), lax.axis_index("part")
+    share = cluster.share_of(g)
+    cluster.open_exchange(g, shared_ref, share)
+    number = part * g.split + share
+    product = low_rank.Product(g, x_ref, left_ref, tile, number, cut.sharers)
+    acc = product.add(warps.zeros(g), product.start())
+    first_row = part * g.tokens
+    cluster.finish(g, acc, shared_ref, tile, share, {"y": out_ref}, first_row=first_row)
