@@ -6,8 +6,9 @@ gradients are those of one device on one share, step by step.
 
 Devices add up in another order, so that numbers differ by roundings; how much that may be is
 measured. One device runs again with every weight moved at random within what the compute dtype rounds
-away (`moved`), several times. A number agrees if it is no further from that of one device than `WIDTH`
-times the root mean square of what the moves do to it, and some units of float32, which it is kept in.
+away (`moved`), several times. A number agrees if it is no further from that of one device than `allowed`:
+`WIDTH` times the root mean square of what the moves do to it, some units of float32, in which it is kept,
+and of what follows from gradients, which are rounded on other ways, half a unit of the compute dtype.
 """
 
 import functools
@@ -35,12 +36,12 @@ class Alone(NamedTuple):
     Attributes:
       losses: of the first step, on each share.
       course: (STEPS, 2), loss and norm of the gradient of each step on the first share.
-      noise: (STEPS, 2), root mean square of what moved weights change of it.
+      allowed: (STEPS, 2), how far from it a mesh may be.
     """
 
     losses: tuple[float, ...]
     course: np.ndarray
-    noise: np.ndarray
+    allowed: np.ndarray
 
 
 def alone(program: Program, data: Batch) -> Alone:
@@ -51,7 +52,27 @@ def alone(program: Program, data: Batch) -> Alone:
     others = [course(program, parts[0], seed=seed) for seed in range(MOVES)]
     noise = np.sqrt(np.mean([(other - reference) ** 2 for other in others], axis=0))
     losses = [course(program, each, count=1)[0, 0] for each in parts[1:]]
-    return Alone((reference[0, 0], *losses), reference, noise)
+    limit = allowed(reference, noise, program.case.dtype)
+    return Alone((reference[0, 0], *losses), reference, limit)
+
+
+def allowed(numbers: np.ndarray, noise: np.ndarray, dtype: str) -> np.ndarray:
+    """How far from the numbers of a course is near enough.
+
+    Args:
+      numbers: (steps, 2), losses and norms.
+      noise: root mean square of what moved weights change of them.
+      dtype: of the products.
+
+    >>> numbers = np.array([[10.0, 2.0], [9.0, 2.0]])
+    >>> allowed(numbers, 0 * numbers, "bfloat16").round(4).tolist()
+    [[0.0, 0.0078], [0.0039, 0.0078]]
+    """
+    losses, norms = numbers.T
+    from_gradients = np.stack([losses - losses[0], norms], axis=1)
+    half = float(jnp.finfo(dtype).eps) / 2
+    units = UNITS * np.finfo(np.float32).eps * numbers
+    return WIDTH * noise + np.abs(units) + half * np.abs(from_gradients)
 
 
 def compare(program: Program, data: Batch, one: Alone) -> dict[str, Any]:
@@ -64,13 +85,12 @@ def compare(program: Program, data: Batch, one: Alone) -> dict[str, Any]:
     loss = course(program, part(data, 0, shares * rows), count=1)[0, 0]
     found = course(program, jax.tree.map(lambda x: jnp.concatenate([x[:rows]] * shares), data))
     expected = np.mean(one.losses[:shares])
-    apart = [distance(loss, expected, one.noise[0, 0])]
-    apart += [distance(*numbers) for numbers in zip(found.flat, one.course.flat, one.noise.flat, strict=True)]  # fmt: skip
-    worst = max(apart)
+    apart = abs(loss - expected) / one.allowed[0, 0], *(abs(found - one.course) / one.allowed).flat
+    worst = float(max(apart))
     return {
         "loss": round(float(loss), 7),
         "loss_alone": round(float(expected), 7),
-        "loss_noise": float(f"{one.noise[0, 0]:.3g}"),
+        "loss_allowed": float(f"{one.allowed[0, 0]:.3g}"),
         "losses": [round(float(x), 7) for x in found[:, 0]],
         "losses_alone": [round(float(x), 7) for x in one.course[:, 0]],
         "norms": [round(float(x), 7) for x in found[:, 1]],
@@ -78,16 +98,6 @@ def compare(program: Program, data: Batch, one: Alone) -> dict[str, Any]:
         "apart": float(f"{worst:.3g}"),
         "agrees": worst <= 1,
     }
-
-
-def distance(found: float, expected: float, noise: float) -> float:
-    """How far two numbers are apart, in what is allowed.
-
-    >>> round(distance(10.002, 10.0, 0.001), 2)
-    0.5
-    """
-    units = UNITS * np.finfo(np.float32).eps * abs(expected)
-    return float(abs(found - expected) / (WIDTH * noise + units))
 
 
 def course(program: Program, data: Batch, *, count: int = STEPS, seed: int | None = None):

@@ -56,14 +56,16 @@ def test_a_mesh_is_held_against_one_device_and_timed(small, monkeypatch, tmp_pat
 
 
 def one_device(noise):
-    return agreement.Alone((10.0, 11.0), np.array([[10.0, 2.0]] * 3), np.full((3, 2), noise))
+    course, noise = np.array([[10.0, 2.0]] * 3), np.full((3, 2), noise)
+    limit = agreement.allowed(course, noise, "bfloat16")
+    return agreement.Alone((10.0, 11.0), course, limit)
 
 
 @pytest.mark.parametrize(
     ("first", "course", "agrees"),
     [
         (10.5, [[10.0, 2.0]] * 3, True),
-        (10.501, [[10.001, 1.999]] * 3, True),
+        (10.501, [[10.001, 1.995]] * 3, True),
         (10.0, [[10.0, 2.0]] * 3, False),  # the first share's tokens everywhere
         (10.5, [[10.0, 1.0]] * 3, False),  # gradients that were not added up
         (10.5, [[10.0, 2.0], [10.0, 2.0], [10.1, 2.0]], False),  # another update
