@@ -18,6 +18,7 @@ from benchmarks import (
     report_accuracy,
     report_inference,
     report_kernels,
+    report_multi_gpu,
     report_scaling,
     report_training,
 )
@@ -70,7 +71,7 @@ def updated(
 
 def drawn() -> dict[Path, str]:
     """The text of every picture of the records, by its path in docs."""
-    parts = (pictures, report_training, report_accuracy, report_scaling)
+    parts = (pictures, report_training, report_accuracy, report_scaling, report_multi_gpu)
     return {path: text for part in parts for path, text in part.drawn(DOCS).items()}
 
 
@@ -210,6 +211,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "communication": report_scaling.communication,
         "communication-kinds": report_scaling.kinds,
         "communication-added": report_scaling.added,
+        "multi-gpu": report_multi_gpu.measured,
         "scaling-assumed": report_scaling.assumptions,
         "scaling-links": report_scaling.links,
         "scaling-weak": report_scaling.weak,

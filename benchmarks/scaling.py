@@ -1,8 +1,8 @@
 """Training on many GPUs, on paper: what links carry, and what of it computation hides.
 
 From the step times that one GPU was measured with, the account of `benchmarks.traffic`, and bandwidths
-of data sheets. Nothing here was measured on more than one GPU. Weak scaling: each GPU has the
-micro-batch that it was measured with, however many there are.
+of data sheets; `benchmarks.multi_gpu` measures what one host can hold of it. Weak scaling: each GPU has
+the micro-batch that it was measured with, however many there are.
 """
 
 import math
@@ -113,9 +113,11 @@ def walk(stages: Sequence[Stage]) -> Walk:
 def link_bytes(item: Item, layout: Layout) -> dict[str, float]:
     """Bytes that a GPU sends over each kind of link.
 
-    A row of more than one host is a set of as many rings as a host has GPUs, each of which leaves
+    A mesh that one host holds stays in it; if not, `data` is between hosts. A row of more than one host is a set of as many rings as a host has GPUs, each of which leaves
     the host by another GPU: of what a GPU sends, the part of one ring goes over the network.
     """
+    if layout.gpus <= HOST:
+        return {INSIDE: item.sent}
     if item.axis == DATA:
         return {BETWEEN: item.sent}
     if layout.fsdp <= HOST:
@@ -176,7 +178,7 @@ def side(row: Mapping[str, Any], layout: Layout, what: str, share: float = 1.0) 
     """The walk of a measured model, `what` "dense" or "sparse", on a mesh.
 
     Args:
-      row: a result of `benchmarks.train_step`.
+      row: a result of `benchmarks.train_step`, or one like it of a model cut to "depth" layers.
     """
     step, per_layer = row[f"{what}_ms"] / 1e3, row[f"{what}_ms_per_layer"] / 1e3
     return walk(stages(model(row, what), layout, step, per_layer, share))
@@ -195,7 +197,8 @@ def model(row: Mapping[str, Any], what: str) -> TransformerConfig:
     """The configuration of a measured model."""
     sparsity = "dense" if what == "dense" else row["sparsity"]
     rank = 0 if what == "dense" else row["rank"]
-    return models.variant_config(row["model"], sparsity=sparsity, adapter_rank=rank)
+    cut = {"num_layers": row["depth"]} if "depth" in row else {}
+    return models.variant_config(row["model"], sparsity=sparsity, adapter_rank=rank, **cut)
 
 
 def refused(row: Mapping[str, Any], layout: Layout) -> str:

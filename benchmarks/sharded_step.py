@@ -42,7 +42,7 @@ def main() -> None:
 def cases(model: str, arguments: argparse.Namespace) -> list[Case]:
     """The sparse step as it is, and on a mesh of one device."""
     sparse = [case for case in train_step.cases(model, arguments) if case.sparsity != "dense"]
-    return [sparse[0], dataclasses.replace(sparse[0], meshed=True)]
+    return [sparse[0], dataclasses.replace(sparse[0], mesh="data:1")]
 
 
 def result(planned: Sequence[Case], timings: Sequence[Timing], sharded: Program) -> dict[str, Any]:

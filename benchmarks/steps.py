@@ -1,4 +1,4 @@
-"""Training steps of known models at a depth that fits on one device, made ready to be run.
+"""Training steps of known models at a depth that fits on one device, or on a mesh, made ready to be run.
 
 The step is that of the job (`train.step` with `train.optimizer`'s AdamW): float32 parameters and
 gradients, bfloat16 products, buffers donated. Parameters and tokens are random.
@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import shapes
 from pallas_kernels import Pattern, compress
 from pallas_kernels.samples import CUBLAS
 from slope_jax import TrainState, explain, find_layers, models
-from slope_jax.sharding import AXES
+from slope_jax.sharding import BATCH, batch_spec, shardings
 from train.config import Config
-from train.mesh import set_mesh
+from train.mesh import make_mesh, parse_mesh, set_mesh
 from train.methods import METHODS
 from train.optimizer import make_optimizer, make_schedule
 from train.state import Setup, abstract_state, is_stacked
@@ -79,9 +79,10 @@ def setting(model: str) -> Setting:
 class Case:
     """One program: a model cut to `depth` layers, dense or sparse, and what a step trains on.
 
-    `meshed` is whether it runs through `slope_jax.sharded`, on a mesh of one device. `rank` is that of
-    the adapters, below 1 a fraction of the width, to the next multiple of 8. `scan` is whether layers
-    are stacked, so that they share a program.
+    `mesh` is written as `--mesh` is, such as "fsdp:8", and cut from the first devices; empty, nothing
+    runs through `slope_jax.sharded`. Each share of its batches has `sequences`. `rank` is that of the
+    adapters, below 1 a fraction of the width, to the next multiple of 8. `scan` is whether layers are
+    stacked, so that they share a program.
     """
 
     model: str
@@ -96,7 +97,7 @@ class Case:
     moments: str = "float32"
     implementation: str | None = None
     dtype: str = "bfloat16"
-    meshed: bool = False
+    mesh: str = ""
     scan: bool = True
 
     @property
@@ -106,7 +107,22 @@ class Case:
 
     @property
     def tokens(self) -> int:
+        """Of each share of a batch."""
         return self.sequences * self.length
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Devices by axis of the mesh; without one, of one device."""
+        return parse_mesh(self.mesh or "data:1")
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.sizes.values())
+
+    @property
+    def shares(self) -> int:
+        """Parts of a batch that devices do not have in common."""
+        return math.prod(self.sizes[axis] for axis in BATCH)
 
     @functools.cached_property
     def config(self) -> models.TransformerConfig:
@@ -128,16 +144,22 @@ class Case:
         }
         return models.build(self.model, **(options | overrides))
 
-    def setup(self) -> Setup:
-        """Model and optimizer, as the job makes them."""
-        config = Config(
+    @property
+    def job(self) -> Config:
+        """What the job would be told."""
+        return Config(
             model=self.model,
             optimizer="adamw",
             weight_decay=0.1,
             beta2=0.95,
             eps=1e-8,
             moments=self.moments,
+            mesh=self.mesh,
         )
+
+    def setup(self) -> Setup:
+        """Model and optimizer, as the job makes them."""
+        config = self.job
         schedule = make_schedule(config.phases, config.schedule)
         tx = make_optimizer(config, schedule, is_stacked)
         method = METHODS[config.method](config)
@@ -152,11 +174,12 @@ class Lowered:
     step: Any
     make: Any
     paths: dict[str, int]
+    mesh: Mesh | None = None
 
     def compile(self, *, autotune: bool = True, options: dict | None = None) -> "Program":
         """Compiles; with `autotune`, XLA times products of its own on the device."""
         step = self.step.compile(compiler_options=compiler_options(autotune, options))
-        return Program(self.case, step, self.make.compile(), self.paths)
+        return Program(self.case, step, self.make.compile(), self.paths, self.mesh)
 
 
 @dataclasses.dataclass
@@ -170,10 +193,11 @@ class Program:
     step: Any
     make: Any
     paths: dict[str, int]
+    mesh: Mesh | None = None
 
     @functools.cached_property
     def xla_bytes(self) -> dict[str, int]:
-        """XLA's own account of the step: arguments, temporaries, what is not donated."""
+        """XLA's own account of the step on a device: arguments, temporaries, what is not donated."""
         found = self.step.memory_analysis()
         return {
             "arguments": found.argument_size_in_bytes,
@@ -183,22 +207,24 @@ class Program:
 
     @property
     def nbytes(self) -> int:
-        """Most bytes at once, by XLA's account."""
+        """Most bytes at once on a device, by XLA's account."""
         return sum(self.xla_bytes.values())
 
-    def start(self) -> "Run":
-        """Puts a random state on the device."""
-        return Run(self)
+    def start(self, data: dict[str, jax.Array] | None = None) -> "Run":
+        """Puts a random state on the devices, to be trained on `data`: else on random tokens."""
+        return Run(self, batch(self.case) if data is None else data)
 
 
 class Run:
-    """A state on the device and the step that trains it."""
+    """A state on the devices and the step that trains it."""
 
-    def __init__(self, program: Program):
+    def __init__(self, program: Program, data: dict[str, jax.Array]):
         self.program = program
-        self.key = jax.random.key(1)
-        self.batch = batch(program.case)
-        self.state = jax.block_until_ready(program.make(jax.random.key(0)))
+        self.key, self.batch, key = jax.random.key(1), data, jax.random.key(0)
+        if (mesh := program.mesh) is not None:
+            self.key, key = jax.device_put((self.key, key), _everywhere(mesh))
+            self.batch = jax.device_put(data, _shares(data, mesh))
+        self.state = jax.block_until_ready(program.make(key))
         self.metrics: dict[str, jax.Array] = {}
 
     def steps(self, count: int) -> None:
@@ -219,21 +245,25 @@ class Run:
         return loss
 
 
-def lower(case: Case) -> Lowered:
-    """Traces and lowers a case's step and the function that makes its state."""
-    with set_mesh(_one_device() if case.meshed else None):
-        return _lower(case)
+def lower(case: Case, platforms: tuple[str, ...] | None = None) -> Lowered:
+    """Traces and lowers a case's step and the function that makes its state.
+
+    Args:
+      platforms: to lower for, if not for the one that is here.
+
+    Raises:
+      ValueError: there are not as many devices as the case's mesh has.
+    """
+    mesh = make_mesh(case.job)
+    with set_mesh(mesh):
+        return _lower(case, mesh, platforms)
 
 
-def _one_device() -> Mesh:
-    kinds = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh((1,) * len(AXES), AXES, axis_types=kinds, devices=jax.devices()[:1])
-
-
-def _lower(case: Case) -> Lowered:
+def _lower(case: Case, mesh: Mesh | None, platforms: tuple[str, ...] | None) -> Lowered:
     setup = case.setup()
     state = abstract_state(setup, adapters=False)
-    inputs = setup.model.example_inputs(case.sequences // case.accumulation, case.length)
+    rows = case.sequences * case.shares // case.accumulation
+    inputs = setup.model.example_inputs(rows, case.length)
     explanation = explain(setup.model, state.variables, **inputs)
     paths: dict[str, int] = {}
     for row in explanation.rows:
@@ -244,22 +274,43 @@ def _lower(case: Case) -> Lowered:
         path: layer.pattern
         for path, layer in find_layers(setup.model.apply, state.variables, **inputs).items()
     }
-    make = jax.jit(functools.partial(_random_state, setup, state, patterns))
-    step = make_train_step(case.accumulation, setup.schedule)
-    key = jax.eval_shape(lambda: jax.random.key(0))
     data = jax.eval_shape(functools.partial(batch, case))
-    return Lowered(case, step.lower(state, data, key), make.lower(key), paths)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    places = None
+    if mesh is not None:
+        places = shardings(state, mesh)
+        state, data = _placed(state, places), _placed(data, _shares(data, mesh))
+        key = _placed(key, _everywhere(mesh))
+    make = functools.partial(_random_state, setup, state, patterns)
+    step = make_train_step(case.accumulation, setup.schedule).trace(state, data, key)
+    make = jax.jit(make, out_shardings=places).trace(key)
+    lowered = (traced.lower(lowering_platforms=platforms) for traced in (step, make))
+    return Lowered(case, *lowered, paths, mesh)
 
 
-def batch(case: Case) -> dict[str, jax.Array]:
-    """Random tokens, as `train.data` shapes its batches."""
+def _everywhere(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _shares(data: dict[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
+    return {name: NamedSharding(mesh, batch_spec(x.ndim)) for name, x in data.items()}
+
+
+def _placed(tree: Any, places: Any) -> Any:
+    """Shapes that lie on the mesh where `places` says."""
+    place = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)  # noqa: E731
+    return jax.tree.map(place, tree, places)
+
+
+def batch(case: Case, seed: int = 2) -> dict[str, jax.Array]:
+    """Random tokens for all shares, as `train.data` shapes its batches."""
     config = case.config
-    size = (case.sequences, case.length)
-    keys = iter(jax.random.split(jax.random.key(2), 4))
+    size = (case.sequences * case.shares, case.length)
+    keys = iter(jax.random.split(jax.random.key(seed), 4))
     ids = jax.random.randint(next(keys), size, 0, config.vocab_size)
     if not case.model.startswith("bert"):
         return {"input_ids": ids, "labels": jnp.roll(ids, -1, axis=1)}
-    masked = (case.sequences, predictions(case.length))
+    masked = (size[0], predictions(case.length))
     stride = case.length // masked[1]
     return {
         "input_ids": ids,
@@ -297,6 +348,12 @@ def flops(case: Case, *, depth: int | None = None) -> float:
         total += 6 * rows.get(first, case.tokens) * linear.in_features * linear.out_features
     attention = 12 * case.length * config.num_heads * config.head_dim * (1 if bert else 0.5)
     return total + attention * case.tokens * config.num_layers
+
+
+def layer_share(case: Case) -> float:
+    """The share of a step's operations that one layer has."""
+    whole = flops(case)
+    return (flops(case, depth=case.depth + 1) - whole) / whole
 
 
 def mfu(flops: float, milliseconds: float, device: str) -> float | None:

@@ -239,15 +239,15 @@ def test_the_sharded_step_is_timed_beside_the_plain_one(fake_programs, monkeypat
     planned = [case for case, _ in fake_programs]
     row = sharded_step.result(planned, timings, FakeProgram(planned[1]))
     assert (row["unsharded_ms"], row["sharded_ms"], row["ratio"]) == (20.0, 22.0, 1.1)
-    assert [case.meshed for case, _ in fake_programs] == [False, True]
+    assert [case.mesh for case, _ in fake_programs] == ["", "data:1"]
     assert {case.sparsity for case, _ in fake_programs} == {"2:4"}
 
 
-@pytest.mark.parametrize("meshed", [False, True])
-def test_only_a_step_on_a_mesh_is_mapped_over_devices(meshed):
-    case = Case("gpt2-nano", 3, 2, 16, dtype="float32", meshed=meshed)
+@pytest.mark.parametrize("mesh", ["", "data:1"])
+def test_only_a_step_on_a_mesh_is_mapped_over_devices(mesh):
+    case = Case("gpt2-nano", 3, 2, 16, dtype="float32", mesh=mesh)
     text = steps.lower(case).step.as_text()
-    assert ("sdy.mesh @mesh" in text) == meshed
+    assert ("sdy.mesh @mesh" in text) == bool(mesh)
 
 
 def test_a_run_ends_in_time_and_says_what_is_left(fake_programs, monkeypatch, tmp_path):
