@@ -99,9 +99,11 @@ def test_resumed_run_equals_the_uninterrupted_one(folder, whole):
     config, path = whole
     resumed = folder / "resumed"
     again = make_config("bert-tiny", **options(folder, run_dir=str(resumed)))
+    # Until adapters join, nothing depends on them.
+    without = make_config("bert-tiny", **options(folder, run_dir=str(resumed), adapter_rank=0))
     # At the border of the phases, where adapters join, and inside of the second.
-    for stop in (JOIN, JOIN + 1):
-        code, text = run(again, stop_at=stop)
+    for config_of_part, stop in ((without, JOIN), (again, JOIN + 1)):
+        code, text = run(config_of_part, stop_at=stop)
         assert code == Exit.UNFINISHED
         assert f"saved after step {stop} of {TOTAL}" in text
     code, text = run(again)
@@ -117,6 +119,7 @@ def test_resumed_run_equals_the_uninterrupted_one(folder, whole):
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(where))
     np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(their_key))
     assert record(resumed) == record(path)
+    assert json.loads((resumed / "config.json").read_text())["adapter_rank"] == again.adapter_rank
 
 
 def test_running_a_complete_run_again_only_reports(whole):
@@ -139,6 +142,15 @@ def test_another_configuration_is_refused_with_the_fields_that_differ(folder, wh
     assert "optimizer: adamw there, lamb here" in str(error.value)
     assert "log_every" not in str(error.value)
     assert "--run-dir" in str(error.value)
+
+
+def test_adapters_that_have_joined_cannot_be_changed(folder, whole):
+    _, path = whole
+    other = make_config("bert-tiny", **options(folder, run_dir=str(path), adapter_rank=0))
+    with pytest.raises(ValueError, match=r"adapter_rank: .* there, 0 here") as error:
+        run(other)
+    said = f"Adapters can be changed until they join; this checkpoint is of step {TOTAL}."
+    assert said in str(error.value)
 
 
 def test_changed_text_is_refused_where_the_old_tokens_are_gone(folder, whole):

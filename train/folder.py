@@ -10,10 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from pallas_kernels.files import write_atomically
-from train.config import Config, free_fields, to_json
+from train.config import Config, free_fields, from_json, to_json
 from train.metrics import METRICS_FILE
 
 CONFIG_FILE, LOCK_FILE, TOKENIZER_FILE = "config.json", "lock", "tokenizer.json"
+# What nothing depends on until the adapters join.
+ADAPTER_FIELDS = frozenset(
+    ("adapter_rank", "adapter_start", "adapter_init_scale", "adapter_lr_scale")
+)
 LEFTOVERS = (METRICS_FILE, TOKENIZER_FILE, "corpus*.json", "plan.txt", "tensorboard")
 
 
@@ -56,11 +60,22 @@ def start_anew(path: pathlib.Path, config: Config) -> None:
             shutil.rmtree(target)
         else:
             target.unlink(missing_ok=True)
+    note_config(path, config)
+
+
+def note_config(path: pathlib.Path, config: Config) -> None:
+    """Write down what the run goes on with."""
     write_atomically(path / CONFIG_FILE, json.dumps(to_json(config), indent=1) + "\n")
 
 
-def check_config(saved: dict[str, Any], config: Config, folder: pathlib.Path) -> None:
+def check_config(saved: dict[str, Any], step: int, config: Config, folder: pathlib.Path) -> None:
     """Refuse to go on from a checkpoint of another configuration.
+
+    Adapters may be other ones if neither those of the checkpoint nor these have joined by its step.
+
+    Args:
+      saved: the configuration of the checkpoint.
+      step: that it was saved after.
 
     Raises:
       ValueError: lists the fields that differ, both values, and the remedy.
@@ -68,12 +83,21 @@ def check_config(saved: dict[str, Any], config: Config, folder: pathlib.Path) ->
     ours, free = to_json(config), free_fields()
     saved = to_json(Config()) | saved  # fields that a run is older than have their defaults there
     names = [n for n in {**saved, **ours} if n not in free and saved.get(n) != ours.get(n)]
-    if names:
-        lines = "\n".join(f"  {n}: {saved.get(n)} there, {ours.get(n)} here" for n in names)
-        raise ValueError(
-            f"{folder} holds a run of another configuration:\n{lines}\n"
-            f"Give the values it was started with to go on, or another --run-dir to start anew."
-        )
+    if not names or (ADAPTER_FIELDS.issuperset(names) and not _joined(saved, config, step)):
+        return
+    lines = "\n".join(f"  {n}: {saved.get(n)} there, {ours.get(n)} here" for n in names)
+    early = ""
+    if ADAPTER_FIELDS.intersection(names):
+        early = f" (Adapters can be changed until they join; this checkpoint is of step {step}.)"
+    raise ValueError(
+        f"{folder} holds a run of another configuration:\n{lines}\n"
+        f"Give the values it was started with to go on, or another --run-dir to start anew.{early}"
+    )
+
+
+def _joined(saved: dict[str, Any], config: Config, step: int) -> bool:
+    starts = [known.adapter_step for known in (from_json(saved), config)]
+    return any(start is not None and start < step for start in starts)
 
 
 def _take(lock, path: pathlib.Path) -> None:

@@ -20,7 +20,14 @@ from train.checkpoint import Checkpoints, check_space
 from train.config import Config, Phase, to_json
 from train.data import batches_from
 from train.display import Display, Speed
-from train.folder import TOKENIZER_FILE, check_config, open_folder, run_folder, start_anew
+from train.folder import (
+    TOKENIZER_FILE,
+    check_config,
+    note_config,
+    open_folder,
+    run_folder,
+    start_anew,
+)
 from train.inputs import make_datasets, open_corpus
 from train.integrity import set_aside_damaged
 from train.mesh import make_mesh, place, set_mesh, share_of
@@ -197,10 +204,12 @@ class _Job:
                     wanda.take_tokenizer(self.config, self.folder)
             return None
         record, tokenizer = self.checkpoints.read_run(self.step)
-        check_config(record["config"], self.config, self.folder)
+        check_config(record["config"], self.step, self.config, self.folder)
         self.history |= record["history"]  # one of an earlier version may lack some
-        if is_first() and not (self.folder / TOKENIZER_FILE).exists():
-            write_atomically(self.folder / TOKENIZER_FILE, json.dumps(tokenizer))
+        if is_first():
+            note_config(self.folder, self.config)
+            if not (self.folder / TOKENIZER_FILE).exists():
+                write_atomically(self.folder / TOKENIZER_FILE, json.dumps(tokenizer))
         return record["data"]
 
     def _initial_state(self) -> TrainState:
