@@ -8,9 +8,8 @@ written after every run; runs that are in it with the fields they have now are n
 another begins from a folder that is gone. The status is 1 if a run failed or waits for one that did.
 
 Small models leave a GPU idle while they are compiled, so several run at a time (``--parallel``),
-spread over ``--gpus``; where speed counts (gpt2-small), a GPU has one at a time. Where runs of one seed
-shall differ by what is asked alone (gpt2-adapters), XLA adds up in a fixed order. Both hold for all
-groups of a command.
+spread over ``--gpus``; where speed counts (gpt2-small), a GPU has one at a time, also of other groups
+in the same command.
 """
 
 import argparse
@@ -30,14 +29,13 @@ from rich.console import Console
 from benchmarks.record import RESULTS
 from experiments import work
 from experiments.group import Group
-from experiments.runs import ALONE, GROUPS, PAIRED, family_of
+from experiments.runs import ALONE, GROUPS, family_of
 
 
 def main() -> None:
     arguments = _arguments()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(arguments.folder / "compiled"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    _fix_order(arguments.groups)
     stop = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
     console = Console(width=120)
     parallel = arguments.gpus if ALONE.intersection(arguments.groups) else arguments.parallel
@@ -73,12 +71,6 @@ def gpus_in_turn(parallel: int, gpus: int, visible: str | None) -> list[str]:
     """
     names = visible.split(",") if visible else list(map(str, range(gpus)))
     return [names[number % gpus] for number in range(parallel)]
-
-
-def _fix_order(groups: Sequence[str]) -> None:
-    """Makes this process's children add up in a fixed order, if a group needs that."""
-    if PAIRED.intersection(groups):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {work.FIXED_ORDER}".strip()
 
 
 def _run_all(groups: Sequence[Group], pool: futures.Executor, parallel: int, stop: float) -> bool:

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import pathlib
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent import futures
 from typing import Any
 
@@ -62,8 +62,7 @@ class Group:
                 if time.monotonic() + self.longest > stop:
                     break
                 waiting.remove(run)
-                function = work.train if run.task is None else work.finetune
-                submit = functools.partial(pool.submit, function, self._fields(run))
+                submit = functools.partial(pool.submit, self._function(run), self._fields(run))
                 started = submit(self._folder(run.name), self.arguments.valid)
                 running[started] = (run, time.monotonic())
             if not running:
@@ -84,6 +83,13 @@ class Group:
                 why = f"it waits for {_before(run)}, which failed or was not run"
             self.console.print(f"{self.name}: not run, {why}: {run.name}", soft_wrap=True)
         return not self.failed and not blocked
+
+    def _function(self, run: Run) -> Callable[..., dict[str, Any]]:
+        if run.task is not None:
+            return work.finetune
+        if run.branch is None:
+            return work.train
+        return functools.partial(work.branch, self._folder(_before(run)), run.branch)
 
     @property
     def rates(self) -> str:
@@ -156,7 +162,7 @@ class Group:
         fields = dict(COMMON[family_of(self.name)]) | dict(run.fields) | {"seed": run.seed}
         fields |= {"data": self.arguments.data, "tokenizer": self.tokenizer}
         fields["cache_dir"] = str(self.arguments.folder / "tokens")
-        if run.after is not None:
+        if run.after is not None and run.branch is None:
             fields["init_from"] = str(self._folder(_before(run)))
             del fields["tokenizer"]  # that of the other run
         return fields | self._rate(run) | self.arguments.override

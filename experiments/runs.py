@@ -21,7 +21,9 @@ class Run:
     Attributes:
       variant: what it is called in tables; runs of one variant differ in their seed alone.
       seed: of initialisation, masks, data order.
-      after: variant of the run of the same seed that must have ended; its folder is `init_from`.
+      after: variant of the run of the same seed that must have ended; its folder is `init_from`,
+        if `branch` does not say otherwise.
+      branch: steps that are those of the run `after`: this one goes on from its checkpoint.
       tuned_as: method of the family's group of learning rates ("gpt2-lr") whose best one it takes;
         None: its own `lr`.
       task: of `train.finetune`, from the run `after` in the group of the family's methods; `fields`
@@ -32,6 +34,7 @@ class Run:
     fields: Mapping[str, Any]
     seed: int = 0
     after: str | None = None
+    branch: int | None = None
     tuned_as: str | None = None
     task: str | None = None
 
@@ -114,7 +117,13 @@ def learning_rates(common: Mapping[str, Any]) -> list[Run]:
 def methods() -> list[Run]:
     """All methods, three seeds."""
     return [
-        Run(name, fields, seed, "dense" if name == "wanda" else None, _tuned_as(fields))
+        Run(
+            name,
+            fields,
+            seed,
+            after="dense" if name == "wanda" else None,
+            tuned_as=_tuned_as(fields),
+        )
         for seed in SEEDS
         for name, fields in METHODS.items()
     ]
@@ -167,13 +176,25 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 def adapters() -> list[Run]:
     """Rank, start, learning rate and scale of adapters, three seeds.
 
-    Those of a seed are one run until their adapters join, where the device repeats itself.
+    Those of a seed are one run until the first of their adapters join, but for those that have them
+    from the start.
     """
-    return [
-        Run(name, {"method": "slope"} | fields, seed, tuned_as=SLOPE_LR)
-        for seed in SEEDS
-        for name, fields in ADAPTERS.items()
-    ]
+    return [_adapted(name, fields, seed) for seed in SEEDS for name, fields in ADAPTERS.items()]
+
+
+def _adapted(name: str, fields: Mapping[str, Any], seed: int) -> Run:
+    step = round(0.95 * GPT2["steps"])
+    if name == "slope":
+        fields = {"checkpoint_every": step}
+    late = fields.get("adapter_start", 0.99) > 0 and "adapter_rank" in fields
+    return Run(
+        name,
+        {"method": "slope"} | fields,
+        seed,
+        after="slope" if late else None,
+        branch=step if late else None,
+        tuned_as=SLOPE_LR,
+    )
 
 
 def gpt2_small() -> list[Run]:
@@ -196,7 +217,7 @@ def gpt2_small() -> list[Run]:
 def glue() -> list[Run]:
     """BERTs of every method that was pretrained with three seeds, finetuned on three tasks."""
     return [
-        Run(f"{variant}, {task}", {}, seed, variant, task=task)
+        Run(f"{variant}, {task}", {}, seed, after=variant, task=task)
         for seed in SEEDS
         for task in TASKS
         for variant in FINETUNED
@@ -216,7 +237,6 @@ GROUPS: dict[str, Sequence[Run]] = {
     "bert-glue": glue(),
 }
 ALONE = frozenset({"gpt2-small"})  # runs whose speed counts
-PAIRED = frozenset({"gpt2-adapters"})  # runs of one seed shall be the same until they are to differ
 
 
 def family_of(group: str) -> str:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -11,12 +12,12 @@ from typing import Any
 
 from experiments.runs import COMMON
 from pallas_kernels.files import write_atomically
+from train.summary import SUMMARY_FILE
 
 HELD_OUT = "held out"  # the text that masked-LM runs are compared by: of their own data
 FIELDS = ("method", "sparsity", "mask_init", "backward", "adapter_rank", "adapter_start")
 FIELDS += ("adapter_init_scale", "adapter_lr_scale", "implementation", "prune_dy", "seed")
 BATCH = 32
-FIXED_ORDER = "--xla_gpu_deterministic_ops=true"  # among XLA_FLAGS
 
 
 def take_gpu(turns) -> None:
@@ -51,6 +52,17 @@ def train(
     return _caught(_train, fields, folder, valid)
 
 
+def branch(
+    source: pathlib.Path,
+    step: int,
+    fields: Mapping[str, Any],
+    folder: pathlib.Path,
+    valid: Mapping[str, pathlib.Path],
+) -> dict[str, Any]:
+    """`train` from another run's checkpoint on, which stays as it is; {"error": ...} if it fails."""
+    return _caught(_branch, fields, folder, valid, source=source, step=step)
+
+
 def finetune(
     fields: Mapping[str, Any], folder: pathlib.Path, valid: Mapping[str, pathlib.Path]
 ) -> dict[str, Any]:
@@ -58,10 +70,10 @@ def finetune(
     return _caught(_finetune, fields, folder, valid)
 
 
-def _caught(function, fields, folder, valid):
+def _caught(function, fields, folder, valid, **more):
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return function(fields, folder, valid)
+        return function(fields, folder, valid, **more)
     except Exception as error:
         (folder.parent / f"{folder.name}.error").write_text(traceback.format_exc())
         return {"error": f"{type(error).__name__}: {error}"[:500]}
@@ -81,6 +93,32 @@ def _train(fields, folder, valid):
     perplexities = _held_out(summary) if config.objective == "mlm" else score(folder, valid)
     seconds = time.monotonic() - started
     return result(config, summary, perplexities, _curve(folder), seconds)
+
+
+def _branch(fields, folder, valid, *, source, step):
+    if not folder.exists():
+        copy_until(source, step, folder)
+    return _train(fields, folder, valid)
+
+
+def copy_until(source: pathlib.Path, step: int, folder: pathlib.Path) -> None:
+    """Copies a run as it was after a step, of which it has a checkpoint.
+
+    Raises:
+      FileNotFoundError: it has none.
+    """
+    if not (source / "checkpoints" / str(step)).exists():
+        raise FileNotFoundError(f"{source.name} has no checkpoint of step {step} to go on from")
+
+    def others(path: str, names: list[str]) -> list[str]:
+        if pathlib.Path(path) == source / "checkpoints":
+            return [name for name in names if name != str(step)]
+        return [SUMMARY_FILE] if pathlib.Path(path) == source else []
+
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial, ignore=others)
+    partial.rename(folder)
 
 
 def _finetune(fields, folder, valid):
@@ -134,7 +172,6 @@ def result(config, summary, perplexities, curve, seconds: float) -> dict[str, An
         "scored_tokens": {name: found["tokens"] for name, found in perplexities.items()},
         "curve": curve,
         "tokens_per_second": _rounded(summary["tokens_per_second"]),
-        "fixed_order": FIXED_ORDER in os.environ.get("XLA_FLAGS", ""),
         "seconds": round(seconds, 1),
         "job_seconds": round(summary["seconds"], 1),
         "first_step_seconds": _rounded(summary["first_step_seconds"]),

@@ -3,7 +3,6 @@
 import concurrent.futures
 import json
 import math
-import os
 import statistics
 import types
 
@@ -33,17 +32,22 @@ def test_every_run_is_a_configuration_and_has_a_name_of_its_own(group):
             FinetuneConfig(**run.fields, task=run.task, checkpoint="somewhere", seeds=(run.seed,))
             continue
         fields = dict(COMMON[family_of(group)]) | dict(run.fields) | {"seed": run.seed}
-        Config(**fields, init_from="somewhere" if run.after else "")
+        config = Config(**fields, init_from="somewhere" if run.after and not run.branch else "")
+        if run.branch:
+            (before,) = (o for o in others if (o.variant, o.seed) == (run.after, run.seed))
+            assert run.branch % before.fields["checkpoint_every"] == 0
+            assert run.branch <= config.adapter_step
 
 
 class Pool:
     """Runs at once, in the order of submission; leaves a summary unless the run failed."""
 
     def __init__(self, results):
-        self.results, self.calls = results, []
+        self.results, self.calls, self.functions = results, [], []
 
     def submit(self, function, fields, folder, valid):
-        assert function is (work.finetune if "task" in fields else work.train)
+        assert ("task" in fields) == (function is work.finetune)
+        self.functions.append(function)
         self.calls.append((folder.name, fields))
         found = concurrent.futures.Future()
         result = self.results(fields)
@@ -93,6 +97,31 @@ def test_a_run_waits_for_the_one_it_begins_from_and_is_not_repeated(monkeypatch,
     again = Pool(lambda fields: row())
     group_of(monkeypatch, tmp_path, runs).run(again, 2, float("inf"))
     assert again.calls == []
+
+
+def test_a_branch_goes_on_from_a_checkpoint_of_the_other_run(monkeypatch, tmp_path):
+    runs = [Run("late", {"adapter_rank": 4}, after="early", branch=7), Run("early", {})]
+    pool = Pool(lambda fields: row())
+    group_of(monkeypatch, tmp_path, runs).run(pool, 2, float("inf"))
+    assert pool.names == ["early-seed-0", "late-seed-0"]
+    assert "init_from" not in pool.calls[1][1]
+    assert pool.functions[0] is work.train
+    assert pool.functions[1].func is work.branch
+    assert pool.functions[1].args == (tmp_path / "gpt2-trial" / "early-seed-0", 7)
+
+
+def test_a_copy_ends_at_its_checkpoint(tmp_path):
+    source, folder = tmp_path / "source", tmp_path / "copy"
+    for step in ("3", "7", "9"):
+        (source / "checkpoints" / step / "run").mkdir(parents=True)
+        (source / "checkpoints" / step / "summary.json").write_text(step)
+    for name in ("config.json", "metrics.jsonl", "summary.json"):
+        (source / name).write_text(name)
+    work.copy_until(source, 7, folder)
+    found = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    assert found == ["checkpoints/7/summary.json", "config.json", "metrics.jsonl"]
+    with pytest.raises(FileNotFoundError, match="source has no checkpoint of step 8"):
+        work.copy_until(source, 8, tmp_path / "more")
 
 
 def test_failures_are_recorded_tried_again_and_end_a_group_that_has_nothing_else(
@@ -417,17 +446,6 @@ def test_what_adapters_add_is_told_by_pairs_of_one_seed():
     assert lines[-1].endswith("runs of one seed are 0.00 % apart at most.")
     surer = runs("wide", 3.88, 3.98, 4.081)
     assert report_accuracy._paired(surer, base, "books") == "-1.95 % ± 0.14"
-
-
-@pytest.mark.parametrize(
-    ("names", "fixed"), [(["gpt2-methods", "gpt2-adapters"], True), (["gpt2-methods"], False)]
-)
-def test_runs_add_up_in_a_fixed_order_where_pairs_shall_be_the_same(names, fixed, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--other=1")
-    runner._fix_order(names)
-    flags = os.environ["XLA_FLAGS"].split()
-    assert flags[0] == "--other=1"
-    assert ("--xla_gpu_deterministic_ops=true" in flags) == fixed
 
 
 def test_one_run_is_told_how_far_it_may_be_from_the_seeds_by_chance(tmp_path):
