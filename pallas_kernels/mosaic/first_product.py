@@ -15,14 +15,18 @@ from jax import lax
 from pallas_kernels.mosaic import cluster, launch, low_rank, warps
 from pallas_kernels.mosaic.support import FEW_TOKENS
 
+# Of which this is faster than XLA: every CTA of the product adds up the parts, and more tokens have
+# larger ones.
+MOST_TOKENS = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
     """How 64 columns of the product are shared: `parts` clusters of `split` CTAs of `along` warps."""
 
-    along: int = 8
+    along: int = 4
     split: int = 8
-    parts: int = 4
+    parts: int = 8
 
     def __post_init__(self):
         if self.along not in (4, 8, 16):
@@ -37,20 +41,18 @@ class Cut:
         return self.split * self.parts
 
 
-def choose(tokens: int, k: int, rank: int) -> Cut:
+def choose(k: int, rank: int) -> Cut:
     """One unit of inputs a warp, on at most 64 CTAs for 64 columns and 128 in all.
 
-    Every reader adds up the parts, so there are fewer of them for more tokens.
-
-    >>> choose(1, 4096, 64), choose(16, 20480, 64)
-    (Cut(along=8, split=8, parts=4), Cut(along=8, split=8, parts=4))
+    >>> choose(4096, 64), choose(768, 64)
+    (Cut(along=4, split=8, parts=8), Cut(along=4, split=8, parts=1))
     """
-    along = 8
+    along = 4
     wanted = max(1, k // (low_rank.UNIT * along))
     most = max(1, 128 // pl.cdiv(rank, warps.OUTPUTS))
     sharers = 1 << (min(wanted, most, 64).bit_length() - 1)  # a power of two
     split = min(8, sharers)
-    return Cut(along, split, min(sharers // split, 8 if tokens <= 8 else 4))
+    return Cut(along, split, sharers // split)
 
 
 @launch.once("cut")

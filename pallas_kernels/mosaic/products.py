@@ -48,7 +48,7 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
         _config(module, tokens, k, f, x.dtype),
         bias=epilogue.bias,
         activation=epilogue.activation,
-        low_rank=_low_rank(module, rows, epilogue),
+        low_rank=_low_rank(rows, epilogue),
         save_preactivation=epilogue.save_preactivation,
         out_dtype=out_dtype,
     )
@@ -99,12 +99,12 @@ def _rows_of_matmul(x, w: CompressedMatrix, epilogue: Epilogue):
     return True, (False, False), (bias, low_rank, adapter)
 
 
-def _low_rank(module, x, epilogue: Epilogue):
+def _low_rank(x, epilogue: Epilogue):
     """t and r as the kernel takes them, or None."""
-    if epilogue.adapter is not None and module is few_tokens:
+    if epilogue.adapter is not None and x.shape[0] <= first_product.MOST_TOKENS:
         left, r = epilogue.adapter
         if left.shape[1] % RANK_MULTIPLE == 0:
-            cut = first_product.choose(x.shape[0], *left.shape)
+            cut = first_product.choose(*left.shape)
             return first_product.first_product(x, left, cut), r
     low_rank = epilogue.multiplied(x).low_rank
     if low_rank is None:
