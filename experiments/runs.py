@@ -61,17 +61,15 @@ GPT2 = {
     "log_every": 10,
     "tensorboard": False,
 }
-# About 12.8 million parameters besides the embeddings. No second phase of longer sequences.
+# About 12.8 million parameters besides the embeddings, as many tokens. No phase of longer sequences.
 BERT = GPT2 | {
     "model": "bert-small",
     "seq_len": 128,
     "max_predictions": 20,
-    "batch_size": 256,
-    "steps": 1920,
+    "batch_size": 128,
     "weight_decay": 0.01,
     "beta2": 0.98,
     "eps": 1e-6,
-    "eval_every": 240,
     "eval_batches": 16,
 }
 TASKS = ("glue/cola", "glue/sst2", "glue/rte")
@@ -203,9 +201,7 @@ def gpt2_small() -> list[Run]:
         "model": "gpt2-small",
         "seq_len": 1024,
         "batch_size": 32,
-        "steps": 2560,
         "lr": 6e-4,
-        "eval_every": 320,
         "eval_batches": 16,
     }
     return [
