@@ -128,7 +128,26 @@ def _steps(device: str, rows: list[dict[str, Any]]) -> str:
                 f"{row['ratio']:.2f}",
             )
         )
-    return f"{device}:\n\n{markdown(header, lines)}"
+    told = _fastest(rows)
+    return f"{device}:\n\n{markdown(header, lines)}" + (f"\n\n{told}" if told else "")
+
+
+def _fastest(rows: list[dict[str, Any]]) -> str:
+    """The faster dense model over the faster sparse one, where layers were scanned and unrolled."""
+    found: dict[str, dict[bool, dict[str, Any]]] = {}
+    for row in rows:
+        if not row["rank"]:
+            found.setdefault(row["model"], {})[row["scan"]] = row
+    ratios = [
+        f"{model} {min(x['dense_ms'] for x in both) / min(x['sparse_ms'] for x in both):.2f}"
+        for model, both in ((model, list(ways.values())) for model, ways in found.items())
+        if len(both) == 2
+    ]
+    if not ratios:
+        return ""
+    return (
+        f"The faster dense step over the faster 2:4 step, scanned or unrolled: {', '.join(ratios)}."
+    )
 
 
 def _depths(device: str, rows: list[dict[str, Any]]) -> str:

@@ -14,6 +14,7 @@ ACTIVATIONS = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "silu": jax.nn.silu,
 }
+RANK_MULTIPLE = 8  # of adapters in the kernels, which read 16 bytes at once
 
 
 @jax.tree_util.register_dataclass
@@ -84,6 +85,14 @@ class Epilogue:
             )
         if left.dtype != x.dtype or r.dtype != x.dtype:
             raise ValueError(f"adapter is {left.dtype} and {r.dtype}; both must be x's {x.dtype}")
+
+
+def padded_rank(array: jax.Array, axis: int) -> jax.Array:
+    """An adapter with zeros along the axis of the rank, up to a multiple of `RANK_MULTIPLE`."""
+    missing = -array.shape[axis] % RANK_MULTIPLE
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, missing)
+    return jnp.pad(array, widths) if missing else array
 
 
 def first_product(x: jax.Array, left: jax.Array, precision=None) -> jax.Array:

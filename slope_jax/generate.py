@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.epilogue import RANK_MULTIPLE, padded_rank
 from slope_jax.dense import ADAPTER_L, ADAPTER_R
 from slope_jax.models.cache import CACHE, init_cache
 from slope_jax.models.decoder import Decoder
@@ -37,12 +38,36 @@ def inference_variables(
     """The same function in the form that generates fastest: (model, variables).
 
     Kernels, tables and adapters in the compute dtype, as the layers would cast them for each token;
-    and layers apart, as slices of a stack would be copied for each token. Masks, norms and biases
-    stay as they are.
+    layers apart, as slices of a stack would be copied for each token; and adapters with zeros up to a
+    rank of eights, as kernels would pad them for each token. Masks, norms and biases stay as they are.
     """
+    return with_padded_ranks(*with_layers_apart(model, variables))
+
+
+def with_layers_apart(
+    model: Decoder, variables: Mapping[str, Any]
+) -> tuple[Decoder, dict[str, Any]]:
+    """`inference_variables`, the adapters of the rank that they have."""
     params = cast_weights(variables["params"], model.config.dtype)
     single = type(model)(dataclasses.replace(model.config, scan=False, remat=False))
     return single, unstack_layers({**variables, "params": params})
+
+
+def with_padded_ranks(
+    model: Decoder, variables: Mapping[str, Any]
+) -> tuple[Decoder, dict[str, Any]]:
+    """The same function with adapters whose rank the kernels take."""
+    rank = model.config.rank
+    if rank % RANK_MULTIPLE == 0:
+        return model, dict(variables)
+    axes = {ADAPTER_L: -1, ADAPTER_R: -2}
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: padded_rank(leaf, axes[path[-1].key]) if path[-1].key in axes else leaf,
+        variables["params"],
+    )
+    rank += -rank % RANK_MULTIPLE
+    padded = type(model)(dataclasses.replace(model.config, adapter_rank=rank))
+    return padded, {**variables, "params": params}
 
 
 def cast_weights(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:

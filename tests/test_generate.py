@@ -87,6 +87,25 @@ def test_prepared_variables_say_the_same():
     np.testing.assert_array_equal(plain.tokens, again.tokens)
 
 
+def test_ranks_are_filled_up_with_zeros_to_what_kernels_take():
+    model, variables = made("opt-nano", adapter_rank=3)
+    single, prepared = inference_variables(model, variables)
+    assert single.config.rank == 8
+    plain = models.unstack_layers(variables)["params"]["layers_1"]["mlp"]["up"]
+    filled = prepared["params"]["layers_1"]["mlp"]["up"]
+    for name, axis in (("adapter_l", 1), ("adapter_r", 0)):
+        kept, added = np.split(np.asarray(filled[name]), [3], axis=axis)
+        np.testing.assert_array_equal(kept, plain[name])
+        assert added.shape[axis] == 5
+        assert not added.any()
+    again, same = inference_variables(single, prepared)
+    assert again == single
+    jax.tree.map(np.testing.assert_array_equal, same, prepared)
+    tokens = generate(model, variables, PROMPTS, lengths=LENGTHS, max_new_tokens=6).tokens
+    filled = generate(single, prepared, PROMPTS, lengths=LENGTHS, max_new_tokens=6).tokens
+    np.testing.assert_array_equal(tokens, filled)
+
+
 def test_preparing_changes_no_bit_and_halves_the_bytes():
     """What is cast ahead is what the layers would cast."""
     model = models.build("opt-nano", **SMALL, dtype="bfloat16", scan=False)

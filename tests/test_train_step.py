@@ -135,6 +135,16 @@ def traced(accumulation: int, hold_copies: bool | None = None, **fields):
     return step.trace(state, {"input_ids": ids, "labels": ids}, setup.key), state
 
 
+@pytest.mark.parametrize(
+    ("scan", "names"),
+    [(True, {"layers_0", "layers_1_to_3"}), (False, {f"layers_{i}" for i in range(4)})],
+)
+def test_without_a_scan_every_layer_has_parameters_of_its_own(scan, names):
+    _, setup = tiny("gpt2-nano", scan=scan)
+    state = abstract_state(setup, adapters=False)
+    assert {name for name in state.params if name.startswith("layers")} == names
+
+
 def equations(jaxpr, loops=0):
     """All equations with the number of scans around them."""
     for equation in jaxpr.eqns:

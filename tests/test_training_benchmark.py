@@ -466,6 +466,17 @@ def test_report_says_what_the_records_say(records):
     assert "](step-nvidia-h100-80gb-hbm3.svg)" in text
 
 
+def test_the_faster_dense_step_is_held_against_the_faster_sparse_one(records):
+    assert "The faster dense step" not in report_training.steps(records)
+    record = json.loads((records / "train-step-x.json").read_text())
+    unrolled = {"scan": False, "dense_ms": 44.0, "sparse_ms": 41.0, "speedup": 1.07}
+    record["results"] = [row | unrolled for row in record["results"]]
+    (records / "train-step-unrolled.json").write_text(json.dumps(record))
+    text = report_training.steps(records)
+    assert "| gpt2-nano | 4 | 2 x 16, unrolled | 44.0 | 41.0 | 1.07 |" in text
+    assert "scanned or unrolled: gpt2-nano 1.10." in text
+
+
 def test_report_refuses_two_records_of_one_thing(records):
     path = records / "train-step-x.json"
     (records / "train-step-y.json").write_text(path.read_text())

@@ -138,6 +138,9 @@ class Config:
     """Dropout rate, in [0, 1)."""
     remat: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more work."""
+    scan: bool = True
+    """Stack equal layers and scan over them, which compiles fast. Without, each is compiled by itself,
+    and a step takes less time on a GPU: docs/training.md has both."""
     implementation: Literal["auto", "xla", "mosaic"] = "auto"
     """Implementation of the sparse products. auto: the best one on this device."""
     seed: int = 0

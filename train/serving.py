@@ -19,7 +19,12 @@ from flax import linen as nn
 
 from pallas_kernels.files import new_folder, write_atomically
 from slope_jax import TrainState
-from slope_jax.generate import cast_weights, inference_variables
+from slope_jax.generate import (
+    cast_weights,
+    inference_variables,
+    with_layers_apart,
+    with_padded_ranks,
+)
 from train import integrity
 from train.checkpoint import Checkpoints, placed
 from train.config import from_json, to_json
@@ -95,7 +100,7 @@ def load(path: pathlib.Path | str, *, step: int | None = None) -> Served:
         return _load_served(path)
     trained = load_trained(path, step=step)
     model, variables = inference_variables(trained.model, trained.variables)
-    return Served(model, variables, trained.vocabulary, trained.about)
+    return Served(model, variables, trained.vocabulary, _about(trained.about, model))
 
 
 def load_trained(path: pathlib.Path | str, *, step: int | None = None) -> Trained:
@@ -199,10 +204,18 @@ def _load_served(folder: pathlib.Path) -> Served:
     config = from_json(about["config"])
     tokenizer = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")
     vocabulary = vocabulary_from_json(tokenizer, config.objective)
-    model, shapes = _shaped(about, inference_variables)
+    model, shapes = _shaped(about, with_layers_apart)
     with ocp.StandardCheckpointer() as checkpointer:
         variables = checkpointer.restore(folder.resolve() / VARIABLES, placed(shapes))
-    return Served(model, variables, vocabulary, about)
+    model, variables = with_padded_ranks(model, variables)
+    return Served(model, variables, vocabulary, _about(about, model))
+
+
+def _about(about: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """With the rank that the adapters have now, filled up for the kernels."""
+    if not about["adapters"]:
+        return about
+    return about | {"config": about["config"] | {"adapter_rank": model.config.rank}}
 
 
 def _shapes(about: dict[str, Any]) -> TrainState:

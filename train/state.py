@@ -50,6 +50,7 @@ def make_setup(config: Config, *, vocab_size: int | None = None) -> Setup:
         "dtype": compute_dtype(config),
         "dropout": config.dropout,
         "remat": config.remat,
+        "scan": config.scan,
         "implementation": None if config.implementation == "auto" else config.implementation,
         **method.options(),
     }

@@ -8,11 +8,9 @@ import jax.numpy as jnp
 
 from pallas_kernels import batching, tuning
 from pallas_kernels.compressed import CompressedMatrix
-from pallas_kernels.epilogue import Epilogue, finish
+from pallas_kernels.epilogue import Epilogue, finish, padded_rank
 from pallas_kernels.mosaic import few_tokens, first_product, matmul, sddmm, transpose
 from pallas_kernels.mosaic.two_four import as_two_four, values_of
-
-RANK_MULTIPLE = 8
 
 
 def nm_matmul(x: jax.Array, w: CompressedMatrix, out_dtype, precision, epilogue: Epilogue):
@@ -103,15 +101,10 @@ def _low_rank(x, epilogue: Epilogue):
     """t and r as the kernel takes them, or None."""
     if epilogue.adapter is not None and x.shape[0] <= first_product.MOST_TOKENS:
         left, r = epilogue.adapter
-        if left.shape[1] % RANK_MULTIPLE == 0:
-            cut = first_product.choose(*left.shape)
-            return first_product.first_product(x, left, cut), r
+        left, r = padded_rank(left, -1), padded_rank(r, -2)
+        return first_product.first_product(x, left, first_product.choose(*left.shape)), r
     low_rank = epilogue.multiplied(x).low_rank
     if low_rank is None:
         return None
     t, r = low_rank
-    missing = -r.shape[0] % RANK_MULTIPLE
-    return (
-        jnp.pad(t.reshape(x.shape[0], -1), ((0, 0), (0, missing))),
-        jnp.pad(r, ((0, missing), (0, 0))),
-    )
+    return padded_rank(t.reshape(x.shape[0], -1), -1), padded_rank(r, -2)
