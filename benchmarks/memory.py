@@ -97,7 +97,7 @@ def whole(model: str, rank: float = 0, accumulation: int = 1, moments: str = "fl
     )
 
 
-def account(case: Case) -> Memory:
+def account(case: Case, *, activations: bool = True) -> Memory:
     """`slope_jax.memory` of a case, with the job's optimizer."""
     setup = case.setup()
     shapes = jax.eval_shape(setup.model.init, jax.random.key(0), **setup.model.example_inputs())
@@ -106,7 +106,8 @@ def account(case: Case) -> Memory:
     if case.model.startswith("bert"):
         size = (ids.shape[0], steps.predictions(case.length))
         inputs["mlm_positions"] = jax.ShapeDtypeStruct(size, jnp.int32)
-    return memory(setup.model, shapes, setup.tx, accumulation=case.accumulation, **inputs)
+    options = {"accumulation": case.accumulation, "activations": activations}
+    return memory(setup.model, shapes, setup.tx, **options, **inputs)
 
 
 def measure(case: Case) -> dict[str, Any]:

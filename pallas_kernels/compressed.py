@@ -10,6 +10,7 @@ Which entries survive, and the bits of every survivor, are defined for all input
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -137,28 +138,42 @@ def compress(
         raise ValueError(
             f"mask is {mask.dtype}{list(mask.shape)}; it must be bool{list(w.shape)}, True keeps"
         )
-    groups = split_groups(to_bits(w), pattern.m, axis)
-    if mask is None:
-        keep = largest(magnitude_key(groups, w.dtype), pattern.n, axis=-2)
-    else:
-        keep = split_groups(mask, pattern.m, axis)
-        _check_mask_count(keep, pattern)
-        groups = jnp.where(keep, groups, jnp.zeros((), groups.dtype))
-        keep = _fill_up(keep, pattern)
-    positions = kept_positions(keep, pattern.n)
-    values = from_bits(join_groups(pick(groups, positions), axis), w.dtype)
-    metadata = pack_positions(join_groups(positions, axis), pattern, axis)
-    return CompressedMatrix(values, metadata, pattern, axis, shape)
+    if mask is not None:
+        _check_mask_count(mask, pattern, axis)
+    return CompressedMatrix(*_compress(w, mask, pattern, axis), pattern, axis, shape)
 
 
 def decompress(w: CompressedMatrix) -> jax.Array:
     """The dense (..., in, out) matrix: survivors at their positions, +0.0 elsewhere."""
     w.check()
+    return _decompress(w)
+
+
+# Outside of `jax.jit` each operation would be a program of its own, some sixty of them.
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3), inline=True)
+def _compress(w, mask, pattern: Pattern, axis: int) -> tuple[jax.Array, jax.Array]:
+    groups = split_groups(to_bits(w), pattern.m, axis)
+    if mask is None:
+        keep = largest(magnitude_key(groups, w.dtype), pattern.n, axis=-2)
+    else:
+        keep = split_groups(mask, pattern.m, axis)
+        groups = jnp.where(keep, groups, jnp.zeros((), groups.dtype))
+        keep = _fill_up(keep, pattern)
+    positions = kept_positions(keep, pattern.n)
+    values = from_bits(join_groups(pick(groups, positions), axis), w.dtype)
+    return values, pack_positions(join_groups(positions, axis), pattern, axis)
+
+
+@functools.partial(jax.jit, inline=True)
+def _decompress(w: CompressedMatrix) -> jax.Array:
     values = split_groups(to_bits(w.values), w.n, w.axis)
     positions = split_groups(positions_of(w), w.n, w.axis)
     return from_bits(join_groups(place(values, positions, w.m), w.axis), w.dtype)
 
 
+@functools.partial(jax.jit, inline=True)
 def positions_of(w: CompressedMatrix) -> jax.Array:
     """uint8, shape of `values`: the position 0 .. m-1 of every survivor in its group."""
     return unpack_positions(w.metadata, w.pattern, w.axis, w.values.shape[w.axis - 2])
@@ -206,6 +221,7 @@ def magnitude_key(bits: jax.Array, dtype) -> jax.Array:
     return jnp.minimum(magnitude, infinity + jnp.array(1, bits.dtype))
 
 
+@functools.partial(jax.jit, static_argnames=("n", "axis"), inline=True)
 def largest(key: jax.Array, n: int, axis: int) -> jax.Array:
     """bool: the n largest keys along `axis`; of equal ones the lower index."""
     index = lax.broadcasted_iota(jnp.int32, key.shape, axis % key.ndim)
@@ -217,15 +233,20 @@ def largest(key: jax.Array, n: int, axis: int) -> jax.Array:
     return rank < n
 
 
-def _check_mask_count(keep: jax.Array, pattern: Pattern) -> None:
-    if isinstance(keep, jax.core.Tracer):
+def _check_mask_count(mask: jax.Array, pattern: Pattern, axis: int) -> None:
+    if isinstance(mask, jax.core.Tracer):
         return
-    most = int(keep.sum(-2, dtype=jnp.int32).max(initial=0))
+    most = int(_most_kept(mask, pattern.m, axis))
     if most > pattern.n:
         raise ValueError(
             f"mask keeps {most} of {pattern.m} entries in some group; the pattern {pattern} keeps"
             f" at most {pattern.n}: make it with slope_jax.masks, along the same axis"
         )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _most_kept(mask: jax.Array, m: int, axis: int) -> jax.Array:
+    return split_groups(mask, m, axis).sum(-2, dtype=jnp.int32).max(initial=0)
 
 
 def _fill_up(keep: jax.Array, pattern: Pattern) -> jax.Array:

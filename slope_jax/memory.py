@@ -110,6 +110,7 @@ def memory(
     *args,
     dense: nn.Module | None = None,
     accumulation: int = 1,
+    activations: bool = True,
     **kwargs,
 ) -> Memory:
     """Itemises what a training step holds, sparse and dense, in bytes. Allocates nothing.
@@ -139,6 +140,7 @@ def memory(
       dense: the same model without sparsity; found by itself for the models of `slope_jax.models`
         and a lone `SparseDense`. Without one, nothing is compared.
       accumulation: micro-batches in a step.
+      activations: whether to count these; it takes as long as all the rest.
 
     Raises:
       ValueError: no example inputs, variables that are not those of the model, `accumulation`
@@ -161,7 +163,13 @@ def memory(
             " its shapes: {'params': ..., 'masks': ...}"
         )
     args, kwargs = example_inputs(model, args, kwargs)
-    account = functools.partial(_account, tx=tx, accumulation=accumulation, inputs=(args, kwargs))
+    account = functools.partial(
+        _account,
+        tx=tx,
+        accumulation=accumulation,
+        activations=activations,
+        inputs=(args, kwargs),
+    )
     ours = account(model, variables)
     if (twin := dense or _dense_twin(model)) is None:
         theirs = None
@@ -180,7 +188,7 @@ def memory(
     )
 
 
-def _account(model, variables, *, tx, accumulation: int, inputs) -> Bytes:
+def _account(model, variables, *, tx, accumulation: int, activations: bool, inputs) -> Bytes:
     args, kwargs = inputs
     params, masks = variables["params"], variables.get(MASKS, {})
     parts = _parts(params, masks)
@@ -195,7 +203,8 @@ def _account(model, variables, *, tx, accumulation: int, inputs) -> Bytes:
         found[GRADIENTS, parts[path]] += _nbytes(leaf)
     found.update(_optimizer(jax.eval_shape(tx.init, params), parts))
     found.update(_copies(model, variables, args, kwargs, parts, held=accumulation > 1))
-    found[ACTIVATIONS, "other"] = _activations(model, variables, args, kwargs)
+    if activations:
+        found[ACTIVATIONS, "other"] = _activations(model, variables, args, kwargs)
     return found
 
 

@@ -26,8 +26,8 @@ def shapes_of(model):
     return jax.eval_shape(model.init, jax.random.key(0), **model.example_inputs())
 
 
-def account(model, tx=None, **options) -> Memory:
-    return memory(model, shapes_of(model), tx, **options)
+def account(model, tx=None, activations=False, **options) -> Memory:
+    return memory(model, shapes_of(model), tx, activations=activations, **options)
 
 
 def test_every_item_is_its_bytes_per_weight():
@@ -106,13 +106,14 @@ def test_activations_are_what_a_forward_pass_saves():
     alone = memory(model, variables, optax.sgd(1.0), x)
     assert alone.ratio is None
     assert alone.total() == found.total()
+    assert memory(model, variables, optax.sgd(1.0), x, activations=False).rows == alone.state
     assert "-" in str(alone)
 
 
 def test_rematerialised_layers_save_their_inputs_alone():
     ids = jax.ShapeDtypeStruct((2, POSITIONS), jnp.int32)
     four, three = (
-        account(gpt2(remat=True, num_layers=depth), optax.sgd(1.0), input_ids=ids)
+        account(gpt2(remat=True, num_layers=depth), optax.sgd(1.0), True, input_ids=ids)
         for depth in (4, 3)
     )
     inputs = 4 * 2 * POSITIONS * HIDDEN
@@ -151,7 +152,7 @@ def test_without_an_optimizer_only_the_variables_count():
 
 
 def test_the_table_has_every_kind_and_the_ratio():
-    found = account(gpt2(adapter_rank=8), optax.adamw(1e-3))
+    found = account(gpt2(adapter_rank=8), optax.adamw(1e-3), True)
     lines = str(found).splitlines()
     assert lines[0].split()[-5:] == ["all", "share", "dense", "of", "dense"]
     assert [line.split("  ")[0] for line in lines[1:]] == [

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,14 +63,15 @@ def adversarial(shape, dtype=jnp.float32):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("pattern", [str(p) for p in support.FITTING])
 def test_every_fitting_pattern_is_the_same_matrix_as_two_four(pattern, dtype, stack):
-    from pallas_kernels.mosaic.two_four import as_two_four, values_of
+    from pallas_kernels.mosaic import two_four as module
 
+    as_two_four, values_of = jax.jit(module.as_two_four), jax.jit(module.values_of)
     dense = adversarial((*stack, 64, 24), dtype)
     few = jax.random.bernoulli(jax.random.key(1), 0.2, dense.shape)
-    full = compress(dense, pattern)
-    for w in (full, compress(dense, pattern, mask=few & kept_mask(full))):
+    full = compiled.compress(dense, pattern)
+    for w in (full, compiled.compress(dense, pattern, mask=few & compiled.kept_mask(full))):
         two_four = as_two_four(w)
-        expected = compress(decompress(w), "2:4", mask=kept_mask(w))
+        expected = compiled.compress(compiled.decompress(w), "2:4", mask=compiled.kept_mask(w))
         assert two_four.check().pattern == expected.pattern
         for got, exact in ((two_four, expected), (w.with_values(values_of(two_four.values, w)), w)):
             np.testing.assert_array_equal(got.metadata, exact.metadata)

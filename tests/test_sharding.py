@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import compress, decompress
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from pallas_kernels import CompressedMatrix, Pattern, compress, compressed_shapes, decompress
+from pallas_kernels import CompressedMatrix, Pattern, compressed_shapes
 from slope_jax import explain, find_layers, models, sharded, sharding, slope_matmul, working_copies
 from slope_jax.matmul import Working
 from slope_jax.sharding import AXES, COLUMN, FUSED, ROW, WHOLE, leaf_spec

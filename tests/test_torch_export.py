@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import compress, decompress
 
-from pallas_kernels import compress, decompress
 from slope_jax import models
 from slope_jax.models import hf_export
 
