@@ -25,7 +25,8 @@ def summary(folder: Path = RESULTS) -> str:
 
 def rates(folder: Path = RESULTS) -> str:
     """The learning rates that were tried."""
-    return _pages("gpt2-lr", folder, _each)
+    found = [_pages(group, folder, _each) for group in ("gpt2-lr", "bert-lr")]
+    return "\n\n".join(page for page in found if page != MISSING) or MISSING
 
 
 def adapters(folder: Path = RESULTS) -> str:

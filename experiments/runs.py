@@ -70,6 +70,8 @@ BERT = GPT2 | {
     "weight_decay": 0.01,
     "beta2": 0.98,
     "eps": 1e-6,
+    "steps": 2560,
+    "eval_every": 320,
     "eval_batches": 16,
 }
 TASKS = ("glue/cola", "glue/sst2", "glue/rte")
@@ -97,11 +99,10 @@ def _tuned_as(fields: Mapping[str, Any]) -> str:
     return SLOPE_LR if method == "slope" else CHANGING_LR
 
 
-def learning_rates(common: Mapping[str, Any]) -> list[Run]:
-    """Half as long, one seed: which learning rate for which kind of method."""
+def learning_rates(common: Mapping[str, Any], rates: Sequence[float]) -> list[Run]:
+    """Half as long, one seed: which learning rate for which kind of method; slope's may be higher."""
     half = common["steps"] // 2
-    rates = (1e-3, 2e-3, 4e-3)
-    tried = {DENSE_LR: rates, SLOPE_LR: (*rates, 8e-3), CHANGING_LR: rates}  # slope's best was 4e-3
+    tried = {DENSE_LR: rates, SLOPE_LR: (*rates, 2 * rates[-1]), CHANGING_LR: rates}
     return [
         Run(
             f"{name}, lr {rate:g}",
@@ -197,16 +198,13 @@ def _adapted(name: str, fields: Mapping[str, Any], seed: int) -> Run:
 
 def gpt2_small() -> list[Run]:
     """GPT-2 small with the kernels on; the training loop's own speed, alone on a GPU."""
-    common = {
-        "model": "gpt2-small",
-        "seq_len": 1024,
-        "batch_size": 32,
-        "lr": 6e-4,
-        "eval_batches": 16,
-    }
+    common = {"model": "gpt2-small", "seq_len": 1024, "batch_size": 32, "eval_batches": 16}
+    sparse = common | {"method": "slope", "adapter_rank": RANKS[0]}
     return [
-        Run("dense", common | {"method": "dense"}),
-        Run("slope", common | {"method": "slope", "adapter_rank": RANKS[0]}),
+        Run("dense", common | {"method": "dense", "lr": 6e-4}),
+        Run("slope", sparse | {"lr": 6e-4}),
+        Run("slope, twice the lr", sparse | {"lr": 1.2e-3}),
+        Run("dense, twice the lr", common | {"method": "dense", "lr": 1.2e-3}),
     ]
 
 
@@ -223,12 +221,12 @@ def glue() -> list[Run]:
 # Common fields by the family that a group's name begins with.
 COMMON: dict[str, Mapping[str, Any]] = {"gpt2": GPT2, "bert": BERT}
 GROUPS: dict[str, Sequence[Run]] = {
-    "gpt2-lr": learning_rates(GPT2),
+    "gpt2-lr": learning_rates(GPT2, (1e-3, 2e-3, 4e-3)),
     "gpt2-methods": methods(),
     "gpt2-adapters": adapters(),
     "gpt2-ablations": ablations(),
     "gpt2-small": gpt2_small(),
-    "bert-lr": learning_rates(BERT),
+    "bert-lr": learning_rates(BERT, (2.5e-4, 5e-4, 1e-3)),
     "bert-methods": methods(),
     "bert-glue": glue(),
 }
