@@ -138,6 +138,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "first linear sparse": {"sparsity": ".*(qkv|output|up|down)=2:4; .*=dense"},
     "in XLA": {"implementation": "xla"},
     "lr 0.002, as dense": {"lr": 2e-3},
+    "lr 0.002, of pruned kernels twice that": {"lr": 2e-3, "pruned_lr_scale": 2.0},
     # The published decay is for SGD: beside AdamW's weight decay of 0.1 it hardly counts.
     "SR-STE, decay 0.2": {"method": "sr-ste", "mask_decay": 0.2},
 }

@@ -16,7 +16,14 @@ from train.summary import SUMMARY_FILE
 
 HELD_OUT = "held out"  # the text that masked-LM runs are compared by: of their own data
 FIELDS = ("method", "sparsity", "mask_init", "backward", "adapter_rank", "adapter_start")
-FIELDS += ("adapter_init_scale", "adapter_lr_scale", "implementation", "prune_dy", "seed")
+FIELDS += (
+    "pruned_lr_scale",
+    "adapter_init_scale",
+    "adapter_lr_scale",
+    "implementation",
+    "prune_dy",
+    "seed",
+)
 BATCH = 32
 
 

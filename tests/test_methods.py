@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax import traverse_util
 
 from slope_jax import SparseDense, TrainState
 from slope_jax.models import variant_config
@@ -33,6 +34,32 @@ EPS32 = float(jnp.finfo(jnp.float32).eps)
 INPUTS, CLASSES, VOCAB, ROWS, LENGTH = 16, 8, 12, 4, 8
 TABLE = np.random.default_rng(0).normal(size=(VOCAB, INPUTS)).astype(np.float32)
 KERNEL = ("linear", "kernel")
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_pruned_kernels_and_no_others_move_at_their_own_rate(scan):
+    moved = []
+    for scale in (1.0, 2.0):
+        config = make_config("gpt2-nano", vocab_size=300, scan=scan, pruned_lr_scale=scale)
+        setup = make_setup(config)
+        shapes = abstract_state(setup, adapters=False)
+        rng = np.random.default_rng(0)
+        params, grads = (
+            jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes.params)  # noqa: B023
+            for _ in range(2)
+        )
+        updates, _ = setup.tx.update(grads, setup.tx.init(params), params)
+        moved.append(traverse_util.flatten_dict(updates))
+    pruned = traverse_util.flatten_dict(shapes.masks).keys()
+    assert len(pruned) == (7 if scan else 15)
+    for path, slow in moved[0].items():
+        np.testing.assert_array_equal(moved[1][path], slow * (2 if path in pruned else 1), path)
+
+
+@pytest.mark.parametrize("name", ["slope", "sr-ste", "fst"])
+def test_methods_find_the_kernels_of_layers_without_a_scan(name):
+    method = METHODS[name](make_config("gpt2-nano", method=name, scan=False))
+    assert ("layers_3", "mlp", "up", "kernel") in method.kernels
 
 
 # One linear, trained by the real step and by NumPy.

@@ -65,6 +65,9 @@ class Config:
     backward: Literal["double-pruned", "exact"] = "double-pruned"
     """Gradient of the pruned linears' inputs: by weights pruned again along the outputs, which runs
     sparse, or exact, by a dense product."""
+    pruned_lr_scale: float = 1.0
+    """Learning rate of the pruned kernels relative to that of the other parameters. Of 2:4 kernels half as
+    many entries move each output, which 2 would make up for."""
     adapter_rank: int | float = 0.0156
     """Rank of the adapters: an integer, or a fraction (below 1) of the hidden size. 0: none."""
     adapter_start: float = 0.99
@@ -359,6 +362,7 @@ def _check_ranges(config: Config) -> None:
         if not (getattr(config, name) or 0.0) >= 0:
             raise ValueError(f"{name} must not be negative, got {getattr(config, name)}")
     for name in (
+        "pruned_lr_scale",
         "adapter_lr_scale",
         "adapter_init_scale",
         "eps",

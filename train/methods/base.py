@@ -52,7 +52,8 @@ class Method:
 
     def __init__(self, config: Config):
         self.config = config
-        self.kernels = pruned_kernels(variant_config(config.model, **self.options()))
+        model = variant_config(config.model, scan=config.scan, **self.options())
+        self.kernels = pruned_kernels(model)
 
     @classmethod
     def check(cls, config: Config) -> None:
