@@ -10,7 +10,8 @@ cores.
 
 from typing import Any
 
-from train.config import PER_PHASE, Config, choices
+from train.config import Config, choices
+from train.config_checks import PER_PHASE
 
 QUICKSTART = {
     "vocab_size": 8192,
