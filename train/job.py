@@ -15,7 +15,7 @@ from rich.console import Console
 from pallas_kernels.files import write_atomically
 from slope_jax import TrainState
 from slope_jax.sharding import BATCH, size_of
-from train import compiling, environment, processes, summary
+from train import environment, processes, summary
 from train.checkpoint import Checkpoints, check_space
 from train.config import Config, Phase, to_json
 from train.data import batches_from
@@ -28,6 +28,7 @@ from train.folder import (
     run_folder,
     start_anew,
 )
+from train.history import History
 from train.inputs import make_datasets, open_corpus
 from train.integrity import set_aside_damaged
 from train.mesh import make_mesh, place, set_mesh, share_of
@@ -135,21 +136,10 @@ class _Job:
         ahead: tuple[Setup, Plan],
     ):
         self.config, self.folder, self.checkpoints = config, folder, checkpoints
-        self.console, self.started, self.clock = console, started, started
-        self.made = compiling.spent()
+        self.console, self.started = console, started
         self.fresh = checkpoints.latest() is None
         self.step = checkpoints.latest() or 0
-        self.history: dict[str, Any] = {
-            "evals": [],
-            "adapters": 0,
-            "seconds": 0.0,
-            "first_step_seconds": None,
-            "compiling_seconds": 0.0,
-            "programs": 0,
-            "step_seconds": 0.0,
-            "step_tokens": 0,
-            "bad_steps": 0,
-        }
+        self.history = History(started)
         processes.check_same(
             f"{checkpoints.latest()}",
             f"the last checkpoint in {folder}",
@@ -357,21 +347,10 @@ class _Job:
             if not bool(all_finite(state)):
                 self._give_up(f"the state is not finite after step {self.step}")
             self.writer.sync()
-            self._update_history()
+            self.history.settle(self.speed)
             evals = {x["step"]: x["eval_loss"] for x in self.history["evals"]}
             tokenizer = json.loads(self.corpus.tokenizer.to_json())
             self.checkpoints.save(state, self.key, self._record(), tokenizer, evals.get(self.step))
-
-    def _update_history(self) -> None:
-        now = time.monotonic()
-        self.history["seconds"] += now - self.clock
-        self.history["step_seconds"] += self.speed.seconds
-        self.history["step_tokens"] += self.speed.tokens
-        self.clock, self.speed.seconds, self.speed.tokens = now, 0.0, 0
-        made, before = compiling.spent(), self.made
-        self.history["programs"] += made.since(before).programs
-        self.history["compiling_seconds"] += made.since(before).seconds
-        self.made = made
 
     def _record(self) -> dict[str, Any]:
         phase = next(p for p in self.config.phases if self.step <= p.end)
