@@ -119,6 +119,7 @@ def test_what_a_device_lacks_comes_from_one_of_its_capability(tmp_path):
         return found and found.config
 
     assert config("nm_matmul", 2048, "9.0") == {"tile": 5}
+    assert config("nm_matmul", 2048, "9.0", device=DEVICE) == {"tile": 3}
     assert config("nm_matmul", 8192, "9.0") == {"tile": 4}
     assert config("nm_matmul", 8192, None) == {"tile": 5}  # the largest stands for any more
     assert config("few_tokens", 16, "9.0") == {"split": 4}
