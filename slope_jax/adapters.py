@@ -29,8 +29,9 @@ def lazy_adapters(
 
     Adam corrects the bias of its moments by its step count. Adapters are born with zero moments
     late in training, so they need a count of their own: the parts of an optimizer that keep moments
-    go inside this wrapper. Clipping by the global norm and the learning rate schedule go outside,
-    so that the norm covers all gradients and adapters join at the current learning rate.
+    go inside this wrapper. Clipping by the global norm goes outside, so that the norm covers all
+    gradients, and so does the learning rate. A schedule that ends at zero leaves adapters that join
+    late where they are: scale `adapter_tx` against that, as `train.optimizer` does.
 
     Args:
       tx: the transformation, for example `optax.scale_by_adam()`.

@@ -8,6 +8,7 @@ import pytest
 
 from train.config import Config
 from train.optimizer import (
+    adapter_rate,
     clip_by_global_norm,
     decayed,
     make_optimizer,
@@ -158,16 +159,42 @@ def test_decay_spares_biases_and_norms_only():
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb"])
-def test_newborn_adapters_take_full_steps_at_the_scheduled_rate(name):
+def test_newborn_adapters_take_full_steps_at_a_rate_of_their_own(name):
     """At zero, Adam's first step is lr * sign(g); a trust ratio would hold the second one back."""
-    config = make_config(
-        "bert-tiny", optimizer=name, weight_decay=0.0, clip=0.0, adapter_lr_scale=2.0, eps=1e-12
-    )
+    config = make_config("bert-tiny", optimizer=name, weight_decay=0.0, clip=0.0, eps=1e-12)
     w = {"up": {"adapter_r": jnp.zeros((2, 3)), "kernel": jnp.ones((2, 3))}}
     g = jax.tree.map(lambda x: jnp.full_like(x, 0.5), w)
-    tx = make_optimizer(config, optax.constant_schedule(0.01), is_stacked)
+    schedule = optax.constant_schedule(0.01)
+    tx = make_optimizer(config, schedule, is_stacked, adapter_rate=lambda step: 2.0 + step)
     state = tx.init(w)
-    for step in (1, 2):
+    for expected in (-2.0 * 0.01, -(2.0 + 3.0) * 0.01):
         updates, state = tx.update(g, state, w)
         w = optax.apply_updates(w, updates)
-        np.testing.assert_allclose(w["up"]["adapter_r"], -2.0 * 0.01 * step, rtol=1e-5)
+        np.testing.assert_allclose(w["up"]["adapter_r"], expected, rtol=1e-5)
+
+
+def test_the_steps_left_to_adapters_warm_up_and_decay_from_their_own_peak():
+    config = make_config(
+        "bert-tiny",
+        seq_len=(64, 128),
+        steps=(20, 100),
+        lr=(1.0, 0.5),
+        warmup=(0.25, 0.2),
+        schedule="linear",
+        adapter_start=0.9,
+        adapter_lr_scale=0.1,
+    )
+    schedule = make_schedule(config.phases, config.schedule)
+    rate = adapter_rate(config, schedule)
+    peak, joined = 0.5 * 0.1, 20 + 90  # 10 steps, 2 of them to warm up
+    expected = [peak / 2, peak, *(peak * (1 - t / 8) for t in range(8))]
+    got = [float(rate(t) * schedule(joined + t)) for t in range(10)]
+    np.testing.assert_allclose(got, expected, rtol=16 * EPS32)
+
+
+def test_adapters_that_are_there_from_the_start_have_the_rate_of_the_others_times_the_scale():
+    config = make_config(
+        "bert-tiny", steps=40, warmup=0.25, adapter_start=0.0, adapter_lr_scale=3.0
+    )
+    rate = adapter_rate(config, make_schedule(config.phases, config.schedule))
+    np.testing.assert_allclose([float(rate(t)) for t in range(40)], 3.0, rtol=16 * EPS32)

@@ -76,7 +76,8 @@ class Config:
     adapter_init_scale: float = 1.0
     """Spread of the adapters' first factor at birth, times 1 / rank; the second starts at zero."""
     adapter_lr_scale: float = 1.0
-    """Learning rate of the adapters relative to that of the other parameters."""
+    """Peak of the adapters' learning rate, relative to that of the last phase. From when they join on,
+    theirs warms up and decays as the phase's does."""
 
     mask_decay: float | None = None
     """Decay of pruned weights (sr-ste, extended-sr-ste, fst). None: 2e-4, 6e-6, 6e-5."""

@@ -3,10 +3,12 @@
     clip by global norm → [base | adapters] moments, decay, trust ratio → learning rate
 
 Clipping and the learning rate stand outside `lazy_adapters`, so that adapters that join late are
-clipped with everything else and find the schedule where it is; what keeps per-parameter state
-stands inside, where newborn leaves get their own bias correction.
+clipped with everything else; what keeps per-parameter state stands inside, where newborn leaves get
+their own bias correction. So does what makes the rate of adapters another one: the schedule of the
+others has come near zero when they join, and would leave them where they are.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -43,11 +45,27 @@ def make_schedule(phases: tuple[Phase, ...], kind: str) -> optax.Schedule:
     return optax.join_schedules(parts, boundaries[:-1])
 
 
+def adapter_rate(config: Config, schedule: optax.Schedule) -> optax.Schedule:
+    """Learning rate of the adapters relative to `schedule`, by steps since they joined.
+
+    The steps that are left to them are a phase of their own, that warms up and decays to zero as
+    the last phase does, from `adapter_lr_scale` times its peak. Adapters that are there from the
+    last phase's start have its rate at every step, times the scale.
+    """
+    last, joined = config.phases[-1], config.adapter_step
+    own = dataclasses.replace(
+        last, start=0, steps=last.end - joined, lr=last.lr * config.adapter_lr_scale
+    )
+    rate = make_schedule((own,), config.schedule)
+    return lambda step: rate(step) / schedule(joined + step)
+
+
 def make_optimizer(
     config: Config,
     schedule: optax.Schedule,
     is_stacked: Callable[[tuple], bool],
     after_update: optax.GradientTransformation | None = None,
+    adapter_rate: optax.Schedule | None = None,
 ) -> optax.GradientTransformation:
     """AdamW or LAMB with everything around it.
 
@@ -56,10 +74,12 @@ def make_optimizer(
       schedule: learning rate by step.
       is_stacked: tells from a parameter's key path whether its leading axis counts layers.
       after_update: joins the update ahead of the learning rate, see `train.methods`. None: nothing.
+      adapter_rate: learning rate of the adapters relative to `schedule`, by steps since they joined.
+        None: the same rate.
     """
     return optax.chain(
         clip_by_global_norm(config.clip) if config.clip else optax.identity(),
-        lazy_adapters(_base(config, is_stacked), _adapters(config)),
+        lazy_adapters(_base(config, is_stacked), _adapters(config, adapter_rate)),
         *(() if after_update is None else (after_update,)),
         optax.scale_by_learning_rate(schedule),
     )
@@ -77,13 +97,13 @@ def _base(config: Config, is_stacked: Callable[[tuple], bool]) -> optax.Gradient
     return optax.chain(adamw, trust)
 
 
-def _adapters(config: Config) -> optax.GradientTransformation:
+def _adapters(config: Config, rate: optax.Schedule | None) -> optax.GradientTransformation:
     # No trust ratio: one adapter starts at zero, where a step in proportion to its norm would
     # leave it for the few steps that remain.
     return optax.chain(
         _adam(config),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
-        optax.scale(config.adapter_lr_scale),
+        optax.identity() if rate is None else optax.scale_by_schedule(rate),
     )
 
 

@@ -15,7 +15,7 @@ from slope_jax import TrainState, add_adapters, models
 from slope_jax.sharding import active_mesh, state_specs
 from train.config import Config
 from train.methods import METHODS, Method
-from train.optimizer import make_optimizer, make_schedule
+from train.optimizer import adapter_rate, make_optimizer, make_schedule
 
 STACKED = re.compile(r"layers_\d+_to_\d+")  # names that the models give to scanned layers
 
@@ -69,7 +69,8 @@ def make_setup(config: Config, *, vocab_size: int | None = None) -> Setup:
         }
         adapted = models.build(config.model, **adapters, **options)
     schedule = make_schedule(config.phases, config.schedule)
-    tx = make_optimizer(config, schedule, is_stacked, method.after_update())
+    rate = None if adapted is None else adapter_rate(config, schedule)
+    tx = make_optimizer(config, schedule, is_stacked, method.after_update(), rate)
     return Setup(model, adapted, schedule, tx, jax.random.key(config.seed), method)
 
 
