@@ -103,7 +103,7 @@ def _adapters(config: Config, rate: optax.Schedule | None) -> optax.GradientTran
     return optax.chain(
         _adam(config),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
-        optax.identity() if rate is None else optax.scale_by_schedule(rate),
+        optax.scale_by_schedule(rate or optax.constant_schedule(1.0)),
     )
 
 
