@@ -43,25 +43,25 @@ class Run:
         return f"{self.variant}-seed-{self.seed}"
 
 
-# About 10.6 million parameters besides the embeddings, and two tokens for each.
+# About 10.6 million parameters besides the embeddings, and six tokens for each: three epochs of the books.
 GPT2 = {
     "model": "gpt2-mini",
     "vocab_size": 8192,
     "seq_len": 512,
     "batch_size": 32,
-    "steps": 1280,
+    "steps": 3840,
     "warmup": 0.1,
     "weight_decay": 0.1,
     "beta2": 0.95,
     "eps": 1e-8,
     "adapter_rank": 0,
-    "eval_every": 160,
+    "eval_every": 480,
     "eval_batches": 8,
     "checkpoint_every": 0,
     "log_every": 10,
     "tensorboard": False,
 }
-# About 12.8 million parameters besides the embeddings, as many tokens. No phase of longer sequences.
+# About 12.8 million parameters besides the embeddings, two epochs. No phase of longer sequences.
 BERT = GPT2 | {
     "model": "bert-small",
     "seq_len": 128,
@@ -153,23 +153,25 @@ def ablations() -> list[Run]:
     ]
 
 
+# Peaks of the adapters' learning rate, relative to that of the others.
+ADAPTER_RATES = (0.03, 0.1, 0.3, 1.0)
+LAST = {"last 1 %": 0.99, "last 5 %": 0.95}
+MIDDLE = {"adapter_rank": RANKS[1], "adapter_start": 0.95, "adapter_lr_scale": 0.1}
+
 ADAPTERS: dict[str, dict[str, Any]] = {
     "slope": {},
-    "rank 1.56 %, last 1 %": {"adapter_rank": RANKS[0]},
-    "rank 6.25 %, last 1 %": {"adapter_rank": RANKS[1]},
-    "rank 6.25 %, last 0.5 %": {"adapter_rank": RANKS[1], "adapter_start": 0.995},
-    "rank 6.25 %, last 5 %": {"adapter_rank": RANKS[1], "adapter_start": 0.95},
-    "rank 6.25 %, last 5 %, lr x 10": {
-        "adapter_rank": RANKS[1],
-        "adapter_start": 0.95,
-        "adapter_lr_scale": 10.0,
+    **{
+        f"rank 6.25 %, {last}, lr x {rate:g}": MIDDLE
+        | {"adapter_start": start, "adapter_lr_scale": rate}
+        for last, start in LAST.items()
+        for rate in ADAPTER_RATES
     },
-    "rank 6.25 %, last 5 %, scale x 10": {
-        "adapter_rank": RANKS[1],
-        "adapter_start": 0.95,
-        "adapter_init_scale": 10.0,
-    },
-    "rank 6.25 %, from the start": {"adapter_rank": RANKS[1], "adapter_start": 0.0},
+    "rank 1.56 %, last 1 %, lr x 0.1": MIDDLE | {"adapter_rank": RANKS[0], "adapter_start": 0.99},
+    "rank 1.56 %, last 5 %, lr x 0.1": MIDDLE | {"adapter_rank": RANKS[0]},
+    "rank 6.25 %, last 0.5 %, lr x 0.1": MIDDLE | {"adapter_start": 0.995},
+    "rank 6.25 %, last 5 %, lr x 0.1, scale x 0.1": MIDDLE | {"adapter_init_scale": 0.1},
+    "rank 6.25 %, last 5 %, lr x 0.1, scale x 10": MIDDLE | {"adapter_init_scale": 10.0},
+    "rank 6.25 %, from the start": MIDDLE | {"adapter_start": 0.0, "adapter_lr_scale": 1.0},
 }
 
 
@@ -202,10 +204,10 @@ def gpt2_small() -> list[Run]:
     common = {"model": "gpt2-small", "seq_len": 1024, "batch_size": 32, "eval_batches": 16}
     sparse = common | {"method": "slope", "adapter_rank": RANKS[0]}
     return [
-        Run("dense", common | {"method": "dense", "lr": 6e-4}),
-        Run("slope", sparse | {"lr": 6e-4}),
-        Run("slope, twice the lr", sparse | {"lr": 1.2e-3}),
-        Run("dense, twice the lr", common | {"method": "dense", "lr": 1.2e-3}),
+        Run("dense, lr 0.0006", common | {"method": "dense", "lr": 6e-4}),
+        Run("dense, lr 0.0012", common | {"method": "dense", "lr": 1.2e-3}),
+        Run("slope, lr 0.0012", sparse | {"lr": 1.2e-3}),
+        Run("slope, lr 0.0024", sparse | {"lr": 2.4e-3}),
     ]
 
 
