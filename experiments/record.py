@@ -9,6 +9,8 @@ from typing import Any
 from pallas_kernels.tuning import slug
 from train.config import Config
 from train.data.sources import split_spec
+from train.folder import ADAPTER_FIELDS
+from train.methods import METHODS
 from train.tasks.config import FinetuneConfig
 
 MADE = ("date", "commit", "dirty", "command")  # of a record, and of each of its rows
@@ -16,7 +18,7 @@ FOLDERS = ("tokenizer", "init_from", "checkpoint")
 
 
 def read(folder: pathlib.Path, group: str, device: str) -> list[dict[str, Any]]:
-    """The rows of a group's record, with what was true of the record when it was all one; or none."""
+    """The rows of a group's record; or none."""
     path = folder / f"accuracy-{group}-{slug(device)}.json"
     return _rows(path) if path.exists() else []
 
@@ -27,9 +29,7 @@ def read_everywhere(folder: pathlib.Path, group: str) -> list[dict[str, Any]]:
 
 
 def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    record = json.loads(path.read_text(encoding="utf-8"))
-    made = {name: record[name] for name in MADE if name in record}
-    return [row if "fields" in row else made | row for row in record["results"]]
+    return json.loads(path.read_text(encoding="utf-8"))["results"]
 
 
 def identity(config: Config | FinetuneConfig) -> dict[str, Any]:
@@ -47,12 +47,20 @@ def identity(config: Config | FinetuneConfig) -> dict[str, Any]:
 
 
 def is_of(row: Mapping[str, Any], config: Config | FinetuneConfig) -> bool:
-    """Whether a row is of this run. Rows without fields are older than these, and taken for it."""
-    if "fields" not in row:
-        return True
+    """Whether a row is of this run."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     there = defaults | row["fields"]  # made by a version without some of today's
-    return all(there[name] == value for name, value in identity(config).items())
+    decisive = identity(config).keys() - _idle(config)
+    return all(there[name] == value for name, value in identity(config).items() if name in decisive)
+
+
+def _idle(config: Config | FinetuneConfig) -> frozenset[str]:
+    """Fields that decide nothing: of other methods, and of adapters where there are none."""
+    if isinstance(config, FinetuneConfig):
+        return frozenset()
+    used = frozenset().union(*(method.fields for method in METHODS.values()))
+    idle = used - METHODS[config.method].fields
+    return idle | ADAPTER_FIELDS - {"adapter_rank"} if config.adapter_step is None else idle
 
 
 def best_rate(rows: Sequence[Mapping[str, Any]], method: str, text: str, *, group: str) -> float:

@@ -83,6 +83,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "slope": {"method": "slope"},
     "slope, adapters 1.56 %": {"method": "slope", "adapter_rank": RANKS[0]},
     "slope, adapters 6.25 %": {"method": "slope", "adapter_rank": RANKS[1]},
+    "slope, adapters 6.25 %, from the start": {
+        "method": "slope",
+        "adapter_rank": RANKS[1],
+        "adapter_start": 0.0,
+    },
     "half the blocks": {"method": "half"},
     "extended SR-STE": {"method": "extended-sr-ste"},
     "wanda": {"method": "wanda", "steps": 0},
@@ -100,15 +105,14 @@ def _tuned_as(fields: Mapping[str, Any]) -> str:
 
 
 def learning_rates(common: Mapping[str, Any], rates: Sequence[float]) -> list[Run]:
-    """Half as long, one seed: which learning rate for which kind of method; slope's may be higher."""
+    """Half as long, one seed: which learning rate for which kind of method."""
     half = common["steps"] // 2
-    tried = {DENSE_LR: rates, SLOPE_LR: (*rates, 2 * rates[-1]), CHANGING_LR: rates}
     return [
         Run(
             f"{name}, lr {rate:g}",
             {"method": name, "lr": rate, "steps": half, "eval_every": half // 2},
         )
-        for name, rates in tried.items()
+        for name in (DENSE_LR, SLOPE_LR, CHANGING_LR)
         for rate in rates
     ]
 
@@ -128,6 +132,9 @@ def methods() -> list[Run]:
     ]
 
 
+# The best rate of slope if all parameters have the same; pruned kernels' own is an ablation.
+ONE_RATE = {"lr": 4e-3, "pruned_lr_scale": 1.0}
+
 ABLATIONS: dict[str, dict[str, Any]] = {
     "random mask": {"mask_init": "random"},
     "exact dx": {"backward": "exact"},
@@ -139,18 +146,17 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "in XLA": {"implementation": "xla"},
     "lr 0.002, as dense": {"lr": 2e-3},
     "lr 0.002, of pruned kernels twice that": {"lr": 2e-3, "pruned_lr_scale": 2.0},
-    # The published decay is for SGD: beside AdamW's weight decay of 0.1 it hardly counts.
-    "SR-STE, decay 0.2": {"method": "sr-ste", "mask_decay": 0.2},
 }
+# The published decay is for SGD: beside AdamW's weight decay of 0.1 it hardly counts.
+STRONGER = Run("SR-STE, decay 0.2", {"method": "sr-ste", "mask_decay": 0.2}, tuned_as=CHANGING_LR)
 
 
 def ablations() -> list[Run]:
     """One thing changed in slope without adapters (or in what the name says), one seed."""
-    runs = {name: {"method": "slope"} | fields for name, fields in ABLATIONS.items()}
-    return [
-        Run(name, fields, tuned_as=None if "lr" in fields else _tuned_as(fields))
-        for name, fields in runs.items()
+    changed = [
+        Run(name, {"method": "slope"} | ONE_RATE | fields) for name, fields in ABLATIONS.items()
     ]
+    return [*changed, STRONGER]
 
 
 # Peaks of the adapters' learning rate, relative to that of the others.
@@ -171,43 +177,49 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "rank 6.25 %, last 0.5 %, lr x 0.1": MIDDLE | {"adapter_start": 0.995},
     "rank 6.25 %, last 5 %, lr x 0.1, scale x 0.1": MIDDLE | {"adapter_init_scale": 0.1},
     "rank 6.25 %, last 5 %, lr x 0.1, scale x 10": MIDDLE | {"adapter_init_scale": 10.0},
-    "rank 6.25 %, from the start": MIDDLE | {"adapter_start": 0.0, "adapter_lr_scale": 1.0},
 }
+EARLY_ADAPTERS: dict[str, dict[str, Any]] = {
+    "rank 6.25 %, from the start": MIDDLE | {"adapter_start": 0.0, "adapter_lr_scale": 1.0},
+    "rank 6.25 %, last 50 %, lr x 0.5": MIDDLE | {"adapter_start": 0.5, "adapter_lr_scale": 0.5},
+}
+MORE_SEEDS = range(6)
 
 
 def adapters() -> list[Run]:
-    """Rank, start, learning rate and scale of adapters, three seeds.
+    """Rank, start, learning rate and scale of adapters.
 
-    Those of a seed are one run until the first of their adapters join, but for those that have them
-    from the start.
+    Those of a seed that join late are one run with the one without until then, so that three seeds
+    say enough. Early ones are other runs; their differences are wider, and they have more seeds.
     """
-    return [_adapted(name, fields, seed) for seed in SEEDS for name, fields in ADAPTERS.items()]
+    late = [_adapted(name, fields, seed) for seed in SEEDS for name, fields in ADAPTERS.items()]
+    more = [_adapted("slope", {}, seed) for seed in MORE_SEEDS if seed not in SEEDS]
+    early = [_adapted(n, fields, s) for s in MORE_SEEDS for n, fields in EARLY_ADAPTERS.items()]
+    return [*late, *more, *early]
 
 
 def _adapted(name: str, fields: Mapping[str, Any], seed: int) -> Run:
     step = round(0.95 * GPT2["steps"])
     if name == "slope":
         fields = {"checkpoint_every": step}
-    late = fields.get("adapter_start", 0.99) > 0 and "adapter_rank" in fields
+    late = name in ADAPTERS and name != "slope"
     return Run(
         name,
-        {"method": "slope"} | fields,
+        {"method": "slope"} | ONE_RATE | fields,
         seed,
         after="slope" if late else None,
         branch=step if late else None,
-        tuned_as=SLOPE_LR,
     )
 
 
 def gpt2_small() -> list[Run]:
     """GPT-2 small with the kernels on; the training loop's own speed, alone on a GPU."""
-    common = {"model": "gpt2-small", "seq_len": 1024, "batch_size": 32, "eval_batches": 16}
+    common = {"model": "gpt2-small", "seq_len": 1024, "batch_size": 32}
+    common |= {"steps": 1280, "eval_every": 160, "eval_batches": 16}
     sparse = common | {"method": "slope", "adapter_rank": RANKS[0]}
     return [
-        Run("dense, lr 0.0006", common | {"method": "dense", "lr": 6e-4}),
-        Run("dense, lr 0.0012", common | {"method": "dense", "lr": 1.2e-3}),
-        Run("slope, lr 0.0012", sparse | {"lr": 1.2e-3}),
-        Run("slope, lr 0.0024", sparse | {"lr": 2.4e-3}),
+        Run(f"{fields['method']}, lr {rate:g}", fields | {"lr": rate})
+        for rate in (6e-4, 1.2e-3)
+        for fields in (common | {"method": "dense"}, sparse)
     ]
 
 

@@ -13,7 +13,7 @@ from benchmarks import report_accuracy
 from experiments import __main__ as runner
 from experiments import group as groups
 from experiments import work
-from experiments.record import best_rate, identity
+from experiments.record import best_rate, identity, is_of
 from experiments.runs import COMMON, GROUPS, Run, family_of
 from train.config import Config
 from train.tasks.config import FinetuneConfig
@@ -324,18 +324,6 @@ def test_rows_hold_what_repeats_them_and_count_for_that_alone(monkeypatch, tmp_p
     ]
 
 
-def test_rows_of_older_records_count_and_keep_their_commit(monkeypatch, tmp_path):
-    path = tmp_path / "accuracy-gpt2-trial-a-gpu.json"
-    old = {"date": "2026-01-02", "commit": "c" * 40, "dirty": False, "command": "python -m x"}
-    path.write_text(json.dumps(old | {"results": [row(variant="a", seed=0)]}))
-    pool = Pool(lambda fields: row())
-    group_of(monkeypatch, tmp_path, [Run("a", {}), Run("b", {})]).run(pool, 1, float("inf"))
-    assert pool.names == ["b-seed-0"]
-    first, second = rows_of(tmp_path)
-    assert {name: first[name] for name in old} == old
-    assert second["commit"] != old["commit"]
-
-
 def test_names_stand_for_the_paths_of_tasks():
     config = FinetuneConfig("cola", "/home/runs/dense-seed-1", data="/home/glue")
     assert identity(config) == config.identity() | {"checkpoint": "dense-seed-1", "data": "glue"}
@@ -502,3 +490,16 @@ def test_curves_are_means_where_all_seeds_were_evaluated():
     ]
     report_accuracy._curves(pyplot, rows)
     assert drawn == {"slope": ([10, 20], [4.5, 2.5])}
+
+
+def test_fields_that_decide_nothing_do_not_make_another_run():
+    """Options of other methods, and of adapters where there are none."""
+    common = dict(COMMON["gpt2"])
+    for config, changed, same in (
+        (Config(**common, method="sr-ste"), {"pruned_lr_scale": 3.0}, True),
+        (Config(**common, method="slope"), {"pruned_lr_scale": 3.0}, False),
+        (Config(**common, method="slope"), {"adapter_lr_scale": 3.0}, True),
+        (Config(**common, method="slope"), {"adapter_rank": 4}, False),
+        (Config(**common | {"adapter_rank": 4}, method="slope"), {"adapter_lr_scale": 3.0}, False),
+    ):
+        assert is_of({"fields": identity(config) | changed}, config) is same

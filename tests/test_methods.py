@@ -56,6 +56,22 @@ def test_pruned_kernels_and_no_others_move_at_their_own_rate(scan):
         np.testing.assert_array_equal(moved[1][path], slow * (2 if path in pruned else 1), path)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "expected"), [("adamw", {"up": 2.0, "down": 4.0}), ("lamb", {"up": 1, "down": 1})]
+)
+def test_kernels_with_fewer_entries_move_faster_by_as_much_with_adamw(optimizer, expected):
+    sparsity = ".*/up=2:4; .*/down=2:8; .*=dense"
+    moved = []
+    for scale in (1.0, None):
+        config = make_config("gpt2-nano", optimizer=optimizer, sparsity=sparsity, scan=False)
+        method = METHODS["slope"](dataclasses.replace(config, pruned_lr_scale=scale))
+        updates = {"layers_3": {"mlp": {name: {"kernel": jnp.ones(8)} for name in expected}}}
+        moved.append(method.after_update().update(updates, optax.EmptyState())[0])
+    for name, factor in expected.items():
+        slow, fast = (tree["layers_3"]["mlp"][name]["kernel"] for tree in moved)
+        np.testing.assert_array_equal(fast, factor * slow)
+
+
 @pytest.mark.parametrize("name", ["slope", "sr-ste", "fst"])
 def test_methods_find_the_kernels_of_layers_without_a_scan(name):
     method = METHODS[name](make_config("gpt2-nano", method=name, scan=False))

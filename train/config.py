@@ -66,18 +66,19 @@ class Config:
     backward: Literal["double-pruned", "exact"] = "double-pruned"
     """Gradient of the pruned linears' inputs: by weights pruned again along the outputs, which runs
     sparse, or exact, by a dense product."""
-    pruned_lr_scale: float = 1.0
-    """Learning rate of the pruned kernels relative to that of the other parameters. Of 2:4 kernels half as
-    many entries move each output, which 2 would make up for."""
+    pruned_lr_scale: float | None = None
+    """Learning rate of the pruned kernels relative to that of the other parameters. None: with AdamW
+    M / N, for so many fewer entries move each output (2 for 2:4); with LAMB 1."""
     adapter_rank: int | float = 0.0156
     """Rank of the adapters: an integer, or a fraction (below 1) of the hidden size. 0: none."""
     adapter_start: float = 0.99
     """Fraction of the last phase's steps after which the adapters join, in [0, 1)."""
     adapter_init_scale: float = 1.0
     """Spread of the adapters' first factor at birth, times 1 / rank; the second starts at zero."""
-    adapter_lr_scale: float = 1.0
-    """Peak of the adapters' learning rate, relative to that of the last phase. From when they join on,
-    theirs warms up and decays as the phase's does."""
+    adapter_lr_scale: float | None = None
+    """Peak of the adapters' learning rate relative to that of the last phase. From when they join on,
+    theirs warms up and decays as the phase's does. None: the share of the phase's steps that are left to
+    them, about where a linear schedule is by then."""
 
     mask_decay: float | None = None
     """Decay of pruned weights (sr-ste, extended-sr-ste, fst). None: 2e-4, 6e-6, 6e-5."""
@@ -257,6 +258,7 @@ def from_json(saved: dict[str, Any]) -> Config:
     Raises:
       ValueError: it has a field that this version does not know.
     """
+    saved = {"pruned_lr_scale": 1.0} | saved  # as all runs had before they could choose
     names = {field.name for field in dataclasses.fields(Config)}
     if unknown := sorted(saved.keys() - names):
         raise ValueError(

@@ -105,8 +105,6 @@ def _check_ranges(config: Config) -> None:
         if not (getattr(config, name) or 0.0) >= 0:
             raise ValueError(f"{name} must not be negative, got {getattr(config, name)}")
     for name in (
-        "pruned_lr_scale",
-        "adapter_lr_scale",
         "adapter_init_scale",
         "eps",
         "eval_batches",
@@ -117,6 +115,10 @@ def _check_ranges(config: Config) -> None:
     ):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name} must be above 0, got {getattr(config, name)}")
+    for name in ("pruned_lr_scale", "adapter_lr_scale"):
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be above 0, or None for its default; got {value}")
     if not 0 < config.valid_fraction <= 0.5:
         raise ValueError(f"valid_fraction must lie in (0, 0.5], got {config.valid_fraction}")
     if config.vocab_size < 300:

@@ -53,9 +53,10 @@ def adapter_rate(config: Config, schedule: optax.Schedule) -> optax.Schedule:
     last phase's start have its rate at every step, times the scale.
     """
     last, joined = config.phases[-1], config.adapter_step
-    own = dataclasses.replace(
-        last, start=0, steps=last.end - joined, lr=last.lr * config.adapter_lr_scale
-    )
+    steps = last.end - joined
+    scale = config.adapter_lr_scale
+    scale = steps / last.steps if scale is None else scale
+    own = dataclasses.replace(last, start=0, steps=steps, lr=last.lr * scale)
     rate = make_schedule((own,), config.schedule)
     return lambda step: rate(step) / schedule(joined + step)
 
