@@ -73,7 +73,10 @@ def _paired(found: list[Row], control: list[Row], text: str) -> str:
 
 def ablations(folder: Path = RESULTS) -> str:
     """One thing changed at a time, and how far that may be by chance."""
-    base = [row for record in records("accuracy-gpt2-methods", folder) for row in record["results"]]
+    found = records(
+        "accuracy-gpt2-adapters", folder
+    )  # their "slope" has the settings of the ablations
+    base = [row for record in found for row in record["results"]]
     told = _beside_seeds(_finished(base), "slope")
     page = _pages("gpt2-ablations", folder, _each)
     return page if told is None or page == MISSING else f"{told}\n\n{page}"
@@ -122,6 +125,7 @@ def drawn(docs: Path, folder: Path = RESULTS) -> dict[Path, str]:
     """The learning curves, by their path in `docs`."""
     found = records("accuracy-gpt2-methods", folder)
     rows = _finished(row for record in found for row in record["results"])
+    rows = _in_order("gpt2-methods", rows)
     return {docs / "learning-curves.svg": svg(_curves, rows)} if rows else {}
 
 
@@ -143,12 +147,19 @@ def mean_and_deviation(values: Iterable[float]) -> tuple[float, float | None]:
 def _pages(group: str, folder: Path, table) -> str:
     pages = []
     for record in records(f"accuracy-{group}", folder):
-        rows = _finished(record["results"])
+        rows = _in_order(group, _finished(record["results"]))
         if not rows:
             continue
         texts = [table(rows), *_notes(group, record)]
         pages.append("\n\n".join(texts) + _sources(record))
     return "\n\n".join(pages) or MISSING
+
+
+def _in_order(group: str, rows: list[Row]) -> list[Row]:
+    """The rows as `experiments.runs` lists their runs, not as these ended; others behind them."""
+    variants = list(dict.fromkeys(run.variant for run in GROUPS[group]))
+    places = {variant: place for place, variant in enumerate(variants)}
+    return sorted(rows, key=lambda r: (places.get(r["variant"], len(places)), r["seed"]))
 
 
 def _sources(record: dict[str, Any]) -> str:
@@ -256,7 +267,7 @@ def change_and_margin(
 
 
 def noise_of(rows: Iterable[Row]) -> float | None:
-    """How far runs that should be equal are apart, at most: slope of one seed before adapters join.
+    """How far runs that should be equal are apart, at most: slope of one seed before late adapters join.
 
     Returns:
       The relative difference of held-out perplexity at the last step at which all of them were
@@ -264,7 +275,9 @@ def noise_of(rows: Iterable[Row]) -> float | None:
     """
     seeds: dict[int, list[Row]] = {}
     for row in rows:
-        if row.get("method") == "slope":
+        joined = row.get("adapter_step")
+        late = joined is None or joined > row["steps"] / 2
+        if row.get("method") == "slope" and late:
             seeds.setdefault(row["seed"], []).append(row)
     found = [_apart(same) for same in seeds.values()]
     return max((apart for apart in found if apart is not None), default=None)

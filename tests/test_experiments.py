@@ -418,6 +418,7 @@ def test_what_adapters_add_is_told_by_pairs_of_one_seed():
 
     def runs(variant, *logs, joins=None):
         about = {"variant": variant, "lr": 1e-3, "method": "slope", "adapter_step": joins}
+        about["steps"] = 16
         curve = [[10, 4.0], [20, 3.0]]
         return [row(math.exp(x), seed=i, curve=curve, **about) for i, x in enumerate(logs)]
 
@@ -449,7 +450,7 @@ def test_one_run_is_told_how_far_it_may_be_from_the_seeds_by_chance(tmp_path):
 
 def test_noise_is_how_far_runs_are_apart_that_should_be_equal():
     def run(variant, seed, curve, *, perplexity=100.0, method="slope", joins=None):
-        about = {"variant": variant, "seed": seed, "method": method, "lr": 1e-3}
+        about = {"variant": variant, "seed": seed, "method": method, "lr": 1e-3, "steps": 30}
         curve = [[step, math.log(x)] for step, x in curve]
         return row(perplexity, **about, adapter_step=joins, curve=curve)
 
@@ -457,6 +458,7 @@ def test_noise_is_how_far_runs_are_apart_that_should_be_equal():
         run("slope", 0, [(0, 900.0), (10, 50.0), (20, 40.0), (25, 30.0), (30, 20.0)]),
         run("wide", 0, [(0, 900.0), (10, 80.0), (20, 41.0), (30, 90.0)], joins=28),
         run("narrow", 0, [(0, 900.0), (10, 50.0), (20, 42.0), (25, 60.0), (30, 20.0)], joins=20),
+        run("early", 0, [(0, 900.0), (10, 10.0), (20, 5.0)], joins=15),
         run("slope", 1, [(20, 40.0)], perplexity=104.0),
         run("wide", 1, [(20, 40.4)], joins=28, perplexity=103.0),
         run("slope", 2, [(20, 99.0)]),
@@ -471,7 +473,7 @@ def test_noise_is_how_far_runs_are_apart_that_should_be_equal():
     cells = {name: found[-2] for name, found in cells_of(rows).items()}
     assert cells["half"] == "-5.1 %"
     assert cells["fst"] == "-4.9 % (noise)"
-    assert report_accuracy.noise_of(rows[3:4]) is None
+    assert report_accuracy.noise_of(rows[4:5]) is None
 
 
 def test_curves_are_means_where_all_seeds_were_evaluated():
