@@ -58,6 +58,7 @@ _COPY = re.compile(
     r"memcpy|memset|copy|dynamic[-_]update|dynamic[-_]slice|transpose", re.IGNORECASE
 )
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>.+?) (?P<op>[\w\-]+)\(")
+_OPERAND = re.compile(r"%([\w.\-]+)")
 _OPERATION = re.compile(r'op_name="([^"]*)"')
 _DIMENSIONS = re.compile(r"\w+\[([\d,]*)\]")
 
@@ -237,12 +238,21 @@ def classify(kernel: str, instruction: Instruction | None, tokens: int) -> str:
 def instructions(text: str) -> dict[str, Instruction]:
     """Those of a compiled program's text, by name, and by the name that its kernel would have.
 
-    A fusion without an operation of its own has that of what it computes: of its product, if any.
+    A fusion without an operation of its own has that of what it computes: of its product, if any. If
+    XLA has lost that, too, it has the one of what uses its result.
     """
     found, (_, bodies) = {}, hlo.computations(text)
+    users = {}
+    for row in text.splitlines():
+        match, operation = _INSTRUCTION.match(row), _operation(row) or _inner_operation(row, bodies)
+        if match and operation:
+            for operand in _OPERAND.findall(row[match.end() :].partition(")")[0]):
+                users.setdefault(operand, operation)
     for row in text.splitlines():
         match = _INSTRUCTION.match(row)
         operation = match and (_operation(row) or _inner_operation(row, bodies))
+        if match and not operation and " fusion(" in row:
+            operation = users.get(match["name"])
         if not operation:
             continue
         sizes = _DIMENSIONS.search(match["shape"])

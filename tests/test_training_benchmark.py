@@ -341,7 +341,13 @@ PROGRAM = """
   ROOT %convert.4 = bf16[8192,5120]{1,0} convert(%dot.4), metadata={op_name="jit(train_step)/jvp(OPT)/convert_element_type"}
 }
 
+%gemm_fusion_dot.10_computation (p: bf16[8192,5120]) -> bf16[8192,5120] {
+  ROOT %dot.10 = bf16[8192,5120]{1,0} dot(%p, %q)
+}
+
 ENTRY %main (a: bf16[8192,5120]) -> bf16[8192,5120] {
+  %gemm_fusion_dot.10 = bf16[8192,5120]{1,0} fusion(%p), kind=kCustom, calls=%gemm_fusion_dot.10_computation
+  %loop_add_fusion.10 = bf16[8192,5120]{1,0} fusion(bf16[8192,5120]{1,0} %bias, bf16[8192,5120]{1,0} %gemm_fusion_dot.10), kind=kLoop, metadata={op_name="jit(train_step)/jvp(OPT)/layers_0/attention/output/add"}
   %gemm_fusion_dot.4 = bf16[8192,5120]{1,0} fusion(%p), kind=kCustom, calls=%gemm_fusion_dot.4_computation
   %custom-call.5 = (bf16[8192,15360]{1,0}, s8[33554432]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", metadata={op_name="jit(train_step)/jvp(OPT)/while/body/closed_call/layers_1_to_2/attention/qkv/qkv._dense/dot_general" stack_frame_id=1}
   %custom-call.6 = (bf16[8192,5120]{1,0}, s8[33554432]{0}) custom-call(%a, %b), metadata={op_name="jit(train_step)/transpose(jvp(OPT))/while/body/checkpoint/layers_1_to_2/attention/qkv/dot_general"}
@@ -364,6 +370,7 @@ ENTRY %main (a: bf16[8192,5120]) -> bf16[8192,5120] {
         ("nvjet_tst_192x128", "custom-call.8", "vocabulary and heads"),
         ("sm90_xmma_gemm_bf16", "custom-call.9", "forward"),  # rematerialised
         ("gemm_fusion_dot_4", "gemm_fusion_dot.4", "forward"),  # the operation is inside
+        ("gemm_fusion_dot_10", "gemm_fusion_dot.10", "forward"),  # only its user has one
         ("nvjet_tst_192x128", "", "products of unknown use"),
         ("nm_matmul_kernel", "custom-call.5", "forward"),
         ("nm_matmul_kernel", "custom-call.6", "dx"),
