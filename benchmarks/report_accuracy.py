@@ -25,7 +25,7 @@ def summary(folder: Path = RESULTS) -> str:
 
 def rates(folder: Path = RESULTS) -> str:
     """The learning rates that were tried."""
-    found = [_pages(group, folder, _each) for group in ("gpt2-lr", "bert-lr")]
+    found = [_pages(group, folder, _each) for group in ("gpt2-lr", "nano-lr", "bert-lr")]
     return "\n\n".join(page for page in found if page != MISSING) or MISSING
 
 
@@ -101,6 +101,11 @@ def _beside_seeds(rows: list[Row], variant: str) -> str | None:
 def small(folder: Path = RESULTS) -> str:
     """GPT-2 small, with the speed of the training loop."""
     return _pages("gpt2-small", folder, _each)
+
+
+def capacity(folder: Path = RESULTS) -> str:
+    """A small model of many tokens, with and without adapters."""
+    return _pages("nano-capacity", folder, _methods)
 
 
 def bert(folder: Path = RESULTS) -> str:

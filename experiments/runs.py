@@ -74,6 +74,8 @@ BERT = GPT2 | {
     "eval_every": 320,
     "eval_batches": 16,
 }
+# 0.8 million parameters besides the embeddings, eighty tokens for each: what it can hold is what bounds it.
+NANO = GPT2 | {"model": "gpt2-nano"}
 TASKS = ("glue/cola", "glue/sst2", "glue/rte")
 FINETUNED = ("dense", "slope", "slope, adapters 6.25 %", "half the blocks", "extended SR-STE")
 SLOPE_LR, DENSE_LR, CHANGING_LR = "slope", "dense", "sr-ste"
@@ -104,7 +106,11 @@ def _tuned_as(fields: Mapping[str, Any]) -> str:
     return SLOPE_LR if method == "slope" else CHANGING_LR
 
 
-def learning_rates(common: Mapping[str, Any], rates: Sequence[float]) -> list[Run]:
+def learning_rates(
+    common: Mapping[str, Any],
+    rates: Sequence[float],
+    methods: Sequence[str] = (DENSE_LR, SLOPE_LR, CHANGING_LR),
+) -> list[Run]:
     """Half as long, one seed: which learning rate for which kind of method."""
     half = common["steps"] // 2
     return [
@@ -112,12 +118,12 @@ def learning_rates(common: Mapping[str, Any], rates: Sequence[float]) -> list[Ru
             f"{name}, lr {rate:g}",
             {"method": name, "lr": rate, "steps": half, "eval_every": half // 2},
         )
-        for name in (DENSE_LR, SLOPE_LR, CHANGING_LR)
+        for name in methods
         for rate in rates
     ]
 
 
-def methods() -> list[Run]:
+def methods(chosen: Mapping[str, Mapping[str, Any]] = METHODS) -> list[Run]:
     """All methods, three seeds."""
     return [
         Run(
@@ -128,8 +134,23 @@ def methods() -> list[Run]:
             tuned_as=_tuned_as(fields),
         )
         for seed in SEEDS
-        for name, fields in METHODS.items()
+        for name, fields in chosen.items()
     ]
+
+
+def _adapters_of(rank: float, start: float) -> dict[str, Any]:
+    return {"method": "slope", "adapter_rank": rank, "adapter_start": start}
+
+
+# Whether adapters add anything where a model has too few parameters for its tokens.
+CAPACITY: dict[str, dict[str, Any]] = {
+    **{name: METHODS[name] for name in ("dense", "slope", "half the blocks")},
+    "slope, adapters 6.25 %, last 1 %": _adapters_of(0.0625, 0.99),
+    "slope, adapters 6.25 %, last 10 %": _adapters_of(0.0625, 0.9),
+    "slope, adapters 6.25 %, from the start": _adapters_of(0.0625, 0.0),
+    "slope, adapters 25 %, last 10 %": _adapters_of(0.25, 0.9),
+    "slope, adapters 25 %, from the start": _adapters_of(0.25, 0.0),
+}
 
 
 # The best rate of slope if all parameters have the same; pruned kernels' own is an ablation.
@@ -234,13 +255,15 @@ def glue() -> list[Run]:
 
 
 # Common fields by the family that a group's name begins with.
-COMMON: dict[str, Mapping[str, Any]] = {"gpt2": GPT2, "bert": BERT}
+COMMON: dict[str, Mapping[str, Any]] = {"gpt2": GPT2, "nano": NANO, "bert": BERT}
 GROUPS: dict[str, Sequence[Run]] = {
     "gpt2-lr": learning_rates(GPT2, (1e-3, 2e-3, 4e-3)),
     "gpt2-methods": methods(),
     "gpt2-adapters": adapters(),
     "gpt2-ablations": ablations(),
     "gpt2-small": gpt2_small(),
+    "nano-lr": learning_rates(NANO, (2e-3, 4e-3, 8e-3), (DENSE_LR, SLOPE_LR)),
+    "nano-capacity": methods(CAPACITY),
     "bert-lr": learning_rates(BERT, (2.5e-4, 5e-4, 1e-3)),
     "bert-methods": methods(),
     "bert-glue": glue(),
