@@ -181,12 +181,13 @@ def _for_all(model: Decoder, platforms: tuple[str, ...], here: str, *, sparse: b
     return type(model)(dataclasses.replace(config, attention="xla"))
 
 
-# Custom calls, of whose stability JAX knows nothing: kernels, and the layout of the cache.
+# Custom calls, of whose stability JAX knows nothing: kernels, attention, and the layout of the cache.
 _CALLS = (
     "mosaic_gpu_v2",
     "mosaic_gpu",
     "triton_kernel_call",
     "__gpu$xla.gpu.triton",
+    "__cudnn$fmhaSoftmax",
     "LayoutConstraint",
 )
 

@@ -128,3 +128,22 @@ def test_programs_for_other_platforms_hold_what_runs_there(
     else:
         with pytest.raises(ValueError, match="cuda"):
             loaded.greedy(variables, prompts, 4)
+
+
+@pytest.mark.gpu
+def test_what_is_exported_on_a_gpu_holds_its_kernels_and_gives_the_tokens_of_generate(tmp_path):
+    """In bfloat16, with cuDNN's attention and, where they run, sparse kernels."""
+    path = attention.attention_path("bfloat16", 64)
+    if path.implementation != "cudnn":
+        pytest.skip(path.reason)
+    sizes = {"hidden_size": 128, "num_heads": 2, "mlp_size": 256, "num_layers": 2}
+    model = models.build("llama-nano", **SMALL | sizes, max_positions=16, dtype="bfloat16")
+    variables = jax.jit(model.init)(jax.random.key(0), **model.example_inputs())
+    model, variables = inference_variables(model, variables)
+    prompts = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 6)), jnp.int32)
+    exported = export.export(model, variables, batch=2, prompt=6, max_new_tokens=7)
+    assert "__cudnn$fmhaSoftmax" in exported.prefill.mlir_module()
+    export.save(exported, tmp_path / "made")
+    tokens = export.load(tmp_path / "made").greedy(variables, prompts, 7)
+    expected = generate(model, variables, prompts, max_new_tokens=7).tokens
+    np.testing.assert_array_equal(tokens, expected)
