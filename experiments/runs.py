@@ -110,13 +110,14 @@ def learning_rates(
     common: Mapping[str, Any],
     rates: Sequence[float],
     methods: Sequence[str] = (DENSE_LR, SLOPE_LR, CHANGING_LR),
+    length: float = 0.5,
 ) -> list[Run]:
-    """Half as long, one seed: which learning rate for which kind of method."""
-    half = common["steps"] // 2
+    """One seed, of half the steps or another share: which learning rate for which kind of method."""
+    steps = round(length * common["steps"])
     return [
         Run(
             f"{name}, lr {rate:g}",
-            {"method": name, "lr": rate, "steps": half, "eval_every": half // 2},
+            {"method": name, "lr": rate, "steps": steps, "eval_every": steps // 2},
         )
         for name in methods
         for rate in rates
@@ -264,7 +265,8 @@ GROUPS: dict[str, Sequence[Run]] = {
     "gpt2-small": gpt2_small(),
     "nano-lr": learning_rates(NANO, (2e-3, 4e-3, 8e-3), (DENSE_LR, SLOPE_LR)),
     "nano-capacity": methods(CAPACITY),
-    "bert-lr": learning_rates(BERT, (2.5e-4, 5e-4, 1e-3)),
+    # Half-way a BERT is still about to leave its first plateau.
+    "bert-lr": learning_rates(BERT, (5e-4, 1e-3, 2e-3), length=1),
     "bert-methods": methods(),
     "bert-glue": glue(),
 }
