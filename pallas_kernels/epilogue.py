@@ -1,4 +1,4 @@
-"""What may join a product before it is written: low-rank term, bias, activation."""
+"""What may join a product: a norm of its input; low-rank term, bias, activation, residual of its output."""
 
 import dataclasses
 import functools
@@ -19,25 +19,55 @@ RANK_MULTIPLE = 8  # of adapters in the kernels, which read 16 bytes at once
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Norm:
+    """A norm along the last axis, computed in float32: (x - mean) / sqrt(variance + epsilon) * scale + shift.
+
+    * `scale`: (in,); `shift`: (in,), or None.
+    * `centred`: False leaves the mean in, as RMSNorm does: x / sqrt(mean of squares + epsilon) * scale.
+    """
+
+    scale: jax.Array
+    shift: jax.Array | None = None
+    epsilon: float = dataclasses.field(default=1e-5, metadata={"static": True})
+    centred: bool = dataclasses.field(default=True, metadata={"static": True})
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The norm of x (..., in), in x's dtype."""
+        values, row = x.astype(jnp.float32), (1,) * (x.ndim - 1) + (-1,)
+        if self.centred:
+            values = values - values.mean(-1, keepdims=True)
+        factor = jax.lax.rsqrt(jnp.square(values).mean(-1, keepdims=True) + self.epsilon)
+        values = values * (factor * self.scale.astype(jnp.float32).reshape(row))
+        if self.shift is not None:
+            values = values + self.shift.astype(jnp.float32).reshape(row)
+        return values.astype(x.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Epilogue:
-    """y = activation(z), z = x @ w + t @ r + bias; all of it in float32, cast at the end.
+    """y = activation(z) + residual, z = x @ w + t @ r + bias; all in float32, cast at the end.
 
     * `bias`: (out,), or None.
     * `low_rank`: t (..., rank) with x's leading axes and r (rank, out), both in x's dtype, or None.
     * `adapter`: l (in, rank) and r in x's dtype, in the place of `low_rank`: t is x @ l, or None.
     * `activation`: a key of `ACTIVATIONS`, or None.
     * `save_preactivation`: z is returned too, for the backward pass.
+    * `norm`: of x, which is multiplied in its place; or None.
+    * `residual`: (..., out) with x's leading axes, in x's dtype, or None.
     """
 
     bias: jax.Array | None = None
     low_rank: tuple[jax.Array, jax.Array] | None = None
     adapter: tuple[jax.Array, jax.Array] | None = None
+    norm: Norm | None = None
+    residual: jax.Array | None = None
     activation: str | None = dataclasses.field(default=None, metadata={"static": True})
     save_preactivation: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def is_empty(self) -> bool:
-        terms = (self.bias, self.low_rank, self.adapter, self.activation)
+        terms = (self.bias, self.low_rank, self.adapter, self.activation, self.residual)
         return all(term is None for term in terms)
 
     def multiplied(self, x: jax.Array, precision=None) -> "Epilogue":
@@ -48,9 +78,23 @@ class Epilogue:
         low_rank = (first_product(x, left, precision), right)
         return dataclasses.replace(self, low_rank=low_rank, adapter=None)
 
+    def normalised(self, x: jax.Array) -> tuple[jax.Array, "Epilogue"]:
+        """The norm of x, made, and what is left to do."""
+        if self.norm is None:
+            return x, self
+        return self.norm(x), dataclasses.replace(self, norm=None)
+
     def check(self, x: jax.Array, out: int) -> None:
         """Raises a ValueError unless this fits x (..., in) times (in, out)."""
         check_activation(self.activation)
+        self._check_norm(x)
+        if self.residual is not None:
+            wanted = (*x.shape[:-1], out)
+            if self.residual.shape != wanted or self.residual.dtype != x.dtype:
+                raise ValueError(
+                    f"residual is {self.residual.dtype}{list(self.residual.shape)}; it must be"
+                    f" {x.dtype}{list(wanted)}"
+                )
         if self.save_preactivation and self.activation is None:
             raise ValueError("save_preactivation=True needs an activation; y is what enters it")
         if self.bias is not None:
@@ -65,6 +109,16 @@ class Epilogue:
             self._check_low_rank(x, out)
         if self.adapter is not None:
             self._check_adapter(x, out)
+
+    def _check_norm(self, x: jax.Array) -> None:
+        if self.norm is None:
+            return
+        for name in ("scale", "shift"):
+            array = getattr(self.norm, name)
+            if array is not None and array.shape != x.shape[-1:]:
+                raise ValueError(
+                    f"the norm's {name} has shape {array.shape}; it must be (in,), {x.shape[-1:]}"
+                )
 
     def _check_low_rank(self, x: jax.Array, out: int) -> None:
         t, r = self.low_rank
@@ -112,7 +166,7 @@ def finish(z: jax.Array, epilogue: Epilogue, out_dtype, precision=None):
     """The result of a product whose float32 sum is z = x @ w, in plain JAX: y, or (y, z).
 
     Args:
-      epilogue: without an adapter; see `Epilogue.multiplied`.
+      epilogue: without an adapter and a norm; see `Epilogue.multiplied`, `Epilogue.normalised`.
     """
     if epilogue.low_rank is not None:
         t, r = epilogue.low_rank
@@ -121,5 +175,7 @@ def finish(z: jax.Array, epilogue: Epilogue, out_dtype, precision=None):
         bias = epilogue.bias.astype(jnp.float32)
         z = z + bias.reshape((1,) * (z.ndim - 1) + (-1,))
     y = z if epilogue.activation is None else ACTIVATIONS[epilogue.activation](z)
+    if epilogue.residual is not None:
+        y = y + epilogue.residual.astype(jnp.float32)
     y = y.astype(out_dtype)
     return (y, z.astype(out_dtype)) if epilogue.save_preactivation else y

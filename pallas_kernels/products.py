@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch, xla
 from pallas_kernels.compressed import CompressedMatrix, check_dtype
-from pallas_kernels.epilogue import Epilogue
+from pallas_kernels.epilogue import Epilogue, Norm
 
 
 def nm_matmul(
@@ -18,12 +18,14 @@ def nm_matmul(
     activation: str | None = None,
     low_rank: tuple[jax.Array, jax.Array] | None = None,
     adapter: tuple[jax.Array, jax.Array] | None = None,
+    norm: Norm | None = None,
+    residual: jax.Array | None = None,
     save_preactivation: bool = False,
     out_dtype=None,
     precision: jax.lax.PrecisionLike = None,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """y = activation(x @ w + t @ r + bias), accumulated in float32.
+    """y = activation(x @ w + t @ r + bias) + residual, accumulated in float32.
 
     Args:
       x: (..., in), float32, bfloat16 or float16.
@@ -34,6 +36,9 @@ def nm_matmul(
       low_rank: t (..., rank) and r (rank, out) in x's dtype, as of adapters: t = x @ adapter_l.
       adapter: l (in, rank) and r in x's dtype, in the place of `low_rank`, with t = x @ l: for
         whoever has no use for t. For few tokens the kernels multiply it themselves, which is faster.
+      norm: x's norm is multiplied in its place, rounded to x's dtype. For few tokens a kernel makes
+        it on the way.
+      residual: (..., out) in x's dtype, added last, in float32.
       save_preactivation: return what enters the activation as well.
       out_dtype: dtype of the results; None for x's.
       precision: of the products, as in `jax.lax.dot_general`.
@@ -59,7 +64,7 @@ def nm_matmul(
         )
     _check_rows(x, w.shape[0], "x", "in")
     _check_same_dtype(x, w.values, "x", "w.values")
-    epilogue = Epilogue(bias, low_rank, adapter, activation, save_preactivation)
+    epilogue = Epilogue(bias, low_rank, adapter, norm, residual, activation, save_preactivation)
     epilogue.check(x, w.shape[1])
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     choice = dispatch.choose(_query("nm_matmul", w, x, out_dtype), implementation)

@@ -12,6 +12,7 @@ from pallas_kernels.epilogue import Epilogue, finish
 
 
 def nm_matmul(x: jax.Array, w: CompressedMatrix, out_dtype, precision, epilogue: Epilogue):
+    x, epilogue = epilogue.normalised(x)
     z = jnp.matmul(
         x, compressed.decompress(w), precision=precision, preferred_element_type=jnp.float32
     )

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import CompressedMatrix, Pattern, compress, compressed_shapes
-from pallas_kernels.epilogue import ACTIVATIONS, check_activation
+from pallas_kernels import CompressedMatrix, Pattern, compress, compressed_shapes, nm_matmul
+from pallas_kernels.epilogue import ACTIVATIONS, Norm, check_activation
 from slope_jax import masks
 from slope_jax.matmul import DOUBLE_PRUNED, Working, check_backward, slope_matmul
+from slope_jax.normed import Normed
 from slope_jax.sharded import sharded_matmul
 from slope_jax.sharding import active_mesh, cut_of
 
@@ -101,15 +102,45 @@ class SparseDense(nn.Dense):
         return None if pattern.is_dense else pattern
 
     @nn.compact
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """(..., in) to (..., features)."""
+    def __call__(self, inputs: jax.Array | Normed, residual: jax.Array | None = None) -> jax.Array:
+        """(..., in) to (..., features), plus the residual (..., features) if one is given.
+
+        With a residual, or the norm of an array that is not made yet, the product joins them in one
+        kernel where it can, and has no gradient.
+        """
+        norm, fuses = None, self.pattern is not None and not self._is_sharded()
+        if isinstance(inputs, Normed):
+            inputs, norm = inputs if fuses else (inputs.made(), None)
         inputs = jnp.asarray(inputs)
         self._check(inputs)
+        if fuses and (norm is not None or residual is not None):
+            return self._joined(inputs, norm, residual)
         if self.pattern is None:
-            return self._dense(inputs)
-        y = self._sparse(inputs)
-        # With an activation in it the product is needed again to know what entered that.
-        return y if self.activation else checkpoint_name(y, PRODUCT)
+            y = self._dense(inputs)
+        else:
+            y = self._sparse(inputs)
+            # With an activation in it the product is needed again to know what entered that.
+            y = y if self.activation else checkpoint_name(y, PRODUCT)
+        return y if residual is None else residual + y
+
+    def _joined(
+        self, inputs: jax.Array, norm: Norm | None, residual: jax.Array | None
+    ) -> jax.Array:
+        kernel, working = self._kernel(inputs.shape[-1]), self._working()
+        bias, adapter = self._terms(inputs.shape[-1])
+        inputs, *_ = self.promote_dtype(inputs, kernel.values, bias, dtype=self.dtype)
+        values = kernel.values if working is None else working.values
+        return nm_matmul(
+            inputs,
+            kernel.with_values(values.astype(inputs.dtype)),
+            bias=bias,
+            activation=self.activation,
+            adapter=None if adapter is None else tuple(a.astype(inputs.dtype) for a in adapter),
+            norm=norm,
+            residual=residual,
+            precision=self.precision,
+            implementation=self.implementation,
+        )
 
     def _dense(self, inputs: jax.Array) -> jax.Array:
         if self._is_sharded():
@@ -130,12 +161,7 @@ class SparseDense(nn.Dense):
         return self._product(inputs, self._kernel(inputs.shape[-1]))
 
     def _product(self, inputs: jax.Array, kernel: CompressedMatrix | jax.Array) -> jax.Array:
-        bias = (
-            self.param("bias", self.bias_init, (self.features,), self.param_dtype)
-            if self.use_bias
-            else None
-        )
-        adapter = self._adapter(inputs.shape[-1])
+        bias, adapter = self._terms(inputs.shape[-1])
         # Parameters are promoted for their dtypes alone: slope_matmul casts them, so that their
         # gradients stay in float32.
         values = getattr(kernel, "values", kernel)
@@ -156,6 +182,13 @@ class SparseDense(nn.Dense):
             implementation=self.implementation,
             backward=self.backward,
         )
+
+    def _terms(self, in_features: int) -> tuple[jax.Array | None, tuple | None]:
+        """Bias and adapter, if there are any."""
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+        return bias, self._adapter(in_features)
 
     @nn.nowrap
     def param(self, name: str, init_fn: Callable, *init_args, **init_kwargs):

@@ -8,8 +8,10 @@ import pytest
 from flax import linen as nn
 
 from pallas_kernels import CompressedMatrix, Pattern, decompress
+from pallas_kernels.epilogue import Norm
 from slope_jax import SparseDense, explain, find_layers, masks, working_copies
 from slope_jax.models import build
+from slope_jax.normed import Normed
 
 X = jax.random.normal(jax.random.key(9), (2, 5, 16))
 
@@ -200,6 +202,21 @@ def test_adapter_gradient_keeps_the_sparse_part_double_pruned():
     w_rc = w_r * masks.double_prune(w_r, "2:4")
     expected = dy @ w_rc.T + (dy @ params["adapter_r"].T) @ params["adapter_l"].T
     np.testing.assert_allclose(back(dy)[0], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sparsity", ["2:4", None])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_norm_to_be_made_and_a_residual_are_those_made_apart(sparsity, rank):
+    layer = SparseDense(
+        8, sparsity=sparsity, adapter_rank=rank, adapter_r_init=nn.initializers.ones
+    )
+    x, residual = jax.random.normal(jax.random.key(0), (2, 3, 24)).reshape(3, 6, 8)[:2]
+    x = jnp.tile(x, (1, 2))
+    norm = Norm(jnp.arange(16.0), jnp.ones(16))
+    variables = layer.init(jax.random.key(1), x)
+    apart = residual + layer.apply(variables, norm(x))
+    together = layer.apply(variables, Normed(x, norm), residual)
+    np.testing.assert_allclose(together, apart, rtol=1e-5, atol=1e-5 * np.abs(apart).max())
 
 
 def test_default_adapters_change_nothing_at_birth():

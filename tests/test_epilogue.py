@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compress, decompress, kept_mask, nm_matmul
+from pallas_kernels.epilogue import Norm
 from slope_jax import masks, slope_matmul
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -58,6 +59,23 @@ def test_matmul_is_the_formula(activation):
     for low_rank in ({"low_rank": (x @ left, right)}, {"adapter": (left, right)}):
         y = nm_matmul(x, w, bias=bias, activation=activation, **low_rank)
         close(y, formula(activation, exact)[0])
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_a_norm_comes_first_and_a_residual_last(centred):
+    """By the formula in float64, of rows whose mean is far from zero."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(100, 1, (2, 3, 32)).astype(np.float32)
+    scale, shift, residual = rng.normal(size=32), rng.normal(size=32), rng.normal(size=(2, 3, 48))
+    _, w, bias, *_ = problem()
+    norm = Norm(jnp.float32(scale), jnp.float32(shift) if centred else None, 1e-2, centred)
+    options = {"bias": bias, "activation": "relu", "norm": norm, "residual": jnp.float32(residual)}
+    y = nm_matmul(jnp.asarray(x), w, **options)
+    rows = np.float64(x) - (np.float64(x).mean(-1, keepdims=True) if centred else 0)
+    rows = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-2) * scale
+    rows = rows + (shift if centred else 0)
+    z = rows @ np.asarray(decompress(w), np.float64) + np.asarray(bias)
+    close(y, np.maximum(z, 0) + residual)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -170,6 +188,10 @@ def test_vmap_and_scan_over_layers_of_everything():
             "low_rank and adapter are both given",
         ),
         ({"save_preactivation": True}, "needs an activation"),
+        ({"norm": Norm(jnp.ones(16))}, r"norm's scale has shape \(16,\).*\(32,\)"),
+        ({"norm": Norm(jnp.ones(32), jnp.ones(48))}, r"norm's shift has shape \(48,\)"),
+        ({"residual": jnp.ones((6, 48))}, r"residual is float32\[6, 48\].*float32\[2, 3, 48\]"),
+        ({"residual": jnp.ones((2, 3, 48), "bfloat16")}, "residual is bfloat16"),
     ],
 )
 def test_bad_epilogues_are_named(options, message):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compress, decompress, kept_mask
+from pallas_kernels.epilogue import Norm
 from pallas_kernels.mosaic import support
 
 obstacle = support.device_obstacle()
@@ -81,6 +82,24 @@ def test_it_lowers_for_cuda_without_a_gpu(config, epilogue, strict_dtypes):
 
 
 @needs_jax
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("shift", [False, True])
+def test_it_lowers_with_a_norm_and_a_residual(config, shift, strict_dtypes):
+    from pallas_kernels.mosaic import few_tokens, normed
+
+    def product(x, values, metadata, scale, residual):
+        norm = scale, scale if shift else None
+        options = {"norm": norm, "form": normed.Form(1e-5, shift), "residual": residual}
+        return few_tokens.nm_matmul(x, values, metadata, few_tokens.Config(*config), **options)
+
+    shapes = [((12, 776), "bfloat16"), ((388, 1000), "bfloat16"), ((97, 1000), "uint8")]
+    shapes += [((776,), "float32"), ((12, 1000), "bfloat16")]
+    arrays = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    lowered = jax.jit(product).trace(*arrays).lower(lowering_platforms=("cuda",))
+    assert "nm_matmul" in lowered.as_text()
+
+
+@needs_jax
 def test_every_choice_and_candidate_fits_the_machine():
     from pallas_kernels.mosaic import few_tokens
 
@@ -149,6 +168,41 @@ def test_its_error_is_within_twice_that_of_the_dense_product(shape, dtype):
     assert np.abs(float64(y) - exact).max() <= allowed
     for _ in range(5):
         np.testing.assert_array_equal(y, run(x, w))
+
+
+@needs_gpu
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("tokens", [1, 3, 8, 13])
+@pytest.mark.parametrize("centred", [True, False])
+def test_its_norm_is_as_close_as_one_made_apart(config, tokens, centred):
+    """Against float64, on ragged sizes, of rows whose mean is far from zero."""
+    from pallas_kernels.mosaic import normed
+
+    k, f = (776, 1000) if tokens != 3 else (72, 136)  # where some CTAs have nothing to do
+    x = normal(0, (tokens, k)) * 2 + 30
+    scale, shift = normal(2, (k,), jnp.float32), normal(3, (k,), jnp.float32)
+    w, residual = sparse(normal(1, (k, f))), normal(4, (tokens, f))
+    norm = Norm(scale, shift if centred else None, 1e-5, centred)
+    options = {"norm": (scale, norm.shift), "form": normed.Form(1e-5, centred)}
+    y = run(x, w, config, residual=residual, **options)
+    apart = run(jax.jit(norm)(x), w, config, residual=residual)
+    rows = float64(x) - (float64(x).mean(-1, keepdims=True) if centred else 0)
+    rows = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-5) * float64(scale)
+    exact = (rows + (float64(shift) if centred else 0)) @ float64(dense(w)) + float64(residual)
+    errors = [np.abs(float64(a) - exact).max() for a in (y, apart)]
+    assert errors[0] <= 2 * errors[1]
+    np.testing.assert_array_equal(y, run(x, w, config, residual=residual, **options))
+
+
+@needs_gpu
+def test_a_row_of_nan_leaves_the_norms_of_others_alone():
+    from pallas_kernels.mosaic import normed
+
+    x = normal(0, (5, 776)).at[3, 7].set(jnp.nan)
+    w, scale = sparse(normal(1, (776, 264))), jnp.ones(776)
+    y = run(x, w, norm=(scale, None), form=normed.Form(1e-5, True))
+    assert np.isnan(float64(y)[3]).all()
+    assert np.isfinite(np.delete(float64(y), 3, axis=0)).all()
 
 
 @needs_gpu

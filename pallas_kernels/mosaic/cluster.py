@@ -10,7 +10,7 @@ from jax.experimental.mosaic.gpu import utils as mutils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from pallas_kernels.mosaic import activations, launch, ops, ptx, warps
+from pallas_kernels.mosaic import activations, launch, normed, ops, ptx, warps
 
 
 def kernel(geometry: warps.Geometry, body, *, out_type, grid: dict[str, int], name: str):
@@ -68,17 +68,17 @@ def open_exchange(geometry: warps.Geometry, ring_ref, share) -> None:
 def finish(
     geometry: warps.Geometry, acc, ring_ref, tile, share, refs, activation=None, first_row=0
 ) -> None:
-    """y = activation(z), z = acc, summed over the warps and CTAs that share inputs, + bias.
+    """y = activation(z) + residual, z = acc, summed over the warps and CTAs that share inputs, + bias.
 
     Always in the same order: the warps of a CTA add theirs in shared memory, and the CTAs of a
     cluster send each other the units that they are to complete.
 
     Args:
-      refs: "y", and "z" and "bias" if there are any, in global memory.
-      first_row: of y and z, which the first token has.
+      refs: "y", and "z", "bias" and "residual" if there are any, in global memory.
+      first_row: of y, z and residual, which the first token has.
     """
     g = geometry
-    used = {name: refs[name] for name in ("y", "z", "bias") if name in refs}
+    used = {name: refs[name] for name in ("y", "z", "bias", "residual") if name in refs}
 
     @plgpu.inline_mgpu(
         arg_types=(g.layout, warps.REF, *(warps.SPLAT,) * 3, *(warps.REF,) * len(used))
@@ -213,6 +213,8 @@ def _complete(g, lane, tile, first_row, arrays, activation, unit, known, values)
         _store(arrays["z"], values, row, column, inside, g.f)
     if activation is not None:
         values = [activations.PRECISE[activation](z) for z in values]
+    if "residual" in arrays:
+        values = ptx.add_floats(values, _load_floats(arrays["residual"], column, inside, row, g.f))
     _store(arrays["y"], values, row, column, inside, g.f)
 
 
@@ -228,24 +230,13 @@ def _store(out, values, row, column, inside, f: int) -> None:
         ptx.store16(target, words, inside)
 
 
-def _load_floats(ref, column, inside):
-    """8 consecutive elements as float32, zero where not inside."""
+def _load_floats(ref, column, inside, row=None, f: int = 0):
+    """8 consecutive elements as float32, of a row of `f` if it has rows, zero where not inside."""
     dtype = ptx.dtype_of(ref)
-    source = ptx.global_address(
-        ref, ops.const(0), 0, ops.mul(column, 4 if dtype == "float32" else 2)
-    )
+    size = 4 if dtype == "float32" else 2
+    row = ops.const(0) if row is None else row
+    source = ptx.global_address(ref, row, size * f, ops.mul(column, size))
     if dtype == "float32":
         words = [*ptx.load(source, inside, 4), *ptx.load(ops.add(source, 16), inside, 4)]
         return [llvm.bitcast(ir.F32Type.get(), word) for word in words]
-    kind = ops.PTX_TYPE[dtype]
-    return [
-        value
-        for word in ptx.load(source, inside, 4)
-        for value in ptx.asm(
-            "{ .reg .b16 l, h; mov.b32 {l, h}, $2; "
-            f"cvt.f32.{kind} $0, l; cvt.f32.{kind} $1, h; }}",
-            word,
-            results="ff",
-            pure=True,
-        )
-    ]
+    return normed.floats_of(ptx.load(source, inside, 4), dtype)

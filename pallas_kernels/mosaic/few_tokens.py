@@ -14,13 +14,16 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import cluster, launch, ring, warps
+from pallas_kernels.mosaic import cluster, launch, normed, ring, warps
 from pallas_kernels.mosaic.activations import PRECISE
 from pallas_kernels.mosaic.frame import SHARED_MEMORY
 from pallas_kernels.mosaic.low_rank import Product
 from pallas_kernels.mosaic.support import FEW_TOKENS
 
 REGISTERS = 65536  # of a processor
+# Tokens whose norm the kernel makes, and those that take so little room that the kernel is cut as
+# without it. Every CTA reads them all.
+MOST_NORMED, FEW_NORMED = 16, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +47,11 @@ class Config:
         if self.stages < 2:
             raise ValueError(f"{self}: stages must be at least 2")
 
-    def geometry(self, tokens: int, k: int, f: int, dtype: str = "bfloat16") -> warps.Geometry:
+    def geometry(
+        self, tokens: int, k: int, f: int, dtype: str = "bfloat16", normed: bool = False
+    ) -> warps.Geometry:
         """With as many stages as the inputs need and shared memory holds."""
-        g = warps.Geometry(tokens, k, f, dtype, **dataclasses.asdict(self))
+        g = warps.Geometry(tokens, k, f, dtype, **dataclasses.asdict(self), normed=normed)
         stages = max(2, min(self.stages, g.rounds + 1, SHARED_MEMORY // g.stage_bytes))
         g = dataclasses.replace(g, stages=stages)
         while g.stages > 2 and g.shared_memory > SHARED_MEMORY:
@@ -69,13 +74,13 @@ LAUNCH = {1: 0.003, 2: 0.003, 4: 0.005, 8: 0.006}
 NEXT = {1: 1.0, 2: 1.0, 4: 2.5, 8: 3.0}
 
 
-def choose(tokens: int, k: int, f: int) -> Config:
-    """The configuration that should be the fastest.
+def choose(tokens: int, k: int, f: int, *, normed: bool = False) -> Config:
+    """The configuration that should be the fastest, of a product with a norm if `normed`.
 
     >>> choose(8, 4096, 4096)
     Config(across=1, along=4, split=2, stages=4)
     """
-    return _ranked(tokens, tokens, k, f)[0]
+    return _ranked(tokens, tokens, k, f, normed)[0]
 
 
 def candidates(tokens: int, k: int, f: int) -> list[Config]:
@@ -83,7 +88,7 @@ def candidates(tokens: int, k: int, f: int) -> list[Config]:
     return _ranked(tokens, min(2 * tokens, FEW_TOKENS), k, f)[:24]
 
 
-def _ranked(tokens: int, most_tokens: int, k: int, f: int) -> list[Config]:
+def _ranked(tokens: int, most_tokens: int, k: int, f: int, normed: bool = False) -> list[Config]:
     times = {}
     for across, along, split in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8)):
         warp_count = across * along
@@ -92,10 +97,10 @@ def _ranked(tokens: int, most_tokens: int, k: int, f: int) -> list[Config]:
         for stages in {4: (4, 6, 3), 8: (3, 4, 2)}[warp_count]:
             config = Config(across, along, split, stages)
             try:
-                config.geometry(most_tokens, k, f)
+                config.geometry(most_tokens, k, f, normed=normed)
             except ValueError:
                 continue
-            times[config] = _time(config.geometry(tokens, k, f))
+            times[config] = _time(config.geometry(tokens, k, f, normed=normed))
     return sorted(times, key=times.get)
 
 
@@ -130,7 +135,7 @@ def _time(g: warps.Geometry) -> float:
     return time + (wave(rest) if rest else 0.0)
 
 
-@launch.once("config", "activation", "save_preactivation", "out_dtype")
+@launch.once("config", "activation", "save_preactivation", "out_dtype", "form")
 def nm_matmul(
     x: jax.Array,
     values: jax.Array,
@@ -140,10 +145,13 @@ def nm_matmul(
     bias: jax.Array | None = None,
     activation: str | None = None,
     low_rank: tuple[jax.Array, jax.Array] | None = None,
+    norm: tuple[jax.Array, jax.Array | None] | None = None,
+    form: normed.Form | None = None,
+    residual: jax.Array | None = None,
     save_preactivation: bool = False,
     out_dtype=None,
 ):
-    """activation(x @ w + t @ r + bias), and what enters the activation if that is to be saved.
+    """activation(x @ w + t @ r + bias) + residual, and what enters the activation if that is saved.
 
     Args:
       x: (tokens, in), 1 to 64 tokens, bfloat16 or float16; in is a multiple of 8.
@@ -151,6 +159,9 @@ def nm_matmul(
       bias: (out,), float32, bfloat16 or float16.
       low_rank: t (tokens, rank) in x's dtype, or its float32 summands (parts, tokens, rank) as of
         `first_product`; r (rank, out) in x's dtype. rank is a multiple of 8.
+      norm: scale and shift (or None) of a norm of x, float32 (in,), and its `form`; not beside
+        `low_rank`.
+      residual: (tokens, out), in x's dtype.
       out_dtype: x's dtype (None) or float32.
     """
     tokens, k = x.shape
@@ -159,17 +170,26 @@ def nm_matmul(
         raise ValueError(f"x has {tokens} tokens; this kernel takes 1 to {FEW_TOKENS}")
     if activation is not None and activation not in PRECISE:
         raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(PRECISE)}")
-    geometry = config.geometry(tokens, k, f, str(x.dtype))
+    geometry = config.geometry(tokens, k, f, str(x.dtype), norm is not None)
     operands = {"values": values, "metadata": metadata, "x": x}
+    if norm is not None:
+        if low_rank is not None:
+            raise ValueError(
+                "norm and low_rank are both given: t is of x's norm, which is not made"
+            )
+        scale, shift = norm
+        operands |= {"scale": scale} if shift is None else {"scale": scale, "shift": shift}
     if bias is not None:
         operands["bias"] = bias
     if low_rank is not None:
         operands |= {"t": low_rank[0], "r": low_rank[1]}
+    if residual is not None:
+        operands["residual"] = residual
     results = ("y", "z") if save_preactivation else ("y",)
 
     def body(*refs):
         names = (*operands, *results, "stages")
-        _kernel(geometry, activation, dict(zip(names, refs, strict=True)))
+        _kernel(geometry, activation, form, dict(zip(names, refs, strict=True)))
 
     kernel = cluster.kernel(
         geometry,
@@ -182,7 +202,9 @@ def nm_matmul(
     return (y, *preactivation) if save_preactivation else y
 
 
-def _kernel(g: warps.Geometry, activation: str | None, refs: dict) -> None:
+def _kernel(
+    g: warps.Geometry, activation: str | None, form: normed.Form | None, refs: dict
+) -> None:
     stages = refs["stages"]
     tile = lax.axis_index("tile")
     share = cluster.share_of(g)
@@ -198,6 +220,8 @@ def _kernel(g: warps.Geometry, activation: str | None, refs: dict) -> None:
         adapter = Product(g, refs["t"], refs["r"], tile, share, g.split)
         started = adapter.start()
     ring.start(g, fetch)
+    if g.normed:
+        normed.prepare(g, form, refs, stages, first, last)
     acc = warps.zeros(g)
     if "t" in refs:
         acc = adapter.add(acc, started)
@@ -207,7 +231,7 @@ def _kernel(g: warps.Geometry, activation: str | None, refs: dict) -> None:
         ring.wait(g, g.stages - 2)
         free = lax.select(stage == 0, jnp.int32(g.stages - 1), stage - 1)
         fetch(number + (g.stages - 1), free)
-        acc = warps.multiply(g, acc, stages, stage)
+        acc = warps.multiply(g, acc, stages, stage, number * g.along, last - first)
         return acc, lax.select(stage == g.stages - 1, jnp.int32(0), stage + 1)
 
     acc, _ = lax.fori_loop(0, g.rounds, multiply, (acc, jnp.int32(0)))

@@ -2,14 +2,15 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import batching, tuning
 from pallas_kernels.compressed import CompressedMatrix
-from pallas_kernels.epilogue import Epilogue, finish, padded_rank
-from pallas_kernels.mosaic import few_tokens, first_product, matmul, sddmm, transpose
+from pallas_kernels.epilogue import Epilogue, Norm, finish, padded_rank
+from pallas_kernels.mosaic import few_tokens, first_product, matmul, normed, sddmm, transpose
 from pallas_kernels.mosaic.two_four import as_two_four, values_of
 
 
@@ -36,21 +37,30 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
     if tokens == 0:
         zeros = jnp.zeros((*x.shape[:-1], f), jnp.float32)
         return finish(zeros, epilogue.multiplied(x), out_dtype)
-    w = as_two_four(w)
+    w, rows = as_two_four(w), x.reshape(tokens, k)
     module = few_tokens if tokens <= few_tokens.FEW_TOKENS else matmul
-    rows = x.reshape(tokens, k)
+    config = _normed_config(tokens, k, f, x.dtype, epilogue)
+    if config is None:
+        rows, epilogue = epilogue.normalised(rows)
+        config = _config(module, tokens, k, f, x.dtype)
+    options, residual = _norm_options(epilogue.norm), epilogue.residual
+    if residual is not None and module is few_tokens:
+        options["residual"], residual = residual.reshape(tokens, f), None
     result = module.nm_matmul(
         rows,
         w.values,
         w.metadata,
-        _config(module, tokens, k, f, x.dtype),
+        config,
         bias=epilogue.bias,
         activation=epilogue.activation,
         low_rank=_low_rank(rows, epilogue),
         save_preactivation=epilogue.save_preactivation,
         out_dtype=out_dtype,
+        **options,
     )
     y, *z = (a.reshape(*x.shape[:-1], f) for a in jax.tree.leaves(result))
+    if residual is not None:
+        y = (y.astype(jnp.float32) + residual.astype(jnp.float32)).astype(out_dtype)
     # In a scan that stacks y, XLA lets the kernel write into the stack, and for y's other users
     # runs it a second time. The barrier makes it copy y instead.
     y = jax.lax.optimization_barrier(y)
@@ -65,6 +75,33 @@ def _config(module, tokens: int, k: int, f: int, dtype):
     }[module]
     entry = _measured(name, tokens, k, f, dtype)
     return module.choose(tokens, k, f) if entry is None else make(**entry.config)
+
+
+def _normed_config(tokens: int, k: int, f: int, dtype, epilogue: Epilogue):
+    """That of the few-token kernel where it makes the norm itself, else None."""
+    terms = (epilogue.low_rank, epilogue.adapter)
+    if (
+        epilogue.norm is None
+        or tokens > few_tokens.MOST_NORMED
+        or any(t is not None for t in terms)
+    ):
+        return None
+    if tokens > few_tokens.FEW_NORMED:
+        return few_tokens.choose(tokens, k, f, normed=True)
+    config = _config(few_tokens, tokens, k, f, dtype)
+    try:
+        config.geometry(tokens, k, f, str(dtype), normed=True)
+    except ValueError:  # made for tokens that are not kept
+        return few_tokens.choose(tokens, k, f, normed=True)
+    return config
+
+
+def _norm_options(norm: Norm | None) -> dict[str, Any]:
+    if norm is None:
+        return {}
+    float32 = functools.partial(jnp.asarray, dtype=jnp.float32)
+    shift = None if norm.shift is None else float32(norm.shift)
+    return {"norm": (float32(norm.scale), shift), "form": normed.Form(norm.epsilon, norm.centred)}
 
 
 def _measured(op: str, tokens: int, k: int, f: int, dtype) -> tuning.Entry | None:
@@ -94,7 +131,9 @@ def _rows_of_matmul(x, w: CompressedMatrix, epilogue: Epilogue):
     low_rank = None if epilogue.low_rank is None else (True, False)
     adapter = None if epilogue.adapter is None else (False, False)
     bias = None if epilogue.bias is None else False
-    return True, (False, False), (bias, low_rank, adapter)
+    norm = jax.tree.map(lambda _: False, epilogue.norm)
+    residual = None if epilogue.residual is None else True
+    return True, (False, False), (bias, low_rank, adapter, norm, residual)
 
 
 def _low_rank(x, epilogue: Epilogue):

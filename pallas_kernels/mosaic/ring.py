@@ -31,7 +31,8 @@ def fetch(geometry: warps.Geometry, weights, ring_ref, tile, step, stage, limit)
         target = ptx.sum_of(base, ops.mul(lane.warp, warps.WARP_BYTES))
         _fetch_metadata(g, metadata, lane, step, output, ops.add(target, warps.VALUE_BYTES), limit)
         _fetch_values(g, values, lane, step, output, target, ops.mul(limit, 4))
-        _fetch_tokens(g, x, lane, step, warps.token_base(g, lane, base), ops.mul(limit, 8))
+        if not g.normed:
+            _fetch_tokens(g, x, lane, step, warps.token_base(g, lane, base), ops.mul(limit, 8))
         ptx.asm("cp.async.commit_group;")
 
     body(*weights, ring_ref, tile, step, stage, limit)
@@ -114,7 +115,7 @@ def wait(geometry: warps.Geometry, in_flight: int) -> None:
     @plgpu.inline_mgpu()
     def body(ctx):
         ptx.asm(f"cp.async.wait_group {in_flight};")
-        if g.across == 1:
+        if g.across == 1 or g.normed:  # nothing but a warp's own weights
             ptx.asm("bar.warp.sync 0xffffffff;")
         elif g.along == 1:
             ptx.asm("bar.sync 0;")

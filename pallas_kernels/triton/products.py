@@ -25,6 +25,7 @@ def nm_matmul(
     capability: int | None = None,
 ):
     """(..., in) @ (in, out). `precision` does not matter to 16-bit operands."""
+    x, epilogue = epilogue.normalised(x)
     dtype = out_dtype if epilogue.is_empty else jnp.float32
     run = functools.partial(_product, out_dtype=dtype, capability=capability)
     z = batching.by_rows(run, lambda x, w: (True, jax.tree.map(lambda _: False, w)))(x, w)

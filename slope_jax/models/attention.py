@@ -14,6 +14,7 @@ from slope_jax.models.cache import CACHE
 from slope_jax.models.config import TransformerConfig
 from slope_jax.models.layers import linear
 from slope_jax.models.rope import rotate
+from slope_jax.normed import Normed
 from slope_jax.sharded import split_sections
 from slope_jax.sharding import BATCH, TENSOR, active_mesh
 
@@ -156,8 +157,10 @@ class Attention(nn.Module):
     output_init: nn.initializers.Initializer
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-        """(B, S, hidden) to (B, S, hidden)."""
+    def __call__(
+        self, x: jax.Array | Normed, context: Context, residual: jax.Array | None = None
+    ) -> jax.Array:
+        """(B, S, hidden) to (B, S, hidden), plus the residual if one is given."""
         config, patterns = self.config, dict(self.patterns)
         heads, kv_heads = config.num_heads, config.num_kv_heads
         sections = tuple(n * config.head_dim for n in (heads, kv_heads, kv_heads))
@@ -176,7 +179,7 @@ class Attention(nn.Module):
             kernel_init=self.output_init,
             name="output",
         )
-        return output(mixed.reshape(x.shape))
+        return output(mixed.reshape(x.shape), residual)
 
     def _heads(self, qkv: jax.Array, sections: tuple[int, ...]) -> list[jax.Array]:
         """Queries, keys and values (B, S, heads, head_dim)."""

@@ -16,6 +16,7 @@ from slope_jax.models.layers import (
     Mlp,
     check_tokens,
     embedding,
+    later,
     linear,
     mask_padding,
     norm,
@@ -64,10 +65,16 @@ class DecoderLayer(nn.Module):
         # Two projections a layer add to the residual stream; this keeps its variance at the end.
         residual_init = nn.initializers.normal(config.init_std / math.sqrt(2 * config.num_layers))
         attention = Attention(config, patterns, True, residual_init, name="attention")
-        x = x + dropout()(attention(norm(config, "attention_norm")(x), context))
         kind = GatedMlp if config.gated else Mlp
         mlp = kind(config, patterns, config.activation, residual_init, name="mlp")
-        x = x + dropout()(mlp(norm(config, "mlp_norm")(x)))
+        norms = norm(config, "attention_norm"), norm(config, "mlp_norm")
+        decodes = context.positions is not None and not self.is_initializing()
+        if decodes and self.deterministic:
+            # Decoding: kernels of few tokens make the norms and add the residuals.
+            x = attention(later(norms[0], x), context, x)
+            return mlp(later(norms[1], x), x), None
+        x = x + dropout()(attention(norms[0](x), context))
+        x = x + dropout()(mlp(norms[1](x)))
         return x, None
 
 

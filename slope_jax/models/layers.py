@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
+from pallas_kernels import epilogue
 from pallas_kernels.epilogue import ACTIVATIONS
 from slope_jax.dense import SparseDense, inverse_rank_normal
 from slope_jax.models.config import TransformerConfig
+from slope_jax.normed import Normed
 from slope_jax.policy import DENSE
 from slope_jax.sharded import sharded_head, sharded_take, split_sections
 from slope_jax.sharding import WHOLE, active_mesh, constrain, cut_of
@@ -83,6 +85,14 @@ def norm(config: TransformerConfig, name: str | None) -> Norm | RMSNorm:
         use_fast_variance=False,
         name=name,
     )
+
+
+def later(module: Norm | RMSNorm, x: jax.Array) -> Normed:
+    """A module's norm of x, for the linear that multiplies it to make."""
+    centred = isinstance(module, Norm)
+    shift = module.get_variable("params", "bias") if centred else None
+    scale = module.get_variable("params", "scale")
+    return Normed(x, epilogue.Norm(scale, shift, module.epsilon, centred))
 
 
 class Embed(nn.Embed):
@@ -171,8 +181,8 @@ class Mlp(nn.Module):
     output_init: nn.initializers.Initializer
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, S, hidden) to (B, S, hidden)."""
+    def __call__(self, x: jax.Array | Normed, residual: jax.Array | None = None) -> jax.Array:
+        """(B, S, hidden) to (B, S, hidden), plus the residual if one is given."""
         config, patterns = self.config, dict(self.patterns)
         up = linear(
             config,
@@ -188,7 +198,7 @@ class Mlp(nn.Module):
             kernel_init=self.output_init,
             name="down",
         )
-        return down(up(x))
+        return down(up(x), residual)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=1)
@@ -210,8 +220,8 @@ class GatedMlp(nn.Module):
     output_init: nn.initializers.Initializer
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, S, hidden) to (B, S, hidden)."""
+    def __call__(self, x: jax.Array | Normed, residual: jax.Array | None = None) -> jax.Array:
+        """(B, S, hidden) to (B, S, hidden), plus the residual if one is given."""
         config, patterns = self.config, dict(self.patterns)
         gate_up = linear(
             config,
@@ -227,4 +237,4 @@ class GatedMlp(nn.Module):
             kernel_init=self.output_init,
             name="down",
         )
-        return down(gated(gate_up(x), self.activation))
+        return down(gated(gate_up(x), self.activation), residual)
