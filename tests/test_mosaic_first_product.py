@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compress, decompress, nm_matmul
-from pallas_kernels.epilogue import Epilogue
+from pallas_kernels.epilogue import Epilogue, Norm
 from pallas_kernels.mosaic import support
 from slope_jax import slope_matmul
 
@@ -150,11 +150,16 @@ def test_the_kernel_runs_where_no_gradient_needs_the_first_product(monkeypatch):
 
 
 @needs_jax
-def test_it_lowers_under_vmap_scan_and_shard_map(monkeypatch):
+@pytest.mark.parametrize("joined", [False, True])
+def test_it_lowers_under_vmap_scan_and_shard_map(monkeypatch, joined):
+    """With a norm and a residual as well."""
     monkeypatch.setattr(support, "device_obstacle", lambda: None)
 
     def layer(x, w, adapter):
-        return nm_matmul(x, w, adapter=adapter, implementation="mosaic")
+        scale = adapter[0][:, 0].astype(jnp.float32)
+        residual = jnp.tile(x, (1, 2)) if x.ndim == 2 else None
+        options = {"norm": Norm(scale, scale), "residual": residual} if joined else {}
+        return nm_matmul(x, w, adapter=adapter, implementation="mosaic", **options)
 
     x, w, adapter = shapes_of(4, 64, 128, 16)
     stack = jax.tree.map(lambda a: jax.ShapeDtypeStruct((3, *a.shape), a.dtype), (x, w, adapter))
@@ -238,6 +243,34 @@ def test_the_product_with_an_adapter_is_exact_on_integers(shape, dtype):
     np.testing.assert_array_equal(y, exact(x, w, adapter))
     for _ in range(3):
         np.testing.assert_array_equal(run(x, w, adapter=adapter), y)
+
+
+@needs_gpu
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("shape", [(1, 4096, 1024, 64), (3, 1000, 520, 24), (16, 776, 328, 80)])
+def test_a_norm_and_an_adapter_are_as_close_as_a_norm_made_apart(shape, centred):
+    """Against float64, of rows whose mean is far from zero."""
+    tokens, k, f, rank = shape
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(30, 2, (tokens, k)), jnp.bfloat16)
+    left, right = (
+        jnp.asarray(rng.normal(0, 0.1, size), jnp.bfloat16) for size in ((k, rank), (rank, f))
+    )
+    w, residual = (jnp.asarray(rng.normal(size=size), "bfloat16") for size in ((k, f), (tokens, f)))
+    w = sparse(w)
+    scale, shift = (jnp.asarray(rng.normal(size=k), jnp.float32) for _ in range(2))
+    norm = Norm(scale, shift if centred else None, 1e-5, centred)
+    run = jax.jit(functools.partial(nm_matmul, implementation="mosaic"))
+    options = {"adapter": (left, right), "residual": residual}
+    y = run(x, w, norm=norm, **options)
+    apart = run(jax.jit(norm)(x), w, **options)
+    rows = float64(x) - (float64(x).mean(-1, keepdims=True) if centred else 0)
+    rows = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-5) * float64(scale)
+    rows = rows + (float64(shift) if centred else 0)
+    product = rows @ float64(dense(w)) + rows @ float64(left) @ float64(right) + float64(residual)
+    errors = [np.abs(float64(a) - product).max() for a in (y, apart)]
+    assert errors[0] <= 2 * errors[1]
+    np.testing.assert_array_equal(run(x, w, norm=norm, **options), y)
 
 
 @needs_gpu

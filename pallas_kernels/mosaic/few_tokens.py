@@ -159,8 +159,7 @@ def nm_matmul(
       bias: (out,), float32, bfloat16 or float16.
       low_rank: t (tokens, rank) in x's dtype, or its float32 summands (parts, tokens, rank) as of
         `first_product`; r (rank, out) in x's dtype. rank is a multiple of 8.
-      norm: scale and shift (or None) of a norm of x, float32 (in,), and its `form`; not beside
-        `low_rank`.
+      norm: scale and shift (or None) of a norm of x, float32 (in,), and its `form`.
       residual: (tokens, out), in x's dtype.
       out_dtype: x's dtype (None) or float32.
     """
@@ -173,10 +172,6 @@ def nm_matmul(
     geometry = config.geometry(tokens, k, f, str(x.dtype), norm is not None)
     operands = {"values": values, "metadata": metadata, "x": x}
     if norm is not None:
-        if low_rank is not None:
-            raise ValueError(
-                "norm and low_rank are both given: t is of x's norm, which is not made"
-            )
         scale, shift = norm
         operands |= {"scale": scale} if shift is None else {"scale": scale, "shift": shift}
     if bias is not None:
@@ -216,15 +211,15 @@ def _kernel(
         ring.fetch(g, weights, stages, tile, first + number * g.along, stage, limit)
 
     cluster.open_exchange(g, stages, share)
-    if "t" in refs:  # its loads go ahead of the ring's, and arrive with the first stage
-        adapter = Product(g, refs["t"], refs["r"], tile, share, g.split)
-        started = adapter.start()
+    adapter = Product(g, refs["t"], refs["r"], tile, share, g.split) if "t" in refs else None
+    # Its loads go ahead of the ring's, and arrive with the first stage; but a norm needs the registers.
+    started = adapter.start() if adapter and not g.normed else None
     ring.start(g, fetch)
     if g.normed:
         normed.prepare(g, form, refs, stages, first, last)
     acc = warps.zeros(g)
-    if "t" in refs:
-        acc = adapter.add(acc, started)
+    if adapter:
+        acc = adapter.add(acc, adapter.start() if g.normed else started)
 
     def multiply(number, state):
         acc, stage = state

@@ -12,7 +12,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import cluster, launch, low_rank, warps
+from pallas_kernels.mosaic import cluster, launch, low_rank, normed, warps
 from pallas_kernels.mosaic.support import FEW_TOKENS
 
 # Of which this is faster than XLA: every CTA of the product adds up the parts, and more tokens have
@@ -55,34 +55,48 @@ def choose(k: int, rank: int) -> Cut:
     return Cut(along, split, sharers // split)
 
 
-@launch.once("cut")
-def first_product(x: jax.Array, left: jax.Array, cut: Cut) -> jax.Array:
+@launch.once("cut", "form")
+def first_product(
+    x: jax.Array,
+    left: jax.Array,
+    cut: Cut,
+    *,
+    norm: tuple[jax.Array, jax.Array | None] | None = None,
+    form: normed.Form | None = None,
+) -> jax.Array:
     """Parts of x @ left, float32 (parts, tokens, rank): it is their sum.
 
     Args:
       x: (tokens, in), 1 to 64 tokens, bfloat16 or float16; in is a multiple of 8.
       left: (in, rank) in x's dtype; rank is a multiple of 8.
+      norm: scale and shift (or None) of a norm of x, float32 (in,), and its `form`.
     """
     (tokens, k), rank = x.shape, left.shape[1]
     if not 1 <= tokens <= FEW_TOKENS:
         raise ValueError(f"x has {tokens} tokens; this kernel takes 1 to {FEW_TOKENS}")
-    geometry = warps.Geometry(tokens, k, rank, str(x.dtype), 1, cut.along, cut.split, stages=0)
+    cuts = {"across": 1, "along": cut.along, "split": cut.split, "stages": 0}
+    geometry = warps.Geometry(tokens, k, rank, str(x.dtype), **cuts, normed=norm is not None)
+    parameters = [] if norm is None else [array for array in norm if array is not None]
     kernel = cluster.kernel(
         geometry,
-        lambda *refs: _kernel(geometry, cut, *refs),
+        lambda *refs: _kernel(geometry, cut, form, *refs),
         out_type=jax.ShapeDtypeStruct((cut.parts, tokens, rank), jnp.float32),
         grid={"tile": pl.cdiv(rank, warps.OUTPUTS), "part": cut.parts},
         name="first_product",
     )
-    return kernel(x, left)
+    return kernel(x, left, *parameters)
 
 
-def _kernel(g: warps.Geometry, cut: Cut, x_ref, left_ref, out_ref, shared_ref) -> None:
+def _kernel(g: warps.Geometry, cut: Cut, form: normed.Form | None, x_ref, left_ref, *refs) -> None:
+    *norm, out_ref, shared_ref = refs
     tile, part = lax.axis_index("tile"), lax.axis_index("part")
     share = cluster.share_of(g)
     cluster.open_exchange(g, shared_ref, share)
     number = part * g.split + share
-    product = low_rank.Product(g, x_ref, left_ref, tile, number, cut.sharers)
-    acc = product.add(warps.zeros(g), product.start())
+    product = low_rank.Product(g, x_ref, left_ref, tile, number, cut.sharers, norm)
+    started = product.start()
+    if norm:
+        normed.measure(g, form, {"x": x_ref}, shared_ref)
+    acc = product.add(warps.zeros(g), started, shared_ref)
     first_row = part * g.tokens
     cluster.finish(g, acc, shared_ref, tile, share, {"y": out_ref}, first_row=first_row)

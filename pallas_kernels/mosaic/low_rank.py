@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from pallas_kernels.mosaic import ops, ptx, warps
+from pallas_kernels.mosaic import normed, ops, ptx, warps
 
 UNIT = 16
 PIECES = 4  # rows of a lane
@@ -25,10 +25,13 @@ class Product:
       t_ref: (tokens, rows) in the geometry's dtype, or float32 (parts, tokens, rows): summands,
         which are added up in order and rounded.
       r_ref: (rows, columns) in that dtype; rows are a multiple of 4.
+      norm: scale, and shift if there is one, float32 (rows,), of a norm of t that `normed.measure`
+        has measured by the time of `add`; none for t as it is.
     """
 
-    def __init__(self, geometry: warps.Geometry, t_ref, r_ref, tile, share, sharers: int):
-        self.geometry, self.refs, self.place = geometry, (t_ref, r_ref), (tile, share)
+    def __init__(self, geometry: warps.Geometry, t_ref, r_ref, tile, share, sharers: int, norm=()):
+        self.geometry, self.refs, self.place = geometry, (t_ref, r_ref, *norm), (tile, share)
+        self.norms = len(norm)
         self.rows, self.sharers = r_ref.shape[0], sharers
         self.parts = t_ref.shape[0] if len(t_ref.shape) == 3 else 1
         self.entry = t_ref.dtype.itemsize  # and the words of 4 entries
@@ -36,7 +39,8 @@ class Product:
 
     @property
     def unit_words(self) -> int:
-        return 4 * PIECES + self.parts * self.geometry.width // 8 * self.entry
+        tokens = self.parts * self.geometry.width // 8 * self.entry
+        return 4 * PIECES + tokens + PIECES * self.norms
 
     @property
     def batches(self) -> list[range]:
@@ -49,11 +53,11 @@ class Product:
         """Starts the first loads; the result is for `add`, which waits for them."""
         return self._load(self.batches[0])
 
-    def add(self, acc, started):
-        """acc + t @ r."""
-        acc = self._multiply(acc, started)
+    def add(self, acc, started, shared_ref=None):
+        """acc + t @ r. shared_ref: the CTA's shared memory, where t is normalised."""
+        acc = self._multiply(acc, started, shared_ref)
         for batch in self.batches[1:]:
-            acc = self._multiply(acc, self._load(batch))
+            acc = self._multiply(acc, self._load(batch), shared_ref)
         return acc
 
     def _load(self, batch: range):
@@ -61,9 +65,11 @@ class Product:
         result = warps.array_type(len(batch) * self.unit_words, jnp.int32)
 
         @plgpu.inline_mgpu(
-            arg_types=(warps.REF, warps.REF, warps.SPLAT, warps.SPLAT), return_type=result
+            arg_types=(*(warps.REF,) * len(self.refs), warps.SPLAT, warps.SPLAT),
+            return_type=result,
         )
-        def body(ctx, t, r, tile, share):
+        def body(ctx, t, r, *others):
+            *norm, tile, share = others
             lane = warps.Lane(g)
             tile, share = tile.registers.item(), share.registers.item()
             column = ptx.sum_of(
@@ -77,6 +83,9 @@ class Product:
                 row = ops.mul(ptx.sum_of(unit, lane.along), UNIT)
                 row = ptx.sum_of(row, ops.mul(lane.c, PIECES))
                 words += self._matrix_words(r, row, column) + self._token_words(t, lane, row)
+                for ref in norm:
+                    source = ptx.global_address(ref, ops.const(0), 0, ops.mul(row, 4))
+                    words += ptx.load(source, ops.less(row, self.rows), PIECES)
             return warps.array_of(words)
 
         return body(*self.refs, *self.place)
@@ -98,28 +107,57 @@ class Product:
             words += ptx.load(ops.add(source, further), known, entry)
         return words
 
-    def _multiply(self, acc, words):
+    def _multiply(self, acc, words, shared_ref):
         g = self.geometry
+        shared = () if not self.norms else (shared_ref,)
 
         @plgpu.inline_mgpu(
-            arg_types=(g.layout, warps.array_type(words.shape[0] // 128).layout),
+            arg_types=(
+                g.layout,
+                warps.array_type(words.shape[0] // 128).layout,
+                *(warps.REF,) * len(shared),
+            ),
             return_type=g.sums,
         )
-        def body(ctx, acc, words):
+        def body(ctx, acc, words, *shared):
             sums, words = warps.values_of(acc), iter(warps.values_of(words))
+            measures = [self._measures(block, *shared) for block in range(g.width // 8)]
 
             def take(count: int) -> list:
                 return list(itertools.islice(words, count))
 
             while pieces := take(4 * PIECES):
                 a = warps.operands([pieces[i : i + 4] for i in range(0, len(pieces), 4)])
-                for n in range(g.width // 8):
-                    b = self._rounded([take(self.entry) for _ in range(self.parts)])
+                tokens = [
+                    self._rounded([take(self.entry) for _ in range(self.parts)])
+                    for _ in range(g.width // 8)
+                ]
+                norm = [take(PIECES) for _ in range(self.norms)]
+                for n, b in enumerate(tokens):
+                    b = self._normalised(b, measures[n], norm)
                     for i in range(4):
                         warps.mma(g, sums, i, n, a[i], b)
             return warps.array_of(sums)
 
-        return body(acc, words)
+        return body(acc, words, *shared)
+
+    def _measures(self, block: int, shared=None):
+        """Of this lane's token of a block of 8."""
+        if shared is None:
+            return None
+        g = self.geometry
+        token = ops.add(warps.Lane(g).g, 8 * block)
+        token = ptx.select(ops.less(token, g.tokens), token, ops.const(0))
+        return normed.of_token(g, ptx.shared_address(shared), token)
+
+    def _normalised(self, words: list, measures, norm: list[list]) -> list:
+        if not norm:
+            return words
+        f32, dtype = ir.F32Type.get(), self.geometry.dtype
+        scale, *shift = ([llvm.bitcast(f32, word) for word in part] for part in norm)
+        values = normed.floats_of(words, dtype)
+        values = normed.normalised(values, measures, scale, shift[0] if shift else None)
+        return [ptx.pack(values[i], values[i + 1], dtype) for i in (0, 2)]
 
     def _rounded(self, parts: list[list]) -> list:
         """4 entries as pairs in the geometry's dtype."""

@@ -48,6 +48,47 @@ def prepare(geometry: warps.Geometry, form: Form, refs: dict, ring_ref, first, l
     body(ring_ref, *used.values(), first, last)
 
 
+def measure(geometry: warps.Geometry, form: Form, refs: dict, ring_ref) -> None:
+    """Leaves what `of_token` takes; for kernels that normalise what they have in registers."""
+    g = geometry
+
+    @plgpu.inline_mgpu(arg_types=(warps.REF, warps.REF))
+    def body(ctx, ring, x):
+        thread, base = mutils.thread_idx(), ptx.shared_address(ring)
+        rows = _Rows(g, x, thread)
+        means = _means(g, form, rows, thread, base)
+        scales = _scales(g, form, rows, means, thread, base)
+        for token, (mean, scale) in enumerate(zip(means, scales, strict=True)):
+            ptx.asm(
+                "{ .reg .pred p; setp.eq.s32 p, $3, 0;"
+                f" @p st.shared.v2.f32 [$0+{g.measures_offset + 8 * token}], {{$1,$2}}; }}",
+                base,
+                ptx.number(0.0) if mean is None else mean,
+                scale,
+                thread,
+            )
+        ptx.asm("bar.sync 0;")
+
+    body(ring_ref, refs["x"])
+
+
+def of_token(geometry: warps.Geometry, base, token) -> tuple:
+    """A token's mean and 1 / its spread."""
+    address = ptx.sum_of(base, ops.mul(token, 8))
+    offset = geometry.measures_offset
+    return tuple(ptx.asm(f"ld.shared.v2.f32 {{$0,$1}}, [$2+{offset}];", address, results="ff"))
+
+
+def normalised(values: list, measures: tuple, scale: list, shift: list | None) -> list:
+    """(value - mean) * (factor * scale) + shift."""
+    mean, factor = measures
+    if mean is not None:
+        values = [llvm.fsub(value, mean) for value in values]
+    factors = [llvm.fmul(factor, s) for s in scale]
+    values = [llvm.fmul(v, f) for v, f in zip(values, factors, strict=True)]
+    return values if shift is None else ptx.add_floats(values, shift)
+
+
 class _Rows:
     """Of all tokens, as a thread reads them: chunks thread, thread + threads, ..."""
 
@@ -130,12 +171,7 @@ def _store_share(g, rows: _Rows, arrays, statistics, place) -> None:
         shift = _eight(arrays["shift"], chunk, inside) if "shift" in arrays else None
         for token, (mean, factor) in enumerate(zip(*statistics, strict=True)):
             values = floats_of(rows.words(token, chunk, inside), g.dtype)
-            if mean is not None:
-                values = [llvm.fsub(value, mean) for value in values]
-            values = [
-                llvm.fmul(llvm.fmul(v, factor), s) for v, s in zip(values, scale, strict=True)
-            ]
-            values = values if shift is None else ptx.add_floats(values, shift)
+            values = normalised(values, (mean, factor), scale, shift)
             words = [ptx.pack(values[i], values[i + 1], g.dtype) for i in range(0, CHUNK, 2)]
             row = ptx.sum_of(base, ops.mul(llvm.lshr(local, ops.const(3)), g.tokens * 128))
             at = llvm.xor(llvm.and_(local, ops.const(7)), ops.const(token % 8))

@@ -53,7 +53,7 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
         config,
         bias=epilogue.bias,
         activation=epilogue.activation,
-        low_rank=_low_rank(rows, epilogue),
+        low_rank=_low_rank(rows, epilogue, **_norm_options(epilogue.norm)),
         save_preactivation=epilogue.save_preactivation,
         out_dtype=out_dtype,
         **options,
@@ -136,12 +136,13 @@ def _rows_of_matmul(x, w: CompressedMatrix, epilogue: Epilogue):
     return True, (False, False), (bias, low_rank, adapter, norm, residual)
 
 
-def _low_rank(x, epilogue: Epilogue):
-    """t and r as the kernel takes them, or None."""
+def _low_rank(x, epilogue: Epilogue, **norm):
+    """t and r as the kernel takes them, or None; t of the norm of x, where the kernels make that."""
     if epilogue.adapter is not None and x.shape[0] <= first_product.MOST_TOKENS:
         left, r = epilogue.adapter
         left, r = padded_rank(left, -1), padded_rank(r, -2)
-        return first_product.first_product(x, left, first_product.choose(*left.shape)), r
+        cut = first_product.choose(*left.shape)
+        return first_product.first_product(x, left, cut, **norm), r
     low_rank = epilogue.multiplied(x).low_rank
     if low_rank is None:
         return None

@@ -106,15 +106,21 @@ class Geometry:
         return self.barrier_offset + 16
 
     @property
+    def measures_offset(self) -> int:
+        """Of each token's mean and spread."""
+        return self.statistics_offset + 8 * self.tokens * self.warps
+
+    @property
     def token_offset(self) -> int:
         """Of normalised tokens: 64 inputs of all tokens, then the next 64."""
-        return -(-(self.statistics_offset + 8 * self.tokens * self.warps) // 128) * 128
+        return -(-(self.measures_offset + 8 * self.tokens) // 128) * 128
 
     @property
     def shared_memory(self) -> int:
         if not self.normed:
             return self.barrier_offset + 16
-        return self.token_offset + self.share_steps * self.tokens * STEP * 2
+        kept = self.share_steps * self.tokens * STEP * 2 if self.stages else 0
+        return self.token_offset + kept
 
     @property
     def sums(self):
