@@ -21,9 +21,9 @@ from pallas_kernels.mosaic.low_rank import Product
 from pallas_kernels.mosaic.support import FEW_TOKENS
 
 REGISTERS = 65536  # of a processor
-# Tokens whose norm the kernel makes, and those that take so little room that the kernel is cut as
-# without it. Every CTA reads them all.
-MOST_NORMED, FEW_NORMED = 16, 4
+# Tokens whose norm the kernel makes: every CTA reads them all and keeps its share of them, which
+# leaves fewer CTAs room on a processor where there are more.
+MOST_NORMED = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +74,13 @@ LAUNCH = {1: 0.003, 2: 0.003, 4: 0.005, 8: 0.006}
 NEXT = {1: 1.0, 2: 1.0, 4: 2.5, 8: 3.0}
 
 
-def choose(tokens: int, k: int, f: int, *, normed: bool = False) -> Config:
-    """The configuration that should be the fastest, of a product with a norm if `normed`.
+def choose(tokens: int, k: int, f: int) -> Config:
+    """The configuration that should be the fastest.
 
     >>> choose(8, 4096, 4096)
     Config(across=1, along=4, split=2, stages=4)
     """
-    return _ranked(tokens, tokens, k, f, normed)[0]
+    return _ranked(tokens, tokens, k, f)[0]
 
 
 def candidates(tokens: int, k: int, f: int) -> list[Config]:
@@ -88,7 +88,7 @@ def candidates(tokens: int, k: int, f: int) -> list[Config]:
     return _ranked(tokens, min(2 * tokens, FEW_TOKENS), k, f)[:24]
 
 
-def _ranked(tokens: int, most_tokens: int, k: int, f: int, normed: bool = False) -> list[Config]:
+def _ranked(tokens: int, most_tokens: int, k: int, f: int) -> list[Config]:
     times = {}
     for across, along, split in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8)):
         warp_count = across * along
@@ -97,10 +97,10 @@ def _ranked(tokens: int, most_tokens: int, k: int, f: int, normed: bool = False)
         for stages in {4: (4, 6, 3), 8: (3, 4, 2)}[warp_count]:
             config = Config(across, along, split, stages)
             try:
-                config.geometry(most_tokens, k, f, normed=normed)
+                config.geometry(most_tokens, k, f)
             except ValueError:
                 continue
-            times[config] = _time(config.geometry(tokens, k, f, normed=normed))
+            times[config] = _time(config.geometry(tokens, k, f))
     return sorted(times, key=times.get)
 
 

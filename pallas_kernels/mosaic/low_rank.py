@@ -46,7 +46,8 @@ class Product:
     def batches(self) -> list[range]:
         """Units of a warp whose loads are in flight together: as many as registers hold."""
         count = -(-self.rows // (UNIT * self.sharers * self.geometry.along))
-        size = max(1, (192 - 2 * self.geometry.width) // self.unit_words)
+        most = 96 if self.geometry.normed else 192  # beside those that a norm takes
+        size = max(1, (most - 2 * self.geometry.width) // self.unit_words)
         return [range(i, min(i + size, count)) for i in range(0, count, size)]
 
     def start(self):

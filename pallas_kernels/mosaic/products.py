@@ -37,15 +37,14 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
     if tokens == 0:
         zeros = jnp.zeros((*x.shape[:-1], f), jnp.float32)
         return finish(zeros, epilogue.multiplied(x), out_dtype)
-    w, rows = as_two_four(w), x.reshape(tokens, k)
+    w, rows, residual = as_two_four(w), x.reshape(tokens, k), epilogue.residual
     module = few_tokens if tokens <= few_tokens.FEW_TOKENS else matmul
-    config = _normed_config(tokens, k, f, x.dtype, epilogue)
-    if config is None:
+    config = _config(module, tokens, k, f, x.dtype)
+    joined = norm = _norm_options(rows, f, config, epilogue.norm)
+    if not norm:
         rows, epilogue = epilogue.normalised(rows)
-        config = _config(module, tokens, k, f, x.dtype)
-    options, residual = _norm_options(epilogue.norm), epilogue.residual
     if residual is not None and module is few_tokens:
-        options["residual"], residual = residual.reshape(tokens, f), None
+        joined, residual = norm | {"residual": residual.reshape(tokens, f)}, None
     result = module.nm_matmul(
         rows,
         w.values,
@@ -53,17 +52,17 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
         config,
         bias=epilogue.bias,
         activation=epilogue.activation,
-        low_rank=_low_rank(rows, epilogue, **_norm_options(epilogue.norm)),
+        low_rank=_low_rank(rows, epilogue, **norm),
         save_preactivation=epilogue.save_preactivation,
         out_dtype=out_dtype,
-        **options,
+        **joined,
     )
     y, *z = (a.reshape(*x.shape[:-1], f) for a in jax.tree.leaves(result))
-    if residual is not None:
-        y = (y.astype(jnp.float32) + residual.astype(jnp.float32)).astype(out_dtype)
     # In a scan that stacks y, XLA lets the kernel write into the stack, and for y's other users
     # runs it a second time. The barrier makes it copy y instead.
     y = jax.lax.optimization_barrier(y)
+    if residual is not None:
+        y = (y.astype(jnp.float32) + residual.astype(jnp.float32)).astype(out_dtype)
     return (y, *z) if z else y
 
 
@@ -77,31 +76,16 @@ def _config(module, tokens: int, k: int, f: int, dtype):
     return module.choose(tokens, k, f) if entry is None else make(**entry.config)
 
 
-def _normed_config(tokens: int, k: int, f: int, dtype, epilogue: Epilogue):
-    """That of the few-token kernel where it makes the norm itself, else None."""
-    terms = (epilogue.low_rank, epilogue.adapter)
-    if (
-        epilogue.norm is None
-        or tokens > few_tokens.MOST_NORMED
-        or any(t is not None for t in terms)
-    ):
-        return None
-    if tokens > few_tokens.FEW_NORMED:
-        return few_tokens.choose(tokens, k, f, normed=True)
-    config = _config(few_tokens, tokens, k, f, dtype)
-    try:
-        config.geometry(tokens, k, f, str(dtype), normed=True)
-    except ValueError:  # made for tokens that are not kept
-        return few_tokens.choose(tokens, k, f, normed=True)
-    return config
-
-
-def _norm_options(norm: Norm | None) -> dict[str, Any]:
-    if norm is None:
+def _norm_options(x, f: int, config, norm: Norm | None) -> dict[str, Any]:
+    """A norm as the kernels of few tokens take it; nothing if it is to be made apart."""
+    if norm is None or x.shape[0] > few_tokens.MOST_NORMED:
         return {}
-    float32 = functools.partial(jnp.asarray, dtype=jnp.float32)
-    shift = None if norm.shift is None else float32(norm.shift)
-    return {"norm": (float32(norm.scale), shift), "form": normed.Form(norm.epsilon, norm.centred)}
+    try:
+        config.geometry(*x.shape, f, str(x.dtype), normed=True)
+    except ValueError:  # no room for the tokens
+        return {}
+    scale, shift = (a if a is None else a.astype(jnp.float32) for a in (norm.scale, norm.shift))
+    return {"norm": (scale, shift), "form": normed.Form(norm.epsilon, norm.centred)}
 
 
 def _measured(op: str, tokens: int, k: int, f: int, dtype) -> tuning.Entry | None:
