@@ -75,8 +75,8 @@ def data(tmp_path_factory):
             words = list(rng.choice(WORDS, 6))
             words[rng.integers(6)] = "good" if i % 2 else "bad"
             lines.append(f"{' '.join(words)}\t{i % 2}")
-            words = list(rng.choice(WORDS, 40))
-            name, place = rng.choice(NAMES), rng.integers(40)
+            words = list(rng.choice(WORDS, 12))
+            name, place = rng.choice(NAMES), rng.integers(12)
             words[place] = str(name)
             start = len(" ".join([*words[:place], ""]))
             answers = [{"answer_start": start, "text": str(name)}]
@@ -95,8 +95,8 @@ def learned(run, data, tmp_path_factory):
         checkpoint=str(run),
         data=str(data),
         out=str(tmp_path_factory.mktemp("out") / "results"),
-        epochs=4,
-        lr=2e-3,
+        epochs=3,
+        lr=3e-3,
         batch_size=20,  # the last batch of an epoch is not full
         save_model=True,
     )
@@ -123,14 +123,14 @@ def test_a_task_is_learned_and_recorded(learned):
         "step": 7,
     }
     seed = record["seeds"]["0"]
-    assert [e["epoch"] for e in seed["evals"]] == [1, 2, 3, 4]
-    assert seed["last"] == {"epoch": 4, "matthews": 1.0, "accuracy": 1.0}
+    assert [e["epoch"] for e in seed["evals"]] == [1, 2, 3]
+    assert seed["last"] == {"epoch": 3, "matthews": 1.0, "accuracy": 1.0}
     assert seed["best"]["accuracy"] == 1.0
     assert record["mean"]["last"]["accuracy"] == {"mean": 1.0, "std": None}
     lines = (config.folder() / "seed-0" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines if "loss" in line]
     assert losses[-1] < 0.1 < losses[0]
-    assert len(losses) == 4  # ten steps each, and forty in all
+    assert len(losses) == 3  # ten steps each, and thirty in all
     assert "sparse products of 7 linears" in (config.folder() / "plan.txt").read_text()
 
 
@@ -167,7 +167,7 @@ def test_seeds_go_on_and_other_jobs_are_refused(learned, capsys):
     assert again["seeds"] == record["seeds"]
     assert "is complete" in capsys.readouterr().out
     for fields, message in (
-        ({"lr": 1e-3}, "config lr: 0.002 there, 0.001"),
+        ({"lr": 1e-3}, "config lr: 0.003 there, 0.001"),
         ({"limit": 9}, "data"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -235,14 +235,14 @@ def test_a_dense_run_learns_spans(dense_run, data, tmp_path):
         checkpoint=str(dense_run),
         data=str(data),
         out=str(tmp_path),
-        epochs=5,
+        epochs=3,
         lr=2e-3,
         batch_size=16,
     )
     record = finetune(config)
     assert record["run"]["sparsity"] == "dense"
     assert record["run"]["adapter_rank"] == 0
-    assert record["seeds"]["0"]["last"] == {"epoch": 5, "f1": 1.0, "exact_match": 1.0}
+    assert record["seeds"]["0"]["last"] == {"epoch": 3, "f1": 1.0, "exact_match": 1.0}
 
 
 @pytest.mark.parametrize(
