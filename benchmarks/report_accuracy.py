@@ -130,7 +130,7 @@ def drawn(docs: Path, folder: Path = RESULTS) -> dict[Path, str]:
     """The learning curves, by their path in `docs`."""
     found = records("accuracy-gpt2-methods", folder)
     rows = _finished(row for record in found for row in record["results"])
-    rows = _in_order("gpt2-methods", rows)
+    rows = in_order("gpt2-methods", rows)
     return {docs / "learning-curves.svg": svg(_curves, rows)} if rows else {}
 
 
@@ -152,7 +152,7 @@ def mean_and_deviation(values: Iterable[float]) -> tuple[float, float | None]:
 def _pages(group: str, folder: Path, table) -> str:
     pages = []
     for record in records(f"accuracy-{group}", folder):
-        rows = _in_order(group, _finished(record["results"]))
+        rows = in_order(group, _finished(record["results"]))
         if not rows:
             continue
         texts = [table(rows), *_notes(group, record)]
@@ -160,7 +160,7 @@ def _pages(group: str, folder: Path, table) -> str:
     return "\n\n".join(pages) or MISSING
 
 
-def _in_order(group: str, rows: list[Row]) -> list[Row]:
+def in_order(group: str, rows: list[Row]) -> list[Row]:
     """The rows as `experiments.runs` lists their runs, not as these ended; others behind them."""
     variants = list(dict.fromkeys(run.variant for run in GROUPS[group]))
     places = {variant: place for place, variant in enumerate(variants)}

@@ -23,11 +23,14 @@ import statistics
 
 import matplotlib.pyplot as plt
 
-from benchmarks.report_accuracy import by_variant, mean_and_deviation
+from benchmarks.report_accuracy import by_variant, in_order, mean_and_deviation
 from benchmarks.tables import records
 
 found = records("accuracy-gpt2-methods")
-rows = [row for record in found for row in record["results"] if "error" not in row]
+rows = in_order(
+    "gpt2-methods",
+    [row for record in found for row in record["results"] if "error" not in row],
+)
 for record in found:
     print(record["device"], record["date"], f"commit {record['commit'][:10]}")
 
@@ -64,7 +67,7 @@ for place, (variant, runs) in enumerate(variants.items()):
     values = [run["perplexity"]["books"] for run in runs]
     mean, deviation = mean_and_deviation(values)
     spread = "" if deviation is None else f" ± {deviation:.2f}"
-    print(f"{variant:28} {mean:7.2f}{spread}  ({len(runs)} seeds)")
+    print(f"{variant:40} {mean:7.2f}{spread}  ({len(runs)} seeds)")
     axis.plot(values, [place] * len(values), "o", color="#2f6f9f", alpha=0.7)
 axis.set_yticks(range(len(variants)), list(variants))
 axis.set(xlabel="perplexity, books", xscale="log")
