@@ -7,6 +7,7 @@ from slope_jax.dense import WORKING, SparseDense
 from slope_jax.explain import Explanation, explain
 from slope_jax.matmul import Working, slope_matmul
 from slope_jax.memory import Memory, memory
+from slope_jax.rates import pruned_rate, scale_pruned
 from slope_jax.state import TrainState
 from slope_jax.working import find_layers, working_copies
 
@@ -28,6 +29,8 @@ __all__ = [
     "lazy_adapters",
     "masks",
     "memory",
+    "pruned_rate",
+    "scale_pruned",
     "slope_matmul",
     "working_copies",
 ]

@@ -1,14 +1,12 @@
 """SLoPe: static masks, double-pruned backward pass, lazy low-rank adapters (arXiv 2405.16325)."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import optax
-from flax import traverse_util
 
-from pallas_kernels.pattern import Pattern
+from slope_jax.rates import pruned_rate, scale_leaves
 from train.config import Config
-from train.methods.base import Method, Path, check_prunes
+from train.methods.base import Method, check_prunes
 
 
 class Slope(Method):
@@ -44,28 +42,15 @@ class Slope(Method):
     def after_update(self) -> optax.GradientTransformation:
         factors = {path: self.lr_scale(pattern) for path, pattern in self.kernels.items()}
         others = {path: factor for path, factor in factors.items() if factor != 1}
-        return _scaled(others) if others else super().after_update()
+        return scale_leaves(others) if others else super().after_update()
 
     def lr_scale(self, pattern: str) -> float:
         """Learning rate of a kernel of a pattern, relative to that of the other parameters.
 
-        AdamW moves each entry about as far as any other, so an output of N:M entries moves N / M as
-        far as a dense one, which M / N makes up for. LAMB's steps are in proportion to the kernel's
-        norm, which counts its entries already.
+        LAMB's steps are in proportion to the kernel's norm, which counts its entries already.
         """
         if self.config.pruned_lr_scale is not None:
             return self.config.pruned_lr_scale
         if self.config.optimizer != "adamw":
             return 1.0
-        return 1 / Pattern.parse(pattern).density
-
-
-def _scaled(factors: Mapping[Path, float]) -> optax.GradientTransformation:
-    """Updates of some parameters, by their paths, times their factors."""
-
-    def update_fn(updates, state, params=None):
-        flat = traverse_util.flatten_dict(updates)
-        scaled = {path: factors[path] * u if path in factors else u for path, u in flat.items()}
-        return traverse_util.unflatten_dict(scaled), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)
+        return pruned_rate(pattern)

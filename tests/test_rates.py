@@ -1,0 +1,38 @@
+"""The rates of pruned kernels."""
+
+import doctest
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+
+from slope_jax import SparseDense, find_layers, rates, scale_pruned
+
+
+class Mixed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = SparseDense(16, sparsity="2:4", adapter_rank=2, name="half")(x)
+        x = SparseDense(16, sparsity="2:8", name="quarter")(x)
+        return SparseDense(8, sparsity=None, name="dense")(x)
+
+
+def test_examples_of_the_docstrings():
+    assert doctest.testmod(rates).failed == 0
+
+
+def test_outputs_move_as_far_as_dense_ones_under_adam():
+    """Adam's first step is the sign of the gradient: equal inputs move an output by their number."""
+    model, x = Mixed(), jnp.ones((1, 16))
+    variables = model.init(jax.random.key(0), x)
+    layers = find_layers(model.apply, variables, x)
+    tx = optax.chain(optax.scale_by_adam(eps=0.0), scale_pruned(layers))
+    grads = jax.tree.map(jnp.ones_like, variables["params"])
+    moved, _ = tx.update(grads, tx.init(grads))
+    for name in ("half", "quarter", "dense"):
+        np.testing.assert_allclose(moved[name]["kernel"].sum(0), 16.0, rtol=1e-6)
+        np.testing.assert_allclose(moved[name]["bias"], 1.0, rtol=1e-6)
+    for name in ("adapter_l", "adapter_r"):
+        np.testing.assert_allclose(moved["half"][name], 1.0, rtol=1e-6)
