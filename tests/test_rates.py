@@ -24,15 +24,15 @@ def test_examples_of_the_docstrings():
 
 
 def test_outputs_move_as_far_as_dense_ones_under_adam():
-    """Adam's first step is the sign of the gradient: equal inputs move an output by their number."""
+    """Adam's first step is the sign of the gradient: an output moves by as many as it has inputs."""
     model, x = Mixed(), jnp.ones((1, 16))
     variables = model.init(jax.random.key(0), x)
     layers = find_layers(model.apply, variables, x)
-    tx = optax.chain(optax.scale_by_adam(eps=0.0), scale_pruned(layers))
+    tx = optax.chain(optax.scale_by_sign(), scale_pruned(layers))
     grads = jax.tree.map(jnp.ones_like, variables["params"])
     moved, _ = tx.update(grads, tx.init(grads))
     for name in ("half", "quarter", "dense"):
-        np.testing.assert_allclose(moved[name]["kernel"].sum(0), 16.0, rtol=1e-6)
-        np.testing.assert_allclose(moved[name]["bias"], 1.0, rtol=1e-6)
+        np.testing.assert_array_equal(moved[name]["kernel"].sum(0), 16.0)
+        np.testing.assert_array_equal(moved[name]["bias"], 1.0)
     for name in ("adapter_l", "adapter_r"):
-        np.testing.assert_allclose(moved["half"][name], 1.0, rtol=1e-6)
+        np.testing.assert_array_equal(moved["half"][name], 1.0)
