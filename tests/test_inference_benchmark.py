@@ -6,6 +6,7 @@ import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,7 +16,7 @@ from benchmarks.serving_steps import DECODE, ITERATIONS, PREFILL, Cut, Work
 from benchmarks.step_profile import Event, Instruction, tally
 from pallas_kernels.samples import CACHE_BYTES
 from slope_jax.generate import generate
-from slope_jax.models import gpt2
+from slope_jax.models import gpt2, init_cache
 
 TINY = Cut("gpt2-nano", 3, dtype="float32")
 
@@ -31,7 +32,8 @@ def variables():
 
 
 def test_decoding_is_that_of_generate(variables):
-    """A prompt passed over by the model, then the timed loop: the tokens that `generate` gives."""
+    """A prompt passed over by the model, then the timed loop: the tokens that `generate` gives, and
+    the cache of the whole sequence."""
     work, model = Work(DECODE, 2, 8), TINY.ready[0]
     run = serving_steps.lower(TINY, work).compile().start(variables)
     prompts = jax.random.randint(jax.random.key(3), (2, 8), 0, 50257)
@@ -43,6 +45,11 @@ def test_decoding_is_that_of_generate(variables):
     run.loops(1)
     run.check()
     np.testing.assert_array_equal(run.ids[:, 0], tokens[:, steps])
+    sequence = jnp.concatenate([prompts, tokens[:, :steps]], axis=1)
+    whole = {**variables, "cache": init_cache(model.config, 2, work.slots)}
+    _, filled = model.apply(whole, sequence, mutable=["cache"])
+    for got, expected in zip(*map(jax.tree.leaves, (run.cache, filled["cache"])), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_fewer_layers_are_among_more(variables):
