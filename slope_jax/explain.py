@@ -156,7 +156,7 @@ def _dense_row(module: nn.Dense, x: jax.Array, variables: Any) -> Row:
 
 
 def _choices(module, pattern, shape, x, kernel) -> dict[str, Choice]:
-    dtype = str(jnp.dtype(module.dtype or jnp.result_type(x, kernel)))
+    dtype = str(jnp.dtype(module.dtype or jnp.result_type(x.dtype, kernel)))
     tokens, shape = local_product(module.path, math.prod(x.shape[:-1]), shape)
     products = {
         "y": ("nm_matmul", shape),
