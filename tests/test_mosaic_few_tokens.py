@@ -10,6 +10,7 @@ import pytest
 from pallas_kernels import compress, decompress, kept_mask
 from pallas_kernels.epilogue import Norm
 from pallas_kernels.mosaic import support
+from slope_jax import models
 
 obstacle = support.device_obstacle()
 needs_jax = pytest.mark.skipif(
@@ -97,6 +98,29 @@ def test_it_lowers_with_a_norm_and_a_residual(config, shift, strict_dtypes):
     arrays = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
     lowered = jax.jit(product).trace(*arrays).lower(lowering_platforms=("cuda",))
     assert "nm_matmul" in lowered.as_text()
+
+
+@needs_jax
+@pytest.mark.parametrize(("batch", "made_apart"), [(1, 2), (4, 2), (5, 5)])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_decode_of_few_tokens_leaves_norms_to_the_kernels(monkeypatch, batch, made_apart, rank):
+    """But for those ahead of dense products: of the first linear, and of the vocabulary."""
+    monkeypatch.setattr(support, "device_obstacle", lambda: None)
+    sizes = {"hidden_size": 32, "num_heads": 4, "mlp_size": 64, "num_layers": 2, "vocab_size": 61}
+    options = {"implementation": "mosaic", "dtype": "bfloat16", "attention": "xla", "scan": False}
+    model = models.build("gpt2-nano", **sizes, **options, adapter_rank=rank)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), **model.example_inputs())
+    shapes |= {"cache": jax.eval_shape(lambda: models.init_cache(model.config, batch, 8))}
+    one = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
+
+    def decode(variables, ids, positions):
+        return model.apply(variables, ids, positions=positions, mutable=["cache"])
+
+    with jax.numpy_dtype_promotion("standard"):  # JAX's 16-bit XLA attention promotes
+        traced = jax.jit(decode).trace(shapes, one, one)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.rsqrt") == made_apart
+    assert ("first_product" in text) == (rank > 0)
 
 
 @needs_jax
