@@ -60,6 +60,7 @@ def test_pruned_kernels_and_no_others_move_at_their_own_rate(scan):
     ("optimizer", "expected"), [("adamw", {"up": 2.0, "down": 4.0}), ("lamb", {"up": 1, "down": 1})]
 )
 def test_kernels_with_fewer_entries_move_faster_by_as_much_with_adamw(optimizer, expected):
+    patterns = {"up": "2:4", "down": "2:8"}
     sparsity = ".*/up=2:4; .*/down=2:8; .*=dense"
     moved = []
     for scale in (1.0, None):
@@ -67,6 +68,9 @@ def test_kernels_with_fewer_entries_move_faster_by_as_much_with_adamw(optimizer,
         method = METHODS["slope"](dataclasses.replace(config, pruned_lr_scale=scale))
         updates = {"layers_3": {"mlp": {name: {"kernel": jnp.ones(8)} for name in expected}}}
         moved.append(method.after_update().update(updates, optax.EmptyState())[0])
+    told = str(make_plan(dataclasses.replace(config, pruned_lr_scale=None)))
+    rates = [f"{expected[name]:g} times that of others ({p})" for name, p in patterns.items()]
+    assert f"learning rate of pruned kernels: {', '.join(rates)}" in told
     for name, factor in expected.items():
         slow, fast = (tree["layers_3"]["mlp"][name]["kernel"] for tree in moved)
         np.testing.assert_array_equal(fast, factor * slow)

@@ -191,6 +191,11 @@ def _run_text(plan: Plan) -> str:
         f"{config.optimizer}, {config.schedule} schedule, weight decay {config.weight_decay}, clip "
         f"{config.clip or 'none'}; computed in {compute_dtype(config)} on {_devices(config)}",
     ]
+    if "pruned_lr_scale" in method.fields:
+        made = method(config)
+        rates = {pattern: made.lr_scale(pattern) for pattern in made.kernels.values()}
+        told = ", ".join(f"{rate:g} times that of others ({p})" for p, rate in rates.items())
+        lines.append(f"learning rate of pruned kernels: {told}")
     if plan.device_bytes is not None:
         lines.append(f"mesh {config.mesh}: {size(plan.device_bytes)} of state on each device")
     if plan.adapters:
