@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from slope_jax import models
 from slope_jax.dense import MASKS
@@ -25,7 +26,9 @@ from train.tasks.examples import read_splits
 from train.tasks.features import make_features
 from train.tasks.job import dry_run
 from train.tasks.scoring import score
+from train.tasks.setup import init_state as init_task_state
 from train.tasks.setup import load_run
+from train.tasks.setup import make_setup as make_task_setup
 from train.tasks.step import make_predict_step, on_device, predict
 
 WORDS = ["sparse", "kernel", "mask", "values", "dense", "layer", "adapter", "rank", "token"]
@@ -153,6 +156,38 @@ def test_zeros_stay_where_they_were_and_survivors_learn(run, learned):
     assert "adapter_l" in old
 
 
+@pytest.mark.parametrize(("scale", "factor"), [(None, 2), (1.0, 1), (3.0, 3)])
+def test_pruned_kernels_move_at_their_own_rate(run, scale, factor):
+    """By the update of equal gradients, which Adam makes equal but for the rate."""
+    config = FinetuneConfig("cola", str(run), pruned_lr_scale=scale, weight_decay=0.0, clip=0.0)
+    trained = load_run(config)
+    setup = make_task_setup(config, trained, 64)
+    params = init_task_state(setup, trained, jax.random.key(0)).params
+    grads, count = jax.tree.map(jnp.ones_like, params), setup.tx.init(params)
+    updates = None
+    for _ in range(2):  # the first step of the warm-up has no rate
+        updates, count = setup.tx.update(grads, count, params)
+    moved = traverse_util.flatten_dict(updates)
+    stored = {("bert", *path) for path in traverse_util.flatten_dict(trained.variables[MASKS])}
+    unit = float(np.asarray(moved["head", "bias"]).flat[0])
+    assert unit != 0
+    pruned = stored & moved.keys()
+    assert len(pruned) >= 4
+    for path, update in moved.items():
+        expected = unit * (factor if path in pruned else 1)
+        np.testing.assert_allclose(update, expected, rtol=1e-6, err_msg=str(path))
+
+
+def test_results_of_before_pruned_kernels_had_a_rate_are_of_another_job(learned, tmp_path):
+    config, _ = learned
+    folder = shutil.copytree(config.folder(), tmp_path / "out")
+    record = json.loads((folder / "finetune.json").read_text())
+    del record["config"]["pruned_lr_scale"]
+    (folder / "finetune.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"config pruned_lr_scale: 1\.0 there, None here"):
+        finetune(FinetuneConfig(**{**vars(config), "out": str(folder)}))
+
+
 def test_a_saved_model_gives_the_recorded_metrics(learned):
     config, record = learned
     found = evaluated(load_finetuned(config.folder() / "seed-0" / "model"), config)
@@ -276,6 +311,7 @@ def test_bad_input_is_named(run, data, options, message, capsys):
         ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
         ({"epochs": 1.5}, r"epochs must be a positive integer, got 1\.5"),
         ({"lr": -1.0}, r"lr must be above 0 \(and below 10\), got -1"),
+        ({"pruned_lr_scale": 0.0}, "pruned_lr_scale must be above 0, or None for M / N; got 0"),
         ({"warmup": 1.0}, r"warmup must lie in \[0, 1\), got 1"),
         ({"clip": -1.0}, "clip must not be negative"),
         ({"dtype": "float64"}, "unknown dtype 'float64'; choose one of: auto"),
@@ -305,6 +341,7 @@ def test_a_dry_run_says_what_would_happen(run, data, capsys):
         "192 training examples, 37 of validation",
         "at most 32 tokens",
         "5 epochs; adamw, peak lr 5e-05",
+        "learning rate of pruned kernels: 2 times that of others (2:4)",
         "metrics matthews, accuracy; seeds 1, 2",
         "bert/layers_1/mlp/up",
     ):

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from train.tasks.registry import SPAN, Task, find_task
 
+EARLIER = {"pruned_lr_scale": 1.0}  # what jobs had before they could choose
 FREE = ("out", "dry_run", "seeds", "save_model")  # may differ when a job goes on
 
 
@@ -36,6 +37,9 @@ class FinetuneConfig:
     """Sequences per optimizer step."""
     lr: float | None = None
     """Peak learning rate; the task's usual one if not given."""
+    pruned_lr_scale: float | None = None
+    """Learning rate of the pruned kernels relative to that of the other parameters. None: M / N of
+    their pattern, as in pretraining."""
     warmup: float = 0.1
     """Fraction of the steps in which the learning rate rises, in [0, 1); then it falls to zero."""
     seq_len: int | None = None
@@ -77,6 +81,10 @@ class FinetuneConfig:
                 raise ValueError(f"{name} must be a positive integer, got {value}")
         if self.lr is not None and not 0 < self.lr < 10:
             raise ValueError(f"lr must be above 0 (and below 10), got {self.lr}")
+        if self.pruned_lr_scale is not None and not self.pruned_lr_scale > 0:
+            raise ValueError(
+                f"pruned_lr_scale must be above 0, or None for M / N; got {self.pruned_lr_scale}"
+            )
         for name in ("warmup", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")

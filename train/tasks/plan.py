@@ -12,7 +12,7 @@ from train.serving import Trained
 from train.state import compute_dtype
 from train.tasks.config import FinetuneConfig
 from train.tasks.examples import TRAIN
-from train.tasks.setup import Setup, init_state
+from train.tasks.setup import Setup, init_state, pruned_lr_scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,9 @@ def _lines(config, trained, setup, counts) -> list[str]:
         lines.append(f"{counts[TRAIN]:,} training examples, {held_out}")
     longest = max(run.seq_len)
     untrained = f", of which {longest} were seen in pretraining" if setup.seq_len > longest else ""
+    rates = {p: pruned_lr_scale(config, p) for p in dict.fromkeys(setup.pruned.values())}
+    told = ", ".join(f"{rate:g} times that of others ({p})" for p, rate in rates.items())
+    lines += [f"learning rate of pruned kernels: {told}"] if told else []
     lines += [
         f"sequences of at most {setup.seq_len} tokens{untrained}, {config.batch_size} a step, in"
         f" {compute_dtype(config)}",

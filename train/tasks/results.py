@@ -20,7 +20,7 @@ from typing import Any
 from pallas_kernels.files import write_atomically
 from train import integrity
 from train.serving import Trained
-from train.tasks.config import FinetuneConfig
+from train.tasks.config import EARLIER, FinetuneConfig
 from train.tasks.examples import Splits
 from train.tasks.plan import Plan
 from train.tasks.registry import Task
@@ -54,6 +54,7 @@ def open_record(
         ) from error
     if saved is None:
         return record
+    saved["config"] = EARLIER | saved.get("config", {})
     differing = [
         f"  {part} {name}: {saved.get(part, {}).get(name)} there, {value} here"
         for part in IDENTITY

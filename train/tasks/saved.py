@@ -19,7 +19,7 @@ from train import integrity
 from train.checkpoint import check_space, placed
 from train.data.tokenizer import Vocabulary, vocabulary_from_json
 from train.serving import TOKENIZER_FILE, VARIABLES, Trained, trained_shapes
-from train.tasks.config import FinetuneConfig, to_json
+from train.tasks.config import EARLIER, FinetuneConfig, to_json
 from train.tasks.head import TaskModel
 from train.tasks.setup import Setup, init_state, make_setup
 
@@ -78,7 +78,7 @@ def load_finetuned(folder: pathlib.Path | str) -> Finetuned:
         raise ValueError(f"{folder} has no {FINETUNED_FILE}; give OUT/seed-N/model")
     integrity.check(folder, "Copy it again, or finetune again with --save-model")
     about = json.loads((folder / FINETUNED_FILE).read_text(encoding="utf-8"))
-    config = FinetuneConfig(**about["finetuning"])
+    config = FinetuneConfig(**EARLIER | about["finetuning"])
     tokenizer = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")
     vocabulary = vocabulary_from_json(tokenizer, "mlm")
     trained = trained_shapes(about["run"], vocabulary)

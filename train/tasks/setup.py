@@ -1,18 +1,21 @@
 """Model, optimizer and initial state of a finetuning job."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from flax import traverse_util
 
-from slope_jax import TrainState
+from slope_jax import TrainState, pruned_rate
 from slope_jax.models import Bert
 from slope_jax.models.layers import normal_init
+from slope_jax.rates import scale_leaves
 from train.config import Config, from_json
+from train.methods import METHODS
 from train.optimizer import make_optimizer, make_schedule
 from train.serving import Trained, load_trained
 from train.state import compute_dtype, is_stacked
@@ -21,6 +24,7 @@ from train.tasks.features import check_seq_len
 from train.tasks.head import BERT, TaskModel
 
 PRETRAINING_HEADS = ("mlm", "nsp")
+Path = tuple[str, ...]
 
 
 class Setup(NamedTuple):
@@ -32,6 +36,7 @@ class Setup(NamedTuple):
     seq_len: int
     epochs: int
     lr: float
+    pruned: Mapping[Path, str]  # path of every pruned kernel in the parameters -> its pattern
     steps_per_epoch: int
     schedule: optax.Schedule
     tx: optax.GradientTransformation
@@ -45,7 +50,7 @@ class Setup(NamedTuple):
         steps = -(-count // self.config.batch_size)
         if steps == self.steps_per_epoch:
             return self
-        schedule, tx = _optimizer(self.config, self.lr, self.epochs * steps)
+        schedule, tx = _optimizer(self.config, self.lr, self.pruned, self.epochs * steps)
         return self._replace(steps_per_epoch=steps, schedule=schedule, tx=tx)
 
 
@@ -90,8 +95,9 @@ def make_setup(config: FinetuneConfig, trained: Trained, sequences: int) -> Setu
         task.kind,
         task.outputs,
     )
-    schedule, tx = _optimizer(config, lr, epochs * steps)
-    return Setup(config, model, model.apply, seq_len, epochs, lr, steps, schedule, tx)
+    pruned = _pruned(pretraining, trained)
+    schedule, tx = _optimizer(config, lr, pruned, epochs * steps)
+    return Setup(config, model, model.apply, seq_len, epochs, lr, pruned, steps, schedule, tx)
 
 
 def init_state(setup: Setup, trained: Trained, key: jax.Array) -> TrainState:
@@ -111,7 +117,18 @@ def init_state(setup: Setup, trained: Trained, key: jax.Array) -> TrainState:
     )
 
 
-def _optimizer(config: FinetuneConfig, lr: float, steps: int):
+def _pruned(pretraining: Config, trained: Trained) -> dict[Path, str]:
+    stored = traverse_util.flatten_dict(trained.variables["masks"])
+    kernels = METHODS[pretraining.method](pretraining).kernels
+    return {(BERT, *path): pattern for path, pattern in kernels.items() if path in stored}
+
+
+def pruned_lr_scale(config: FinetuneConfig, pattern: str) -> float:
+    """Learning rate of a kernel of a pattern, relative to that of the other parameters."""
+    return pruned_rate(pattern) if config.pruned_lr_scale is None else config.pruned_lr_scale
+
+
+def _optimizer(config: FinetuneConfig, lr: float, pruned: Mapping[Path, str], steps: int):
     """AdamW as in pretraining, under a schedule of its own."""
     like = Config(
         batch_size=(config.batch_size,),
@@ -122,4 +139,6 @@ def _optimizer(config: FinetuneConfig, lr: float, steps: int):
         clip=config.clip,
     )
     schedule = make_schedule(like.phases, like.schedule)
-    return schedule, make_optimizer(like, schedule, is_stacked)
+    factors = {path: pruned_lr_scale(config, pattern) for path, pattern in pruned.items()}
+    others = {path: factor for path, factor in factors.items() if factor != 1}
+    return schedule, make_optimizer(like, schedule, is_stacked, scale_leaves(others))
