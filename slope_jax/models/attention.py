@@ -200,15 +200,25 @@ class Attention(nn.Module):
                 )
             return key, value
         slots = {name: self.variable(CACHE, name) for name in ("key", "value")}
-        rows = jnp.arange(key.shape[0])[:, None]
         for name, new in (("key", key), ("value", value)):
-            old = slots[name].value
-            if positions is None:
-                slots[name].value = jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2), (0,) * 4)
-            else:
-                slots[name].value = old.at[rows, :, positions].set(new)
+            slots[name].value = _placed(slots[name].value, new, positions)
         if positions is None:
             return key, value
         # Left to itself, XLA turns whole caches around for its attention, and back.
         held = (with_layout_constraint(slots[n].value, IN_ORDER) for n in ("key", "value"))
         return tuple(x.swapaxes(1, 2) for x in held)
+
+
+def _placed(cache: jax.Array, new: jax.Array, positions: jax.Array | None) -> jax.Array:
+    """The cache (B, heads, slots, width) with new (B, S, heads, width) at its positions (B, S)."""
+    if positions is None:
+        return jax.lax.dynamic_update_slice(cache, new.swapaxes(1, 2), (0,) * 4)
+    if (
+        positions.size == 1
+    ):  # no checks of indices, each of which would be a launch in a GPU's decode
+        start = (0, 0, positions[0, 0], 0)
+        return jax.lax.dynamic_update_slice(
+            cache, new.swapaxes(1, 2), start, allow_negative_indices=False
+        )
+    rows = jnp.arange(cache.shape[0], dtype=positions.dtype)[:, None]
+    return cache.at[rows, :, positions].set(new, mode="promise_in_bounds", unique_indices=True)
