@@ -209,7 +209,7 @@ def test_its_norm_is_as_close_as_one_made_apart(config, tokens, centred):
     norm = Norm(scale, shift if centred else None, 1e-5, centred)
     options = {"norm": (scale, norm.shift), "form": normed.Form(1e-5, centred)}
     y = run(x, w, config, residual=residual, **options)
-    apart = run(jax.jit(norm)(x), w, config, residual=residual)
+    apart = run(jax.jit(norm.__call__)(x), w, config, residual=residual)
     rows = float64(x) - (float64(x).mean(-1, keepdims=True) if centred else 0)
     rows = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-5) * float64(scale)
     exact = (rows + (float64(shift) if centred else 0)) @ float64(dense(w)) + float64(residual)

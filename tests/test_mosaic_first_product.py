@@ -263,7 +263,7 @@ def test_a_norm_and_an_adapter_are_as_close_as_a_norm_made_apart(shape, centred)
     run = jax.jit(functools.partial(nm_matmul, implementation="mosaic"))
     options = {"adapter": (left, right), "residual": residual}
     y = run(x, w, norm=norm, **options)
-    apart = run(jax.jit(norm)(x), w, **options)
+    apart = run(jax.jit(norm.__call__)(x), w, **options)
     rows = float64(x) - (float64(x).mean(-1, keepdims=True) if centred else 0)
     rows = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-5) * float64(scale)
     rows = rows + (float64(shift) if centred else 0)
