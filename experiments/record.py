@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import pathlib
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ from train.config import Config
 from train.data.sources import split_spec
 from train.folder import ADAPTER_FIELDS
 from train.methods import METHODS
-from train.tasks.config import FinetuneConfig
+from train.tasks.config import EARLIER, FinetuneConfig
 
 MADE = ("date", "commit", "dirty", "command")  # of a record, and of each of its rows
 FOLDERS = ("tokenizer", "init_from", "checkpoint")
@@ -49,7 +51,8 @@ def identity(config: Config | FinetuneConfig) -> dict[str, Any]:
 def is_of(row: Mapping[str, Any], config: Config | FinetuneConfig) -> bool:
     """Whether a row is of this run."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    there = defaults | row["fields"]  # made by a version without some of today's
+    earlier = EARLIER if isinstance(config, FinetuneConfig) else {}
+    there = defaults | earlier | row["fields"]  # made by a version without some of today's
     decisive = identity(config).keys() - _idle(config)
     return all(there[name] == value for name, value in identity(config).items() if name in decisive)
 
@@ -64,7 +67,7 @@ def _idle(config: Config | FinetuneConfig) -> frozenset[str]:
 
 
 def best_rate(rows: Sequence[Mapping[str, Any]], method: str, text: str, *, group: str) -> float:
-    """The learning rate with the lowest perplexity of a text.
+    """The learning rate with the lowest perplexity of a text, by the mean logarithm over its seeds.
 
     Raises:
       ValueError: none of the rows says.
@@ -76,4 +79,7 @@ def best_rate(rows: Sequence[Mapping[str, Any]], method: str, text: str, *, grou
             f" {text!r}: run --groups={group} first, with the same names in --valid, or give a rate"
             """ with --override='{"lr": 2e-3}' --results=FOLDER"""
         )
-    return min(tried, key=lambda row: row["perplexity"][text])["lr"]
+    logs: dict[float, list[float]] = {}
+    for row in tried:
+        logs.setdefault(row["lr"], []).append(math.log(row["perplexity"][text]))
+    return min(logs, key=lambda rate: statistics.fmean(logs[rate]))

@@ -61,7 +61,7 @@ GPT2 = {
     "log_every": 10,
     "tensorboard": False,
 }
-# About 12.8 million parameters besides the embeddings, two epochs. No phase of longer sequences.
+# About 12.8 million parameters besides the embeddings, three epochs. No phase of longer sequences.
 BERT = GPT2 | {
     "model": "bert-small",
     "seq_len": 128,
@@ -70,13 +70,14 @@ BERT = GPT2 | {
     "weight_decay": 0.01,
     "beta2": 0.98,
     "eps": 1e-6,
-    "steps": 2560,
-    "eval_every": 320,
+    "steps": 3840,
+    "eval_every": 480,
     "eval_batches": 16,
 }
 # 0.8 million parameters besides the embeddings, eighty tokens for each: what it can hold is what bounds it.
 NANO = GPT2 | {"model": "gpt2-nano"}
-TASKS = ("glue/cola", "glue/sst2", "glue/rte")
+TASKS = ("glue/cola", "glue/rte", "glue/sst2")
+TASK_RATES = (1e-4, 3e-4)  # a small BERT learns a task faster than one of the usual size
 FINETUNED = ("dense", "slope", "slope, adapters 6.25 %", "half the blocks", "extended SR-STE")
 SLOPE_LR, DENSE_LR, CHANGING_LR = "slope", "dense", "sr-ste"
 
@@ -111,14 +112,17 @@ def learning_rates(
     rates: Sequence[float],
     methods: Sequence[str] = (DENSE_LR, SLOPE_LR, CHANGING_LR),
     length: float = 0.5,
+    seeds: Sequence[int] = (0,),
 ) -> list[Run]:
-    """One seed, of half the steps or another share: which learning rate for which kind of method."""
+    """Half of the steps or another share: which learning rate for which kind of method."""
     steps = round(length * common["steps"])
     return [
         Run(
             f"{name}, lr {rate:g}",
             {"method": name, "lr": rate, "steps": steps, "eval_every": steps // 2},
+            seed,
         )
+        for seed in seeds
         for name in methods
         for rate in rates
     ]
@@ -144,14 +148,32 @@ def _adapters_of(rank: float, start: float) -> dict[str, Any]:
 
 
 # Whether adapters add anything where a model has too few parameters for its tokens.
+JOINED = round(0.9 * NANO["steps"])
 CAPACITY: dict[str, dict[str, Any]] = {
-    **{name: METHODS[name] for name in ("dense", "slope", "half the blocks")},
+    **{name: METHODS[name] for name in ("dense", "half the blocks")},
+    "slope": METHODS["slope"] | {"checkpoint_every": JOINED},
     "slope, adapters 6.25 %, last 1 %": _adapters_of(0.0625, 0.99),
     "slope, adapters 6.25 %, last 10 %": _adapters_of(0.0625, 0.9),
     "slope, adapters 6.25 %, from the start": _adapters_of(0.0625, 0.0),
     "slope, adapters 25 %, last 10 %": _adapters_of(0.25, 0.9),
     "slope, adapters 25 %, from the start": _adapters_of(0.25, 0.0),
 }
+
+
+def capacity() -> list[Run]:
+    """Three seeds; late adapters join the run without them, so that only they make a difference."""
+    return [
+        Run(
+            name,
+            fields,
+            seed,
+            after="slope" if fields.get("adapter_start") else None,
+            branch=JOINED if fields.get("adapter_start") else None,
+            tuned_as=_tuned_as(fields),
+        )
+        for seed in SEEDS
+        for name, fields in CAPACITY.items()
+    ]
 
 
 # The best rate of slope if all parameters have the same; pruned kernels' own is an ablation.
@@ -246,11 +268,12 @@ def gpt2_small() -> list[Run]:
 
 
 def glue() -> list[Run]:
-    """BERTs of every method that was pretrained with three seeds, finetuned on three tasks."""
+    """BERTs of some methods, finetuned on three tasks at several rates."""
     return [
-        Run(f"{variant}, {task}", {}, seed, after=variant, task=task)
+        Run(f"{variant}, {task}, lr {rate:g}", {"lr": rate}, seed, after=variant, task=task)
+        for task in reversed(TASKS)  # from the longest
         for seed in SEEDS
-        for task in TASKS
+        for rate in TASK_RATES
         for variant in FINETUNED
     ]
 
@@ -263,10 +286,11 @@ GROUPS: dict[str, Sequence[Run]] = {
     "gpt2-adapters": adapters(),
     "gpt2-ablations": ablations(),
     "gpt2-small": gpt2_small(),
-    "nano-lr": learning_rates(NANO, (2e-3, 4e-3, 8e-3), (DENSE_LR, SLOPE_LR)),
-    "nano-capacity": methods(CAPACITY),
-    # Half-way a BERT is still about to leave its first plateau.
-    "bert-lr": learning_rates(BERT, (5e-4, 1e-3, 2e-3), length=1),
+    # Above 4e-3 slope's seeds are 10 % apart.
+    "nano-lr": learning_rates(NANO, (1e-3, 2e-3, 4e-3), (DENSE_LR, SLOPE_LR)),
+    "nano-capacity": capacity(),
+    # Half-way a BERT may not have left its first plateau, and one seed leaves it earlier than another.
+    "bert-lr": learning_rates(BERT, (5e-4, 1e-3), length=1, seeds=(0, 1)),
     "bert-methods": methods(),
     "bert-glue": glue(),
 }

@@ -195,10 +195,11 @@ def test_a_run_leaves_what_the_report_reads(small_text, tmp_path):
     assert f"{found['dense_parameters'] / 1e6:.1f} million parameters" in first
 
 
-def test_scores_are_percents_by_method_and_task():
-    def scored(method, task, score, seed):
+def test_scores_are_percents_by_method_and_task_at_the_best_rate():
+    def scored(method, task, score, seed, rate=1e-4):
         return {
-            "variant": f"{method}, {task}",
+            "variant": f"{method}, {task}, lr {rate:g}",
+            "fields": {"lr": rate},
             "task": task,
             "metric": "m",
             "score": score,
@@ -206,18 +207,29 @@ def test_scores_are_percents_by_method_and_task():
         }
 
     rows = [scored("slope, adapters 6.25 %", "glue/rte", s, i) for i, s in enumerate((0.5, 0.7))]
+    rows += [
+        scored("slope, adapters 6.25 %", "glue/rte", s, i, 3e-4) for i, s in enumerate((0.9, 0.1))
+    ]
+    rows += [scored("slope, adapters 6.25 %", "glue/rte", 0.95, 0, 1e-3)]  # of one seed only
     rows += [scored("dense", "glue/cola", 0.25, 0)]
     table = report_accuracy._scores(rows).splitlines()
     cells = lambda line: [cell.strip() for cell in line.strip("|").split("|")]  # noqa: E731
-    assert cells(table[0]) == ["method", "seeds", "glue/rte, m", "glue/cola, m"]
+    assert cells(table[0]) == ["method", "seeds", "glue/cola, m (lr)", "glue/rte, m (lr)"]
     deviation = statistics.stdev([50.0, 70.0])
-    assert cells(table[2]) == ["slope, adapters 6.25 %", "2", f"60.00 ± {deviation:.2f}", "–"]
-    assert cells(table[3]) == ["dense", "1", "–", "25.00"]
+    assert cells(table[2]) == [
+        "slope, adapters 6.25 %",
+        "2",
+        "–",
+        f"60.00 ± {deviation:.2f} (0.0001)",
+    ]
+    assert cells(table[3]) == ["dense", "1", "25.00 (0.0001)", "–"]
 
 
 RATES = [
     {"method": "dense", "lr": 1e-3, "perplexity": {"books": 9.0}},
     {"method": "dense", "lr": 2e-3, "perplexity": {"books": 8.0}},
+    {"method": "dense", "lr": 4e-3, "perplexity": {"books": 7.0}},  # by one seed the best
+    {"method": "dense", "lr": 4e-3, "perplexity": {"books": 9.5}},
     {"method": "slope", "lr": 4e-3, "perplexity": {"books": 7.0}},
     {"method": "dense", "lr": 8e-3, "error": "x"},
 ]
