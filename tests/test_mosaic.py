@@ -45,6 +45,19 @@ SHAPES = [
 ]
 
 
+@needs_jax
+@pytest.mark.parametrize(
+    "size", [(768, 768), (2304, 768), (1024, 1024), (3072, 1024), (5120, 1280)]
+)
+def test_small_products_are_cut_for_most_of_the_processors(size):
+    """Processors that idle leave their power to others, whose clock has an end all the same."""
+    from pallas_kernels.mosaic import matmul
+
+    tile = matmul.choose(2048, *size)
+    plan = tile.schedule(2048, *size, 132)
+    assert plan.waves or plan.left * plan.sharers * tile.cluster >= 90
+
+
 def integers(seed, shape, dtype=jnp.bfloat16):
     return jax.random.randint(jax.random.key(seed), shape, -4, 5).astype(dtype)
 

@@ -102,7 +102,8 @@ SIZES = {
 }
 SHARERS = (1, 8)  # of a tile of the last wave, at most
 TILES = tuple(dataclasses.replace(tile, splits=n) for tile in SIZES for n in SHARERS)
-IDLE = 0.4  # of a busy processor's power: what idle ones leave makes the others faster
+IDLE = 0.4  # of a busy processor's power: what idle ones leave makes the others faster,
+FASTEST = 0.85  # up to this share of its stages' time (33 shapes with idle processors, H100 and H200)
 SHARING = 8.0  # microseconds that parts of 256 x 192 outputs take on their way
 
 
@@ -130,7 +131,8 @@ def estimate(tile: Tile, plan: Schedule, stages: int) -> float:
     longest = plan.waves + (plan.share / plan.steps if plan.left else 0)
     sharing = SHARING * tile.rows * tile.tokens / (256 * 192) if plan.slots else 0
     waves = plan.waves + bool(plan.left)
-    return stage * stages * (work + IDLE * (longest - work)) + epilogue * waves + sharing
+    power, clock = work + IDLE * (longest - work), FASTEST * longest
+    return stage * stages * max(power, clock) + epilogue * waves + sharing
 
 
 @launch.once("tile", "activation", "save_preactivation", "out_dtype", "processors")
