@@ -38,7 +38,7 @@ def _adapters(rows: list[Row]) -> str:
     texts, variants = _texts(rows), by_variant(rows)
     base = variants.get("slope", [])
     header = ["run", "seeds", "lr", *(f"perplexity, {t}" for t in texts)]
-    header += [f"against the same run without, {t}" for t in texts]
+    header += [f"against slope of the same seed, {t}" for t in texts]
     lines = []
     for variant, found in variants.items():
         cells = [_spread(row["perplexity"][text] for row in found) for text in texts]
@@ -105,7 +105,7 @@ def small(folder: Path = RESULTS) -> str:
 
 def capacity(folder: Path = RESULTS) -> str:
     """A small model of many tokens, with and without adapters."""
-    return _pages("nano-capacity", folder, _methods)
+    return _pages("nano-capacity", folder, _adapters)
 
 
 def bert(folder: Path = RESULTS) -> str:

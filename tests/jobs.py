@@ -25,7 +25,8 @@ def run(config: Config, stop_at: int | None = None) -> tuple[int, str]:
 
 def save_run(folder, texts, model, step, **fields):
     """A run's checkpoint without the run: its first state, after `step` steps in name."""
-    given = {"seq_len": (16,), "steps": (10,), "adapter_start": 0.5, "dtype": "bfloat16"}
+    given = {"seq_len": (16,), "steps": (10,), "dtype": "bfloat16"}
+    given |= {} if "method" in fields else {"adapter_rank": 0.0156, "adapter_start": 0.5}
     config = make_config(model, vocab_size=300, **given | fields)
     vocabulary = train_tokenizer(texts, config.objective, 300)
     setup = make_setup(config, vocab_size=vocabulary.size)

@@ -38,7 +38,7 @@ NAMES = ["anna", "bob", "carla", "dora", "emil"]
 def save_run(folder, scale=1.0, **fields):
     """A run's checkpoint without the run: its first weights, after 7 of 10 steps in name."""
     options = {"seq_len": (32,), "steps": (10,), "vocab_size": 340}
-    options |= {} if "method" in fields else {"adapter_start": 0.5}
+    options |= {} if "method" in fields else {"adapter_rank": 0.0156, "adapter_start": 0.5}
     config = make_config("bert-tiny", **options | fields)
     text = " ".join([*WORDS, *NAMES, "the winner is good bad"])
     vocabulary = train_tokenizer([text] * 3, config.objective, 340)

@@ -605,7 +605,7 @@ BAD = [
     ({"method": "fst", "mask_every": 0}, "mask_every must be above 0"),
     ({"method": "fst", "seq_len": 13, "batch_size": 2}, "2 x 13 is no multiple of 4"),
     ({"method": "fst", "sparsity": "dense"}, "sparsity 'dense' has no meaning for --method=fst"),
-    ({"method": "sr-ste", "adapter_start": 0.0}, r"adapter_start 0\.0 .*only for slope, wanda"),
+    ({"method": "sr-ste", "adapter_start": 0.3}, r"adapter_start 0\.3 .*only for slope, wanda"),
     ({"method": "dense", "adapter_start": 0.5}, r"adapter_start 0\.5 .*only for slope, wanda"),
     ({"dense_finish": 0.0}, r"dense_finish 0\.0 has no meaning for --method=slope, only for fst"),
     ({"mask_decay": 0.0}, r"mask_decay 0\.0 has no meaning for --method=slope"),

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from slope_jax.models import VARIANTS, variant_config
-from train.config import Config, choices, free_fields
+from train.config import Config, choices, free_fields, from_json, to_json
+from train.config_checks import ADAPTER_OPTIONS
 from train.plan import make_plan
 from train.pretrain import main, parse
 from train.recipes import make_config
@@ -68,7 +69,7 @@ def test_paper_recipe_of_gpt2_has_the_published_numbers():
     assert (phase.seq_len, phase.batch_size, phase.steps) == (1024, 512, 400_000)
     assert (small.weight_decay, small.eps, small.clip) == (0.1, 1e-4, 1.0)
     assert (small.optimizer, small.schedule, phase.warmup) == ("adamw", "linear", 0.01)
-    assert config_steps_with_adapters(small) == 4000
+    assert small.total_steps - small.adapter_step == 4000
 
 
 def test_paper_recipes_of_opt_and_llama_have_the_published_numbers():
@@ -99,13 +100,25 @@ def test_every_model_has_every_recipe(recipe, model):
     assert max(config.seq_len) <= variant_config(model).max_positions
 
 
-def config_steps_with_adapters(config: Config) -> int:
-    return config.total_steps - config.adapter_step
+@pytest.mark.parametrize("option", ADAPTER_OPTIONS)
+def test_options_of_adapters_need_adapters(option):
+    """Given by name; a run of before has them beside rank 0, and is read all the same."""
+    message = rf"{option} 0\.5 has no meaning without adapters; give their --adapter-rank as well"
+    with pytest.raises(ValueError, match=message):
+        make_config("bert-tiny", **{option: 0.5})
+    flag = f"--{option.replace('_', '-')}"
+    for args in ([flag, "0.5"], [f"{flag}=0.5"]):
+        with pytest.raises(ValueError, match=message):
+            parse(["--model=bert-tiny", *args])
+    assert parse(["--model=bert-tiny", "--adapter-rank=0", f"{flag}=0.5"]).adapter_step is None
+    assert parse(["--model=bert-tiny", "--adapter-rank=4", f"{flag}=0.5"]).adapter_step is not None
+    assert make_config("bert-base", "paper", **{option: 0.5}).adapter_rank == 0.0156
 
 
-def test_quickstart_shows_the_adapters_for_ten_steps():
-    for model in ("bert-base", "gpt2-nano"):
-        assert config_steps_with_adapters(make_config(model)) >= 10
+def test_dense_runs_of_before_adapters_were_a_choice_are_read():
+    saved = to_json(make_config("bert-tiny", method="dense"))
+    saved |= {"adapter_rank": 0.0156, "adapter_start": 0.9}
+    assert from_json(saved).adapter_step is None
 
 
 def test_explicit_values_win_over_the_recipe():
@@ -128,7 +141,7 @@ def test_adapters_are_off_for_rank_zero_and_for_the_dense_control():
 
 
 def test_adapters_join_ahead_of_the_last_step_however_short_the_run():
-    assert make_config("bert-tiny", steps=2, adapter_start=0.99).adapter_step == 1
+    assert make_config("bert-tiny", steps=2, adapter_rank=4, adapter_start=0.99).adapter_step == 1
 
 
 def test_run_folder_depends_on_what_the_run_is_and_on_nothing_else():

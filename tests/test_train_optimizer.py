@@ -181,6 +181,7 @@ def test_the_steps_left_to_adapters_warm_up_and_decay_from_their_own_peak():
         lr=(1.0, 0.5),
         warmup=(0.25, 0.2),
         schedule="linear",
+        adapter_rank=4,
         adapter_start=0.9,
         adapter_lr_scale=0.1,
     )
@@ -193,7 +194,9 @@ def test_the_steps_left_to_adapters_warm_up_and_decay_from_their_own_peak():
 
 
 def test_by_default_adapters_peak_at_the_share_of_the_steps_that_is_left_to_them():
-    config = make_config("bert-tiny", steps=100, lr=2.0, warmup=0.0, adapter_start=0.75)
+    config = make_config(
+        "bert-tiny", steps=100, lr=2.0, warmup=0.0, adapter_rank=4, adapter_start=0.75
+    )
     schedule = make_schedule(config.phases, config.schedule)
     rate = adapter_rate(config, schedule)
     expected = [2.0 * 0.25 * (1 - t / 25) for t in range(25)]
@@ -202,8 +205,6 @@ def test_by_default_adapters_peak_at_the_share_of_the_steps_that_is_left_to_them
 
 
 def test_adapters_that_are_there_from_the_start_have_the_rate_of_the_others_times_the_scale():
-    config = make_config(
-        "bert-tiny", steps=40, warmup=0.25, adapter_start=0.0, adapter_lr_scale=3.0
-    )
+    config = make_config("bert-tiny", steps=40, warmup=0.25, adapter_rank=4, adapter_lr_scale=3.0)
     rate = adapter_rate(config, make_schedule(config.phases, config.schedule))
     np.testing.assert_allclose([float(rate(t)) for t in range(40)], 3.0, rtol=16 * EPS32)

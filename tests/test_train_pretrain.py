@@ -38,6 +38,7 @@ def options(text, run_dir, **fields):
         "batch-size": 2,
         "steps": 6,
         "lr": 0.01,
+        "adapter-rank": 0.0156,
         "adapter-start": 0.5,
         "eval-every": 2,
         **fields,

@@ -43,7 +43,7 @@ def options(folder: pathlib.Path, **fields):
         "accumulation": (1, 2),
         "moments": "bfloat16",
         "steps": (JOIN, TOTAL - JOIN),
-        "adapter_start": 0.0,
+        "adapter_rank": 0.0156,
         "dropout": 0.1,
         "eval_every": 4,
         "eval_batches": 2,

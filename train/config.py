@@ -69,10 +69,11 @@ class Config:
     pruned_lr_scale: float | None = None
     """Learning rate of the pruned kernels relative to that of the other parameters. None: with AdamW
     M / N, for so many fewer entries move each output (2 for 2:4); with LAMB 1."""
-    adapter_rank: int | float = 0.0156
+    adapter_rank: int | float = 0
     """Rank of the adapters: an integer, or a fraction (below 1) of the hidden size. 0: none."""
-    adapter_start: float = 0.99
-    """Fraction of the last phase's steps after which the adapters join, in [0, 1)."""
+    adapter_start: float = 0.0
+    """Fraction of the last phase's steps after which the adapters join, in [0, 1): 0 is from the start,
+    0.99 what the paper does. Late ones have added nothing that we could measure (docs/accuracy.md)."""
     adapter_init_scale: float = 1.0
     """Spread of the adapters' first factor at birth, times 1 / rank; the second starts at zero."""
     adapter_lr_scale: float | None = None

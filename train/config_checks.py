@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from train.config import Config
 
 PER_PHASE = ("seq_len", "batch_size", "accumulation", "steps", "lr", "warmup", "max_predictions")
+ADAPTER_OPTIONS = ("adapter_start", "adapter_init_scale", "adapter_lr_scale")
+EARLIER = {"adapter_start": 0.9}  # what the recipe quickstart gave before adapters were a choice
 
 
 def check(config: Config) -> None:
@@ -159,11 +162,23 @@ def _check_mesh(config: Config) -> None:
         )
 
 
+def check_given(config: Config, given: Collection[str]) -> None:
+    """Raises a ValueError for fields that were given and count for nothing beside the others."""
+    idle = [name for name in ADAPTER_OPTIONS if name in given]
+    if idle and config.adapter_rank == 0 and "adapter_rank" not in given:
+        raise ValueError(
+            f"{idle[0]} {getattr(config, idle[0])!r} has no meaning without adapters; give their"
+            " --adapter-rank as well, such as 16 or 0.0625 (of the hidden size), or leave it out"
+        )
+
+
 def _is_unset(config: Config, option: dataclasses.Field, value: Any) -> bool:
     """Whether a value is nobody's choice, or turns off what the method is without."""
     from train.recipes import RECIPES  # which needs this module
 
-    if value == option.default or (option.name == "adapter_rank" and value == 0):
+    if value in (option.default, EARLIER.get(option.name)):
+        return True
+    if option.name == "adapter_rank" and value == 0:
         return True
     if option.name == "sparsity":
         return value == "dense" and config.method in ("dense", "half")

@@ -11,13 +11,12 @@ from typing import Any
 
 from pallas_kernels.files import write_atomically
 from train.config import Config, free_fields, from_json, to_json
+from train.config_checks import ADAPTER_OPTIONS
 from train.metrics import METRICS_FILE
 
 CONFIG_FILE, LOCK_FILE, TOKENIZER_FILE = "config.json", "lock", "tokenizer.json"
 # What nothing depends on until the adapters join.
-ADAPTER_FIELDS = frozenset(
-    ("adapter_rank", "adapter_start", "adapter_init_scale", "adapter_lr_scale")
-)
+ADAPTER_FIELDS = frozenset(("adapter_rank", *ADAPTER_OPTIONS))
 LEFTOVERS = (METRICS_FILE, TOKENIZER_FILE, "corpus*.json", "plan.txt", "tensorboard")
 
 

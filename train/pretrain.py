@@ -32,6 +32,7 @@ def parse(args: Sequence[str]) -> "Config":
     import tyro
 
     from train.config import Config
+    from train.config_checks import check_given
     from train.recipes import defaults
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -41,13 +42,16 @@ def parse(args: Sequence[str]) -> "Config":
     known, _ = first.parse_known_args(args)
     phases = len(known.seq_len) if known.seq_len else None
     fields = defaults(known.recipe, known.model, phases=phases)
-    return tyro.cli(
+    config = tyro.cli(
         Config,
         args=args,
         default=Config(**fields),
         prog="python -m train.pretrain",
         description=__doc__,
     )
+    flags = (arg.partition("=")[0] for arg in args if arg.startswith("--"))
+    check_given(config, {flag[2:].replace("-", "_") for flag in flags})
+    return config
 
 
 def main(args: Sequence[str] | None = None) -> int:

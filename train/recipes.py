@@ -11,7 +11,9 @@ cores.
 from typing import Any
 
 from train.config import Config, choices
-from train.config_checks import PER_PHASE
+from train.config_checks import PER_PHASE, check_given
+
+PAPER_ADAPTERS = {"adapter_rank": 0.0156, "adapter_start": 0.99}
 
 QUICKSTART = {
     "vocab_size": 8192,
@@ -19,7 +21,6 @@ QUICKSTART = {
     "batch_size": (8,),
     "steps": (100,),
     "warmup": (0.1,),
-    "adapter_start": 0.9,
     "eval_every": 25,
     "eval_batches": 4,
     "checkpoint_every": 50,
@@ -32,7 +33,7 @@ PAPER_DECODER = {
     "optimizer": "adamw",
     "schedule": "linear",
     "weight_decay": 0.1,
-    "adapter_start": 0.99,
+    **PAPER_ADAPTERS,
     "eval_every": 1000,
     "eval_batches": 64,
     "log_every": 10,
@@ -74,7 +75,7 @@ RECIPES: dict[tuple[str, str], dict[str, Any]] = {
         "weight_decay": 0.01,
         "eps": 1e-6,
         "dropout": 0.1,
-        "adapter_start": 0.99,
+        **PAPER_ADAPTERS,
         "eval_every": 100,
         "eval_batches": 64,
         "checkpoint_every": 100,
@@ -181,4 +182,6 @@ def make_config(model: str = "bert-base", recipe: str = "quickstart", **explicit
     """
     lengths = explicit.get("seq_len")
     phases = None if lengths is None else 1 if isinstance(lengths, int) else len(lengths)
-    return Config(**{**defaults(recipe, model, phases=phases), **explicit})
+    config = Config(**{**defaults(recipe, model, phases=phases), **explicit})
+    check_given(config, explicit.keys())
+    return config
