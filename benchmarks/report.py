@@ -200,6 +200,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "accuracy": report_accuracy.summary,
         "accuracy-rates": report_accuracy.rates,
         "accuracy-adapters": report_accuracy.adapters,
+        "accuracy-beside": report_accuracy.beside_methods,
         "accuracy-capacity": report_accuracy.capacity,
         "accuracy-ablations": report_accuracy.ablations,
         "accuracy-small": report_accuracy.small,

@@ -11,10 +11,12 @@ from scipy import stats  # JAX needs it, too
 from benchmarks.pictures import svg
 from benchmarks.record import RESULTS
 from benchmarks.tables import markdown, records, sources
-from experiments.runs import GROUPS
+from experiments.runs import EARLY_ADAPTERS, GROUPS
+from experiments.runs import METHODS as ALL_METHODS
 
 MISSING = "Not measured yet: `python -m experiments`."
 CONTROLS = ("dense", "slope")
+BESIDE = ("slope", *EARLY_ADAPTERS)
 Row = dict[str, Any]
 
 
@@ -32,6 +34,27 @@ def rates(folder: Path = RESULTS) -> str:
 def adapters(folder: Path = RESULTS) -> str:
     """What adapters add to the run that is the same until they join."""
     return _pages("gpt2-adapters", folder, _adapters)
+
+
+def beside_methods(folder: Path = RESULTS) -> str:
+    """Runs of the experiments with adapters, which have more seeds, against other methods."""
+    ours, theirs = (_by_variant(group, folder) for group in ("gpt2-adapters", "gpt2-methods"))
+    runs = [name for name in BESIDE if name in ours]
+    methods = [name for name in ALL_METHODS if name in theirs and not name.startswith("slope")]
+    if not runs or not methods:
+        return MISSING
+    text = _texts(theirs[methods[0]])[0]
+    header = [f"perplexity on {text} against", *methods]
+    lines = [
+        (name, *(_against(ours[name], theirs[method], text, None) for method in methods))
+        for name in runs
+    ]
+    return markdown(header, lines)
+
+
+def _by_variant(group: str, folder: Path) -> dict[str, list[Row]]:
+    found = records(f"accuracy-{group}", folder)
+    return by_variant(_finished(row for record in found for row in record["results"]))
 
 
 def _adapters(rows: list[Row]) -> str:
@@ -54,13 +77,13 @@ def _adapters(rows: list[Row]) -> str:
 
 
 def _paired(found: list[Row], control: list[Row], text: str) -> str:
-    """The mean change of perplexity in pairs of one seed, and how far it is known (Student's t)."""
-    theirs = {row["seed"]: row["perplexity"][text] for row in control}
-    logs = [
-        math.log(row["perplexity"][text] / theirs[row["seed"]])
-        for row in found
-        if row["seed"] in theirs
-    ]
+    """The mean change of perplexity in pairs of one seed, and how far it is known (Student's t).
+
+    A run that joins another's course is paired with that one's end.
+    """
+    theirs = {row["seed"]: row["perplexity"] for row in control}
+    pairs = [(row["perplexity"], row.get("without", theirs.get(row["seed"]))) for row in found]
+    logs = [math.log(ours[text] / other[text]) for ours, other in pairs if other is not None]
     if not logs:
         return "–"
     change, spread = mean_and_deviation(logs)
@@ -345,12 +368,15 @@ def _score(rows: list[Row] | None) -> str:
 
 def _each(rows: list[Row]) -> str:
     texts = _texts(rows)
-    header = ("run", "lr", "steps", *(f"perplexity, {t}" for t in texts), "tokens/s")
+    seeds = len({row["seed"] for row in rows}) > 1
+    header = ("run", *(["seed"] * seeds), "lr", "steps", *(f"perplexity, {t}" for t in texts))
+    header += ("tokens/s",)
     return markdown(
         header,
         [
             (
                 row["variant"],
+                *([f"{row['seed']}"] * seeds),
                 f"{row['lr']:g}",
                 f"{row['steps']:,}",
                 *(f"{row['perplexity'][text]:,.2f}" for text in texts),

@@ -121,6 +121,10 @@ class Group:
             self.console.print(f"{self.name}: run again, for its folder is needed: {run.name}")
         return [run for run in GROUPS[self.name] if run in new or run in again]
 
+    def _row(self, variant: str, seed: int) -> dict[str, Any]:
+        (row,) = (r for r in self.rows if (r["variant"], r["seed"]) == (variant, seed))
+        return row
+
     def _done(self, run: Run) -> bool:
         found = (
             row for row in self.rows if (row["variant"], row["seed"]) == (run.variant, run.seed)
@@ -193,6 +197,10 @@ class Group:
         made = {name: record[name] for name in MADE}
         fields = {} if failed else {"fields": identity(self._config(run))}
         row = {"variant": run.variant, "seed": run.seed, **found, **fields, **made}
+        if (
+            run.branch is not None and not failed
+        ):  # which may be run again, and come out differently
+            row["without"] = self._row(run.after, run.seed)["perplexity"]
         if not (failed and self._done(run)):  # run again for its folder: its result stays
             same = (run.variant, run.seed)
             self.rows = [r for r in self.rows if (r["variant"], r["seed"]) != same] + [row]

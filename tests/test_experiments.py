@@ -101,9 +101,12 @@ def test_a_run_waits_for_the_one_it_begins_from_and_is_not_repeated(monkeypatch,
 
 def test_a_branch_goes_on_from_a_checkpoint_of_the_other_run(monkeypatch, tmp_path):
     runs = [Run("late", {"adapter_rank": 4}, after="early", branch=7), Run("early", {})]
-    pool = Pool(lambda fields: row())
+    pool = Pool(lambda fields: row(9.0 if fields["adapter_rank"] else 10.0))
     group_of(monkeypatch, tmp_path, runs).run(pool, 2, float("inf"))
     assert pool.names == ["early-seed-0", "late-seed-0"]
+    early, late = rows_of(tmp_path)
+    assert late["without"] == {"books": 10.0}  # what it is compared with, should that be run again
+    assert "without" not in early
     assert "init_from" not in pool.calls[1][1]
     assert pool.functions[0] is work.train
     assert pool.functions[1].func is work.branch
@@ -447,6 +450,29 @@ def test_what_adapters_add_is_told_by_pairs_of_one_seed():
     assert lines[-1].endswith("runs of one seed are 0.00 % apart at most.")
     surer = runs("wide", 3.88, 3.98, 4.081)
     assert report_accuracy._paired(surer, base, "books") == "-1.95 % ± 0.14"
+    joined = [r | {"without": {"books": 2 * r["perplexity"]["books"]}} for r in surer]
+    assert report_accuracy._paired(joined, base, "books").startswith("-50.00 %")
+
+
+def test_experiments_with_adapters_stand_beside_the_methods(monkeypatch):
+    def rows(**logs):
+        return [
+            row(math.exp(x), variant=variant, seed=seed)
+            for variant, values in logs.items()
+            for seed, x in enumerate(values)
+        ]
+
+    records = {
+        "accuracy-gpt2-adapters": rows(slope=(4.0, 4.02), other=(9.0,)),
+        "accuracy-gpt2-methods": rows(dense=(3.99, 4.01), slope=(8.0, 8.1)),
+    }
+    monkeypatch.setattr(
+        report_accuracy, "records", lambda name, folder: [{"results": records[name]}]
+    )
+    table = report_accuracy.beside_methods().splitlines()
+    assert [cell.strip() for cell in table[0].strip("|").split("|")][1:] == ["dense"]
+    assert len(table) == 3  # of the experiments' runs those that have a place there
+    assert table[2].startswith("| slope | +1.0 % ± ")
 
 
 def test_one_run_is_told_how_far_it_may_be_from_the_seeds_by_chance(tmp_path):
