@@ -103,9 +103,7 @@ SIZES = {
 SHARERS = (1, 8)  # of a tile of the last wave, at most
 TILES = tuple(dataclasses.replace(tile, splits=n) for tile in SIZES for n in SHARERS)
 IDLE = 0.4  # of a busy processor's power: what idle ones leave makes the others faster,
-FASTEST = (
-    0.85  # up to this share of its stages' time (33 shapes with idle processors, H100 and H200)
-)
+FASTEST = 0.85  # up to this share of a stage's time (33 shapes that leave some idle, H100 and H200)
 SHARING = 8.0  # microseconds that parts of 256 x 192 outputs take on their way
 
 
