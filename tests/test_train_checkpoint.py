@@ -14,7 +14,9 @@ from slope_jax import TrainState
 from train import checkpoint, metrics
 from train.checkpoint import Checkpoints, OutOfSpace
 from train.folder import open_folder, start_anew
+from train.processes import replicated
 from train.recipes import make_config
+from train.state import abstract_state, init_state, make_setup, step_key
 
 
 def state_at(step: int) -> TrainState:
@@ -52,6 +54,19 @@ def test_round_trip_is_exact(checkpoints):
         np.testing.assert_array_equal(got, want)
     np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(jax.random.key(7)))
     assert checkpoints.read_run(7) == ({"step": 7}, {"model": "text ä"})
+
+
+def test_a_run_that_goes_on_has_its_arrays_where_a_new_one_has_them(checkpoints):
+    """Else its programs would be others, and all of them compiled anew."""
+    setup = make_setup(make_config("bert-tiny", vocab_size=300))
+    state, key = init_state(setup), replicated(step_key(setup))
+    checkpoints.save(state, key, {}, {}, None)
+    checkpoints.wait()
+    again = checkpoints.restore(0, abstract_state(setup, adapters=False))
+    for new, restored in zip(*map(jax.tree.leaves, ((state, key), again)), strict=True):
+        assert new.committed
+        assert restored.committed
+        assert new.sharding == restored.sharding
 
 
 def test_the_latest_and_the_best_are_kept(checkpoints):

@@ -243,10 +243,10 @@ def lost_together(where: Callable[[], str]) -> Iterator[None]:
 
 
 def replicated(x: jax.Array) -> jax.Array:
-    """`x`, which all processes have alike, as one array on the mesh; as it is without a mesh."""
+    """`x`, which all processes have alike, as one array on the mesh, or on the first device."""
     mesh = current_mesh()
     if mesh is None:
-        return x
+        return jax.device_put(x, jax.devices()[0])
     return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(x)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from jax.sharding import SingleDeviceSharding
 
 from slope_jax import TrainState, add_adapters, models
 from slope_jax.sharding import active_mesh, state_specs
@@ -114,8 +115,11 @@ def _join(setup: Setup, state: TrainState) -> tuple[TrainState, int]:
 
 
 def _placed(make: Callable[[Any], TrainState], argument: Any) -> Any:
-    """Where the leaves of what `make` gives lie on the mesh; None without one."""
-    return None if active_mesh() is None else state_specs(jax.eval_shape(make, argument))
+    """Where the leaves of what `make` gives lie on the mesh, or on the device where runs go on: arrays
+    without a place make other programs, which a run that goes on would compile anew."""
+    if active_mesh() is None:
+        return SingleDeviceSharding(jax.devices()[0])
+    return state_specs(jax.eval_shape(make, argument))
 
 
 def as_called(setup: Setup, state: TrainState) -> TrainState:
