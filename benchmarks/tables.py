@@ -10,9 +10,13 @@ from benchmarks.record import RESULTS
 
 
 def records(benchmark: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """The records whose benchmark's name starts so, in the order of their files' names."""
+    """The records whose benchmark's name starts so, the oldest first.
+
+    Those of one minute (of one day, where they don't tell the time) by their files' names.
+    """
     paths = sorted(folder.glob(f"{benchmark}*.json"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return sorted(found, key=lambda record: (record.get("date", ""), record.get("time", "")))
 
 
 def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import record
+from benchmarks import record, tables
 from benchmarks.input_pipeline import tokens_per_second
 from train import environment
 
@@ -82,3 +82,12 @@ def test_rate_counts_text_and_not_padding():
     full = rate({"input_ids": ids})
     half = rate({"input_ids": ids, "lengths": np.full(1000, 1)})
     assert full > 50 * half > 0
+
+
+def test_records_are_read_in_the_order_in_which_they_were_made(tmp_path):
+    made = {"b": {"date": "2026-01-02"}, "c": {"date": "2026-01-01", "time": "23:59"}}
+    made |= {"a": {"date": "2026-01-02", "time": "00:01"}, "d": {"date": "2026-01-02"}}
+    for name, record in made.items():
+        (tmp_path / f"trial-{name}.json").write_text(json.dumps(record | {"name": name}))
+    found = [record["name"] for record in tables.records("trial", tmp_path)]
+    assert found == ["c", "b", "d", "a"]

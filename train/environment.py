@@ -19,23 +19,25 @@ COMMIT_VARIABLE = "SLOPE_COMMIT"
 
 
 def describe(packages: Iterable[str] = ()) -> dict[str, Any]:
-    """Device, driver, versions, date (UTC, ISO 8601) and commit, in JSON types.
+    """Device, driver, versions, date and time (UTC, ISO 8601) and commit, in JSON types.
 
     Args:
       packages: distributions whose versions matter, besides JAX's and numpy.
 
     Example:
       >>> sorted(describe())
-      ['commit', 'cpu', 'date', 'device', 'dirty', 'driver', 'system', 'versions']
+      ['commit', 'cpu', 'date', 'device', 'dirty', 'driver', 'system', 'time', 'versions']
     """
     revision, dirty = commit()
+    now = datetime.datetime.now(datetime.UTC)
     return {
         "device": accelerator(),
         "cpu": cpu(),
         "driver": _driver(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version(), **versions((*PACKAGES, *packages))},
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": now.date().isoformat(),
+        "time": now.time().isoformat("minutes"),
         "commit": revision,
         "dirty": dirty,
     }
