@@ -87,7 +87,7 @@ def test_rate_counts_text_and_not_padding():
 def test_records_are_read_in_the_order_in_which_they_were_made(tmp_path):
     made = {"b": {"date": "2026-01-02"}, "c": {"date": "2026-01-01", "time": "23:59"}}
     made |= {"a": {"date": "2026-01-02", "time": "00:01"}, "d": {"date": "2026-01-02"}}
-    for name, record in made.items():
-        (tmp_path / f"trial-{name}.json").write_text(json.dumps(record | {"name": name}))
-    found = [record["name"] for record in tables.records("trial", tmp_path)]
+    for name, when in made.items():
+        (tmp_path / f"trial-{name}.json").write_text(json.dumps(when | {"name": name}))
+    found = [found["name"] for found in tables.records("trial", tmp_path)]
     assert found == ["c", "b", "d", "a"]
