@@ -179,6 +179,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "train-step": report_training.steps,
     "inference": report_inference.summary,
     "accuracy": report_accuracy.summary,
+    "accuracy-beside": report_accuracy.beside_methods,
+    "accuracy-glue": report_accuracy.glue,
 }
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     README: TABLES,
