@@ -203,7 +203,7 @@ print(f"cosine between dx and the derivative: {float(cosine):.3f}")
 #
 # A small GPT-2 learns the letters of Python's own documentation. It is trained twice with the same
 # seed and the same batches: 2:4 sparse, and dense. In the sparse run, low-rank adapters
-# `y += (x @ L) @ R` join after 80 % of the steps. (In earnest they join for the last 1 %; here we
+# `y += (x @ L) @ R` join after 80 % of the steps. (The paper lets them join for the last 1 %; here we
 # want to see them.)
 
 # %%

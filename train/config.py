@@ -45,7 +45,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Config:
-    """Pretrain a sparse BERT or GPT-2 with lazy low-rank adapters, or its dense control."""
+    """Pretrain a sparse language model, with low-rank adapters if asked for, or its dense control."""
 
     model: str = "bert-base"
     """Named variant of slope_jax.models, such as bert-tiny, bert-base, gpt2-nano, gpt2-small."""

@@ -1,4 +1,4 @@
-"""Pretrain BERT, GPT-2, OPT, LLaMA or Mistral, 2:4 sparse with lazy low-rank adapters:
+"""Pretrain BERT, GPT-2, OPT, LLaMA or Mistral, 2:4 sparse, with low-rank adapters if asked for:
 
     python -m train.pretrain --model=bert-base
     python -m train.pretrain --model=gpt2-small --recipe=paper --dry-run
