@@ -88,23 +88,31 @@ class Tile:
         return self.stages * stage + CONSUMERS * self.slots * self.slot_tokens * 128
 
 
-# Microseconds of a stage and of an epilogue, of an H100 under sustained load, from some 100 times of
-# 17 shapes. They only rank tiles.
+class Pace(NamedTuple):
+    """Microseconds: of a stage where power bounds all, at the highest clock, and of an epilogue."""
+
+    stage: float
+    fastest: float
+    epilogue: float
+
+
+# Of an H100 under sustained load, from some 100 times of 17 shapes, and at the highest clock of an H200,
+# from 40 times of shapes that leave processors idle or are short. They only rank tiles.
 SIZES = {
-    Tile(): (0.740, 1.5),
-    Tile(down=2): (0.730, 1.5),
-    Tile(tokens=128, slot_tokens=64, stages=5): (0.543, 0.7),
-    Tile(tokens=128, slot_tokens=64, stages=5, across=2): (0.505, 0.7),
-    Tile(blocks=1, tokens=256, slot_tokens=64): (0.565, 0.7),
-    Tile(blocks=1, tokens=256, slot_tokens=64, down=2): (0.500, 0.7),
-    Tile(blocks=1, stages=5): (0.449, 0.7),
-    Tile(blocks=1, tokens=128, slot_tokens=64, stages=6): (0.385, 0.5),
+    Tile(): Pace(0.740, 0.62, 1.5),
+    Tile(down=2): Pace(0.730, 0.62, 1.5),
+    Tile(tokens=128, slot_tokens=64, stages=5): Pace(0.543, 0.46, 0.7),
+    Tile(tokens=128, slot_tokens=64, stages=5, across=2): Pace(0.505, 0.46, 0.7),
+    Tile(blocks=1, tokens=256, slot_tokens=64): Pace(0.565, 0.42, 0.7),
+    Tile(blocks=1, tokens=256, slot_tokens=64, down=2): Pace(0.500, 0.39, 0.7),
+    Tile(blocks=1, stages=5): Pace(0.420, 0.321, 0.7),
+    Tile(blocks=1, tokens=128, slot_tokens=64, stages=6): Pace(0.350, 0.237, 0.5),
 }
 SHARERS = (1, 8)  # of a tile of the last wave, at most
 TILES = tuple(dataclasses.replace(tile, splits=n) for tile in SIZES for n in SHARERS)
-IDLE = 0.4  # of a busy processor's power: what idle ones leave makes the others faster,
-FASTEST = 0.85  # up to this share of a stage's time (33 shapes that leave some idle, H100 and H200)
-SHARING = 8.0  # microseconds that parts of 256 x 192 outputs take on their way
+IDLE = 0.4  # of a busy processor's power: what idle ones leave makes the others faster
+LAUNCH = 3.0  # microseconds until the first stage
+SHARING = 10.0  # microseconds that parts of 256 x 192 outputs take on their way
 
 
 def choose(tokens: int, k: int, f: int, *, processors: int = 132) -> Tile:
@@ -126,13 +134,13 @@ def candidates(tokens: int, k: int, f: int, *, processors: int = 132) -> list[Ti
 
 def estimate(tile: Tile, plan: Schedule, stages: int) -> float:
     """Microseconds of a product of so many stages a tile, to rank tiles by."""
-    stage, epilogue = SIZES[dataclasses.replace(tile, splits=1)]
+    pace = SIZES[dataclasses.replace(tile, splits=1)]
     work = plan.tiles / plan.processors
     longest = plan.waves + (plan.share / plan.steps if plan.left else 0)
     sharing = SHARING * tile.rows * tile.tokens / (256 * 192) if plan.slots else 0
-    waves = plan.waves + bool(plan.left)
-    power, clock = work + IDLE * (longest - work), FASTEST * longest
-    return stage * stages * max(power, clock) + epilogue * waves + sharing
+    power = pace.stage * stages * (work + IDLE * (longest - work)) + IDLE * LAUNCH
+    clock = pace.fastest * stages * longest + LAUNCH
+    return max(power, clock) + pace.epilogue * (plan.waves + bool(plan.left)) + sharing
 
 
 @launch.once("tile", "activation", "save_preactivation", "out_dtype", "processors")
