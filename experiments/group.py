@@ -197,9 +197,8 @@ class Group:
         made = {name: record[name] for name in MADE}
         fields = {} if failed else {"fields": identity(self._config(run))}
         row = {"variant": run.variant, "seed": run.seed, **found, **fields, **made}
-        if (
-            run.branch is not None and not failed
-        ):  # which may be run again, and come out differently
+        if run.branch is not None and not failed:
+            # Should the other be run again, it will come out differently.
             row["without"] = self._row(run.after, run.seed)["perplexity"]
         if not (failed and self._done(run)):  # run again for its folder: its result stays
             same = (run.variant, run.seed)

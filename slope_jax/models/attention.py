@@ -210,12 +210,13 @@ class Attention(nn.Module):
 
 
 def _placed(cache: jax.Array, new: jax.Array, positions: jax.Array | None) -> jax.Array:
-    """The cache (B, heads, slots, width) with new (B, S, heads, width) at its positions (B, S)."""
+    """The cache (B, heads, slots, width) with new (B, S, heads, width) at its positions (B, S).
+
+    Without checks of the positions: each would be a launch in a GPU's decode.
+    """
     if positions is None:
         return jax.lax.dynamic_update_slice(cache, new.swapaxes(1, 2), (0,) * 4)
-    if (
-        positions.size == 1
-    ):  # no checks of indices, each of which would be a launch in a GPU's decode
+    if positions.size == 1:
         start = (0, 0, positions[0, 0], 0)
         return jax.lax.dynamic_update_slice(
             cache, new.swapaxes(1, 2), start, allow_negative_indices=False
