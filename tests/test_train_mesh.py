@@ -25,6 +25,8 @@ from train.step import make_train_step
 STEPS, JOIN = 6, 3
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
 MESH = "data:2,fsdp:2,tensor:2"
+# Few linears compile fast: one that a mesh cuts along each axis.
+FEW = "layers/[1-3]/(attention/output|mlp/up)=2:4; .*=dense"
 
 
 def options(folder, **fields):
@@ -39,8 +41,7 @@ def options(folder, **fields):
         "steps": STEPS,
         "adapter_start": JOIN / STEPS,
         "adapter_rank": 8,
-        # Few linears compile fast: one that a mesh cuts along each axis.
-        "sparsity": "layers/[1-3]/(attention/output|mlp/up)=2:4; .*=dense",
+        "sparsity": FEW,
         "eval_every": 3,
         "eval_batches": 2,
         "checkpoint_every": 2,
@@ -150,7 +151,11 @@ def trained(config, steps=3) -> list[dict[str, float]]:
     [
         ("gpt2-nano", "data:2,fsdp:2", {"method": "sr-ste"}),
         ("gpt2-nano", "fsdp:4", {"method": "fst", "mask_every": 2, "dense_finish": 0.0}),
-        ("bert-tiny", MESH, {"optimizer": "lamb", "accumulation": 2, "remat": True}),
+        (
+            "bert-tiny",
+            MESH,
+            {"optimizer": "lamb", "accumulation": 2, "remat": True, "sparsity": FEW},
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
