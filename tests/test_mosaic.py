@@ -72,8 +72,7 @@ def adversarial(shape, dtype=jnp.float32):
     )
 
 
-@pytest.mark.parametrize("stack", [(), (3,)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "stack"), [("float32", ()), ("bfloat16", (3,))])
 @pytest.mark.parametrize("pattern", [str(p) for p in support.FITTING])
 def test_every_fitting_pattern_is_the_same_matrix_as_two_four(pattern, dtype, stack):
     from pallas_kernels.mosaic import two_four as module
