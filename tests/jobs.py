@@ -34,9 +34,8 @@ def save_run(folder, texts, model, step, **fields):
     if adapted and step > config.adapter_step:
         state, _ = join_adapters(setup, state)
     # Far from the birth of a model, where all logits are alike and adapters add nothing.
-    state = state.replace(
-        step=jnp.int32(step), params=jax.tree.map(lambda x: 4 * x + 0.01, state.params)
-    )
+    larger = jax.jit(lambda params: jax.tree.map(lambda x: 4 * x + 0.01, params))
+    state = state.replace(step=jnp.int32(step), params=larger(state.params))
     checkpoints = Checkpoints(folder, keep=2)
     tokenizer = json.loads(vocabulary.to_json())
     checkpoints.save(state, setup.key, {"config": to_json(config)}, tokenizer, None)

@@ -48,7 +48,7 @@ def test_pruned_kernels_and_no_others_move_at_their_own_rate(scan):
             jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes.params)  # noqa: B023
             for _ in range(2)
         )
-        updates, _ = setup.tx.update(grads, setup.tx.init(params), params)
+        updates, _ = setup.tx.update(grads, jax.jit(setup.tx.init)(params), params)
         moved.append(traverse_util.flatten_dict(updates))
     pruned = traverse_util.flatten_dict(shapes.masks).keys()
     assert len(pruned) == (7 if scan else 15)

@@ -36,7 +36,7 @@ def units_of(schedule: Schedule) -> list[tuple[int, ...]]:
     processors = jnp.arange(schedule.processors, dtype=jnp.int32)
     counts = np.broadcast_to(schedule.units(processors), processors.shape)
     pairs = [(p, n) for p in range(schedule.processors) for n in range(counts[p])]
-    columns = jax.vmap(schedule.unit)(
+    columns = jax.jit(jax.vmap(schedule.unit))(
         *(jnp.asarray(c, jnp.int32) for c in zip(*pairs, strict=True))
     )
     rows = np.stack([np.asarray(column) for column in columns], axis=1)
