@@ -1,7 +1,6 @@
 """Exported prefill and decode, through a file, against `generate`."""
 
 import dataclasses
-import doctest
 import re
 import types
 
@@ -23,10 +22,6 @@ def made():
     variables = jax.jit(model.init)(jax.random.key(0), **model.example_inputs())
     variables |= {"params": jax.tree.map(lambda x: 6 * x + 0.01, variables["params"])}
     return inference_variables(model, variables)
-
-
-def test_examples_of_the_docstrings():
-    assert doctest.testmod(export).failed == 0
 
 
 def test_what_is_loaded_gives_the_tokens_of_generate(made, tmp_path):
