@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +48,7 @@ def optimizer(moments=None, adapter_tx=None):
     )
 
 
+@functools.cache  # steps of each optimizer are compiled anew
 def new_state(tx=None, steps=3):
     model = Model()
     variables = jax.jit(model.init)(jax.random.key(0), X)

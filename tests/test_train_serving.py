@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import shutil
 from unittest import mock
 
@@ -25,6 +26,19 @@ def run(tmp_path_factory, small_text):
     texts = [(small_text / "a.txt").read_text()]
     save_run(folder, texts, "gpt2-nano", 3)
     return folder, *save_run(folder, texts, "gpt2-nano", 7)
+
+
+@pytest.fixture(scope="module")
+def trained_in(tmp_path_factory, small_text):
+    """The folder of a run in a given dtype."""
+
+    @functools.cache
+    def make(dtype):
+        folder = tmp_path_factory.mktemp(dtype)
+        save_run(folder, [(small_text / "a.txt").read_text()], "gpt2-nano", 7, dtype=dtype)
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +104,10 @@ def test_what_is_saved_is_loaded_bit_for_bit(served, tmp_path):
     ],
 )
 def test_weights_are_saved_in_16_bits_unless_float32_is_asked_for(
-    tmp_path, small_text, capsys, trained, asked, expected
+    trained_in, tmp_path, capsys, trained, asked, expected
 ):
-    texts = [(small_text / "a.txt").read_text()]
-    save_run(tmp_path / "run", texts, "gpt2-nano", 7, dtype=trained)
-    options = [f"--checkpoint={tmp_path / 'run'}", f"--save={tmp_path / 'saved'}"]
+    run = trained_in(trained)
+    options = [f"--checkpoint={run}", f"--save={tmp_path / 'saved'}"]
     assert main([*options, *([f"--save-dtype={asked}"] if asked else [])]) == 0
     assert f"saved, weights in {expected}" in capsys.readouterr().err
     with ocp.StandardCheckpointer() as checkpointer:
@@ -105,7 +118,7 @@ def test_weights_are_saved_in_16_bits_unless_float32_is_asked_for(
     assert set(kinds.values()) == {expected}
     assert written["params"]["embeddings"]["token"]["embedding"].dtype == expected
     # A CPU computes in float32, with what the folder holds.
-    served, again = serving.load(tmp_path / "run"), serving.load(tmp_path / "saved")
+    served, again = serving.load(run), serving.load(tmp_path / "saved")
     assert again.model == served.model
     rounded = jax.tree.map(
         lambda whole, kept: whole.astype(kept.dtype).astype(whole.dtype),
