@@ -225,7 +225,8 @@ def expected(name):
 @pytest.mark.parametrize(
     ("name", "sizes", "copies"),
     [
-        *[("gpt2-nano", sizes, sizes == (2, 2, 2)) for sizes in MESHES],
+        # Cut by fsdp alone, linears are exact above; models are cut by it below.
+        *[("gpt2-nano", sizes, sizes == (2, 2, 2)) for sizes in MESHES if sizes != (1, 8, 1)],
         ("llama-nano", (2, 2, 2), True),
         ("bert-tiny", (2, 2, 2), False),
     ],
