@@ -50,7 +50,7 @@ def causal_batch(rows: int) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def bert():
-    config, setup = tiny()
+    config, setup = tiny(adapter_rank=0.0156)
     return config, setup, jax.device_get(init_state(setup))
 
 
