@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks import (
     pictures,
@@ -84,9 +85,7 @@ def quickstart(folder: Path = RESULTS) -> str:
     rows = [
         (
             r["model"],
-            f"slope {r['sparsity']}, rank {r['adapter_rank']} from step {r['adapter_step']}"
-            if r["method"] == "slope"
-            else r["method"],
+            _method(r),
             f"{r['parameters_stored'] / 1e6:.1f} M",
             f"{r['tokens']:,} in {r['steps']:,} steps",
             f"{r['held_out_loss_first']:.3f} → {r['held_out_loss']:.3f}",
@@ -98,6 +97,14 @@ def quickstart(folder: Path = RESULTS) -> str:
         for r in record["results"]
     ]
     return markdown((*header, "tokens/s"), rows) + sources(found)
+
+
+def _method(row: dict[str, Any]) -> str:
+    if row["method"] != "slope":
+        return row["method"]
+    joined = row["adapter_step"]
+    adapters = "" if joined is None else f", rank {row['adapter_rank']} from step {joined}"
+    return f"slope {row['sparsity']}{adapters}"
 
 
 def input_pipeline(folder: Path = RESULTS) -> str:

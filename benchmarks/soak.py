@@ -37,6 +37,7 @@ SHARED = {
     "vocab-size": 300,
     "valid-fraction": 0.2,
     "steps": STEPS,
+    "adapter-rank": 0.0156,
     "adapter-start": JOIN / STEPS,
     "checkpoint-every": 2,
     "eval-every": 7,

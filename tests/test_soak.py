@@ -6,6 +6,11 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
+from benchmarks import soak
+from train.pretrain import parse
+
 ROOT = pathlib.Path(__file__).parents[1]
 SHORT = """
 import sys
@@ -37,3 +42,9 @@ def test_killed_runs_lose_nothing(tmp_path):
     found = json.loads(path.read_text())["results"]
     assert found["kills"] == 1
     assert found["runs_equal_to_the_uninterrupted_one"] == found["runs"] >= 1
+
+
+@pytest.mark.parametrize("name", soak.VARIANTS)
+def test_every_variant_has_adapters_that_join_on_the_way(name, tmp_path):
+    config = parse(soak.command(name, tmp_path / "run"))
+    assert 0 < config.adapter_step < soak.STEPS
