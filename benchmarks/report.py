@@ -21,6 +21,7 @@ from benchmarks import (
     report_kernels,
     report_multi_gpu,
     report_scaling,
+    report_tasks,
     report_training,
 )
 from benchmarks.record import RESULTS, ROOT
@@ -187,7 +188,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "inference": report_inference.summary,
     "accuracy": report_accuracy.summary,
     "accuracy-beside": report_accuracy.beside_methods,
-    "accuracy-glue": report_accuracy.glue,
+    "accuracy-glue": report_tasks.glue,
 }
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     README: TABLES,
@@ -214,7 +215,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "accuracy-ablations": report_accuracy.ablations,
         "accuracy-small": report_accuracy.small,
         "accuracy-bert": report_accuracy.bert,
-        "accuracy-glue": report_accuracy.glue,
+        "accuracy-glue": report_tasks.glue,
     },
     DOCS / "robustness.md": {"soak": soak},
     DOCS / "devices.md": {"sharded-step": report_scaling.sharded},

@@ -38,7 +38,7 @@ def adapters(folder: Path = RESULTS) -> str:
 
 def beside_methods(folder: Path = RESULTS) -> str:
     """Runs of the experiments with adapters, which have more seeds, against other methods."""
-    ours, theirs = (_by_variant(group, folder) for group in ("gpt2-adapters", "gpt2-methods"))
+    ours, theirs = (rows_by_variant(group, folder) for group in ("gpt2-adapters", "gpt2-methods"))
     runs = [name for name in BESIDE if name in ours]
     methods = [name for name in ALL_METHODS if name in theirs and not name.startswith("slope")]
     if not runs or not methods:
@@ -52,9 +52,9 @@ def beside_methods(folder: Path = RESULTS) -> str:
     return markdown(header, lines)
 
 
-def _by_variant(group: str, folder: Path) -> dict[str, list[Row]]:
+def rows_by_variant(group: str, folder: Path) -> dict[str, list[Row]]:
     found = records(f"accuracy-{group}", folder)
-    return by_variant(_finished(row for record in found for row in record["results"]))
+    return by_variant(finished(row for record in found for row in record["results"]))
 
 
 def _adapters(rows: list[Row]) -> str:
@@ -64,7 +64,7 @@ def _adapters(rows: list[Row]) -> str:
     header += [f"against slope of the same seed, {t}" for t in texts]
     lines = []
     for variant, found in variants.items():
-        cells = [_spread(row["perplexity"][text] for row in found) for text in texts]
+        cells = [spread_of(row["perplexity"][text] for row in found) for text in texts]
         cells += ["–" if found is base else _paired(found, base, text) for text in texts]
         lines.append((variant, f"{len(found)}", f"{found[0]['lr']:g}", *cells))
     told = [
@@ -100,7 +100,7 @@ def ablations(folder: Path = RESULTS) -> str:
         "accuracy-gpt2-adapters", folder
     )  # their "slope" has the settings of the ablations
     base = [row for record in found for row in record["results"]]
-    told = _beside_seeds(_finished(base), "slope")
+    told = _beside_seeds(finished(base), "slope")
     page = _pages("gpt2-ablations", folder, _each)
     return page if told is None or page == MISSING else f"{told}\n\n{page}"
 
@@ -115,7 +115,7 @@ def _beside_seeds(rows: list[Row], variant: str) -> str | None:
     quantile = stats.t.ppf(0.975, len(found) - 1)
     margin = quantile * spread * math.sqrt(1 + 1 / len(found))
     return (
-        f"{variant}, {len(found)} seeds: {_spread(row['perplexity'][text] for row in found)} on {text}."
+        f"{variant}, {len(found)} seeds: {spread_of(row['perplexity'][text] for row in found)} on {text}."
         f" One more run of the same would be less than {100 * margin:.1f} % away (95 % of the time), so"
         " smaller differences of single runs say nothing."
     )
@@ -136,23 +136,10 @@ def bert(folder: Path = RESULTS) -> str:
     return _pages("bert-methods", folder, _methods)
 
 
-def glue(folder: Path = RESULTS) -> str:
-    """What the BERTs of every method score after finetuning."""
-    pages = []
-    for record in records("accuracy-bert-glue", folder):
-        rows = in_order("bert-glue", _finished(record["results"]))
-        if rows:
-            failed = [
-                f"Failed: {r['variant']}: {r['error']}" for r in record["results"] if "error" in r
-            ]
-            pages.append("\n\n".join([_scores(rows), *failed]) + _sources(record))
-    return "\n\n".join(pages) or MISSING
-
-
 def drawn(docs: Path, folder: Path = RESULTS) -> dict[Path, str]:
     """The learning curves, by their path in `docs`."""
     found = records("accuracy-gpt2-methods", folder)
-    rows = _finished(row for record in found for row in record["results"])
+    rows = finished(row for record in found for row in record["results"])
     rows = in_order("gpt2-methods", rows)
     return {docs / "learning-curves.svg": svg(_curves, rows)} if rows else {}
 
@@ -175,11 +162,11 @@ def mean_and_deviation(values: Iterable[float]) -> tuple[float, float | None]:
 def _pages(group: str, folder: Path, table) -> str:
     pages = []
     for record in records(f"accuracy-{group}", folder):
-        rows = in_order(group, _finished(record["results"]))
+        rows = in_order(group, finished(record["results"]))
         if not rows:
             continue
         texts = [table(rows), *_notes(group, record)]
-        pages.append("\n\n".join(texts) + _sources(record))
+        pages.append("\n\n".join(texts) + made_by(record))
     return "\n\n".join(pages) or MISSING
 
 
@@ -190,14 +177,14 @@ def in_order(group: str, rows: list[Row]) -> list[Row]:
     return sorted(rows, key=lambda r: (places.get(r["variant"], len(places)), r["seed"]))
 
 
-def _sources(record: dict[str, Any]) -> str:
+def made_by(record: dict[str, Any]) -> str:
     """How the rows were made, which may have been at several times."""
     names = ("date", "commit", "command")
     found = [tuple(row.get(name, record[name]) for name in names) for row in record["results"]]
     return sources(record | dict(zip(names, made, strict=True)) for made in dict.fromkeys(found))
 
 
-def _finished(rows: Iterable[Row]) -> list[Row]:
+def finished(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if "error" not in row]
 
 
@@ -241,7 +228,7 @@ def _methods(rows: list[Row]) -> str:
     header += [f"against {name}, {texts[0]}" for name in controls]
     lines = []
     for variant, found in variants.items():
-        cells = [_spread(row["perplexity"][text] for row in found) for text in texts]
+        cells = [spread_of(row["perplexity"][text] for row in found) for text in texts]
         cells += [_against(found, variants[name], texts[0], noise) for name in controls]
         lines.append((variant, f"{len(found)}", f"{found[0]['lr']:g}", *cells))
     told = [
@@ -322,48 +309,9 @@ def _apart(rows: list[Row]) -> float | None:
     return math.expm1(max(losses) - min(losses))
 
 
-def _spread(values: Iterable[float]) -> str:
+def spread_of(values: Iterable[float]) -> str:
     mean, deviation = mean_and_deviation(values)
     return f"{mean:,.2f}" + ("" if deviation is None else f" ± {deviation:,.2f}")
-
-
-def _scores(rows: list[Row]) -> str:
-    """Percent of each task's metric at its best rate: mean and deviation over seeds of pretraining."""
-    tasks = sorted(dict.fromkeys((row["task"], row["metric"]) for row in rows))
-    methods: dict[str, dict[str, list[Row]]] = {}
-    for row in rows:
-        method = row["variant"].partition(f", {row['task']}")[0]
-        methods.setdefault(method, {}).setdefault(row["task"], []).append(row)
-    header = ("method", "seeds", *(f"{task}, {metric} (lr)" for task, metric in tasks))
-    return markdown(
-        header,
-        [
-            (
-                method,
-                f"{min(len(best_of_rates(found)[1]) for found in by_task.values())}",
-                *(_score(by_task.get(task)) for task, _ in tasks),
-            )
-            for method, by_task in methods.items()
-        ],
-    )
-
-
-def best_of_rates(rows: Iterable[Row]) -> tuple[float | None, list[float]]:
-    """The learning rate whose mean score is the highest, and its scores."""
-    rates: dict[float | None, list[float]] = {}
-    for row in rows:
-        rates.setdefault(row["fields"]["lr"], []).append(row["score"])
-    most = max(map(len, rates.values()))
-    whole = {rate: scores for rate, scores in rates.items() if len(scores) == most}
-    return max(whole.items(), key=lambda item: statistics.fmean(item[1]))
-
-
-def _score(rows: list[Row] | None) -> str:
-    if not rows:
-        return "–"
-    rate, scores = best_of_rates(rows)
-    shown = _spread(100 * score for score in scores)
-    return shown if rate is None else f"{shown} ({rate:g})"
 
 
 def _each(rows: list[Row]) -> str:

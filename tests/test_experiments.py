@@ -9,7 +9,7 @@ import types
 import pytest
 from rich.console import Console
 
-from benchmarks import report_accuracy
+from benchmarks import report_accuracy, report_tasks
 from experiments import __main__ as runner
 from experiments import group as groups
 from experiments import work
@@ -215,7 +215,7 @@ def test_scores_are_percents_by_method_and_task_at_the_best_rate():
     ]
     rows += [scored("slope, adapters 6.25 %", "glue/rte", 0.95, 0, 1e-3)]  # of one seed only
     rows += [scored("dense", "glue/cola", 0.25, 0)]
-    table = report_accuracy._scores(rows).splitlines()
+    table = report_tasks._scores(rows).splitlines()
     cells = lambda line: [cell.strip() for cell in line.strip("|").split("|")]  # noqa: E731
     assert cells(table[0]) == ["method", "seeds", "glue/cola, m (lr)", "glue/rte, m (lr)"]
     deviation = statistics.stdev([50.0, 70.0])
