@@ -63,6 +63,20 @@ def test_cached_logits_are_those_of_the_whole_sequence(decoder):
         np.testing.assert_allclose(logits[..., :61], whole[rows, first + i], rtol=1e-4, atol=1e-4)
 
 
+def test_cached_logits_of_one_sequence_are_those_of_the_whole():
+    """One row by itself, whose keys and values are placed in the cache in a way of their own."""
+    model, variables = made("llama-nano", **LLAMA)
+    ids = IDS[1:2]
+    whole = np.asarray(applied(model)(variables, ids))
+    step = jax.jit(functools.partial(model.apply, mutable=["cache"]))
+    cache = {"cache": models.init_cache(model.config, 1, 12)}
+    _, cache = step({**variables, **cache}, ids[:, :3])
+    for i in range(3, 10):
+        at = jnp.asarray([[i]], jnp.int32)
+        logits, cache = step({**variables, **cache}, ids[:, i : i + 1], positions=at)
+        np.testing.assert_allclose(logits[:, 0], whole[:, i], rtol=1e-4, atol=1e-4)
+
+
 def test_greedy_is_the_argmax_of_the_whole_sequence():
     model, variables = made("llama-nano", **LLAMA)
     apply = applied(model)
