@@ -15,6 +15,7 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
 }
 RANK_MULTIPLE = 8  # of adapters in the kernels, which read 16 bytes at once
+MOMENTS_BLOCK = 64  # entries whose moments are taken together
 
 
 @jax.tree_util.register_dataclass
@@ -24,12 +25,15 @@ class Norm:
 
     * `scale`: (in,); `shift`: (in,), or None.
     * `centred`: False leaves the mean in, as RMSNorm does: x / sqrt(mean of squares + epsilon) * scale.
+    * `moments`: those of x, float32 (..., blocks, 2) as of `moments`, where the product that made x has
+      left them; a kernel that makes the norm then need not read all of x first. None: not known.
     """
 
     scale: jax.Array
     shift: jax.Array | None = None
     epsilon: float = dataclasses.field(default=1e-5, metadata={"static": True})
     centred: bool = dataclasses.field(default=True, metadata={"static": True})
+    moments: jax.Array | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The norm of x (..., in), in x's dtype."""
@@ -53,6 +57,7 @@ class Epilogue:
     * `adapter`: l (in, rank) and r in x's dtype, in the place of `low_rank`: t is x @ l, or None.
     * `activation`: a key of `ACTIVATIONS`, or None.
     * `save_preactivation`: z is returned too, for the backward pass.
+    * `save_moments`: those of y are returned too, for a norm of it; None where they are not known.
     * `norm`: of x, which is multiplied in its place; or None.
     * `residual`: (..., out) with x's leading axes, in x's dtype, or None.
     """
@@ -64,6 +69,7 @@ class Epilogue:
     residual: jax.Array | None = None
     activation: str | None = dataclasses.field(default=None, metadata={"static": True})
     save_preactivation: bool = dataclasses.field(default=False, metadata={"static": True})
+    save_moments: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def is_empty(self) -> bool:
@@ -119,6 +125,12 @@ class Epilogue:
                 raise ValueError(
                     f"the norm's {name} has shape {array.shape}; it must be (in,), {x.shape[-1:]}"
                 )
+        known, wanted = self.norm.moments, (*x.shape[:-1], *moments_shape(x.shape[-1]))
+        if known is not None and (known.shape != wanted or known.dtype != jnp.float32):
+            raise ValueError(
+                f"the norm's moments are {known.dtype}{list(known.shape)}; of x {x.shape} they must"
+                f" be float32{list(wanted)}"
+            )
 
     def _check_low_rank(self, x: jax.Array, out: int) -> None:
         t, r = self.low_rank
@@ -139,6 +151,32 @@ class Epilogue:
             )
         if left.dtype != x.dtype or r.dtype != x.dtype:
             raise ValueError(f"adapter is {left.dtype} and {r.dtype}; both must be x's {x.dtype}")
+
+
+def moments_shape(size: int) -> tuple[int, int]:
+    """Of the moments of `size` entries: those of whole blocks, and of a last one that may be smaller."""
+    return -(-size // MOMENTS_BLOCK), 2
+
+
+def moments(x: jax.Array) -> jax.Array:
+    """Of each 64 entries of x (..., size): their sum, and that of their squares about their mean.
+
+    Returns:
+      float32 (..., blocks, 2).
+
+    >>> moments(jnp.array([1.0, 2.0, 3.0])).tolist()
+    [[6.0, 2.0]]
+    """
+    size = x.shape[-1]
+    blocks, _ = moments_shape(size)
+    widths = [(0, 0)] * (x.ndim - 1) + [(0, blocks * MOMENTS_BLOCK - size)]
+    values, there = (
+        jnp.pad(a, widths).reshape(*x.shape[:-1], blocks, MOMENTS_BLOCK)
+        for a in (x.astype(jnp.float32), jnp.ones(x.shape, jnp.float32))
+    )
+    total = values.sum(-1, keepdims=True)
+    away = (values - total / there.sum(-1, keepdims=True)) * there
+    return jnp.concatenate([total, jnp.square(away).sum(-1, keepdims=True)], axis=-1)
 
 
 def padded_rank(array: jax.Array, axis: int) -> jax.Array:
@@ -163,7 +201,10 @@ def check_activation(name: str | None) -> None:
 
 
 def finish(z: jax.Array, epilogue: Epilogue, out_dtype, precision=None):
-    """The result of a product whose float32 sum is z = x @ w, in plain JAX: y, or (y, z).
+    """The result of a product whose float32 sum is z = x @ w, in plain JAX.
+
+    Returns:
+      y, or a tuple of y and what is saved: z, and None for moments that nobody asks for here.
 
     Args:
       epilogue: without an adapter and a norm; see `Epilogue.multiplied`, `Epilogue.normalised`.
@@ -178,4 +219,6 @@ def finish(z: jax.Array, epilogue: Epilogue, out_dtype, precision=None):
     if epilogue.residual is not None:
         y = y + epilogue.residual.astype(jnp.float32)
     y = y.astype(out_dtype)
-    return (y, z.astype(out_dtype)) if epilogue.save_preactivation else y
+    saved = (z.astype(out_dtype),) if epilogue.save_preactivation else ()
+    saved += (None,) if epilogue.save_moments else ()
+    return (y, *saved) if saved else y

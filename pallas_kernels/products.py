@@ -21,10 +21,11 @@ def nm_matmul(
     norm: Norm | None = None,
     residual: jax.Array | None = None,
     save_preactivation: bool = False,
+    save_moments: bool = False,
     out_dtype=None,
     precision: jax.lax.PrecisionLike = None,
     implementation: str | None = None,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> jax.Array | tuple[jax.Array | None, ...]:
     """y = activation(x @ w + t @ r + bias) + residual, accumulated in float32.
 
     Args:
@@ -37,15 +38,16 @@ def nm_matmul(
       adapter: l (in, rank) and r in x's dtype, in the place of `low_rank`, with t = x @ l: for
         whoever has no use for t. For few tokens the kernels multiply it themselves, which is faster.
       norm: x's norm is multiplied in its place, rounded to x's dtype. For few tokens a kernel makes
-        it on the way.
+        it on the way, from x's moments.
       residual: (..., out) in x's dtype, added last, in float32.
       save_preactivation: return what enters the activation as well.
+      save_moments: return y's moments as well, for a `norm` of it; None where no kernel takes them.
       out_dtype: dtype of the results; None for x's.
       precision: of the products, as in `jax.lax.dot_general`.
       implementation: None for the best, or a name; `choose` tells which and why.
 
     Returns:
-      y (..., out), or (y, preactivation).
+      y (..., out), or a tuple of y, the preactivation and the moments, those that are saved.
 
     Raises:
       ValueError: shapes or dtypes do not fit, or w is compressed along the output axis.
@@ -64,7 +66,9 @@ def nm_matmul(
         )
     _check_rows(x, w.shape[0], "x", "in")
     _check_same_dtype(x, w.values, "x", "w.values")
-    epilogue = Epilogue(bias, low_rank, adapter, norm, residual, activation, save_preactivation)
+    epilogue = Epilogue(
+        bias, low_rank, adapter, norm, residual, activation, save_preactivation, save_moments
+    )
     epilogue.check(x, w.shape[1])
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     choice = dispatch.choose(_query("nm_matmul", w, x, out_dtype), implementation)

@@ -12,7 +12,7 @@ from pallas_kernels import CompressedMatrix, Pattern, compress, compressed_shape
 from pallas_kernels.epilogue import ACTIVATIONS, Norm, check_activation
 from slope_jax import masks
 from slope_jax.matmul import DOUBLE_PRUNED, Working, check_backward, slope_matmul
-from slope_jax.normed import Normed
+from slope_jax.normed import Normed, Stream
 from slope_jax.sharded import sharded_matmul
 from slope_jax.sharding import active_mesh, cut_of
 
@@ -102,8 +102,10 @@ class SparseDense(nn.Dense):
         return None if pattern.is_dense else pattern
 
     @nn.compact
-    def __call__(self, inputs: jax.Array | Normed, residual: jax.Array | None = None) -> jax.Array:
-        """(..., in) to (..., features), plus the residual (..., features) if one is given.
+    def __call__(
+        self, inputs: jax.Array | Normed, residual: Stream | None = None
+    ) -> jax.Array | Stream:
+        """(..., in) to (..., features), or to the stream that this and the residual add up to.
 
         With a residual, or the norm of an array that is not made yet, the product joins them in one
         kernel where it can, and has no gradient.
@@ -121,26 +123,28 @@ class SparseDense(nn.Dense):
             y = self._sparse(inputs)
             # With an activation in it the product is needed again to know what entered that.
             y = y if self.activation else checkpoint_name(y, PRODUCT)
-        return y if residual is None else residual + y
+        return y if residual is None else Stream(residual.x + y)
 
     def _joined(
-        self, inputs: jax.Array, norm: Norm | None, residual: jax.Array | None
-    ) -> jax.Array:
+        self, inputs: jax.Array, norm: Norm | None, residual: Stream | None
+    ) -> jax.Array | Stream:
         kernel, working = self._kernel(inputs.shape[-1]), self._working()
         bias, adapter = self._terms(inputs.shape[-1])
         inputs, *_ = self.promote_dtype(inputs, kernel.values, bias, dtype=self.dtype)
         values = kernel.values if working is None else working.values
-        return nm_matmul(
+        y = nm_matmul(
             inputs,
             kernel.with_values(values.astype(inputs.dtype)),
             bias=bias,
             activation=self.activation,
             adapter=None if adapter is None else tuple(a.astype(inputs.dtype) for a in adapter),
             norm=norm,
-            residual=residual,
+            residual=None if residual is None else residual.x,
+            save_moments=residual is not None,
             precision=self.precision,
             implementation=self.implementation,
         )
+        return y if residual is None else Stream(*y)
 
     def _dense(self, inputs: jax.Array) -> jax.Array:
         if self._is_sharded():

@@ -1,4 +1,4 @@
-"""A norm that whoever multiplies it makes, where that is faster than to make it first."""
+"""Norms that whoever multiplies them makes, where that is faster than to make them first."""
 
 from typing import Any, NamedTuple
 
@@ -32,3 +32,17 @@ class Normed(NamedTuple):
     def made(self) -> jax.Array:
         """The norm itself, in x's dtype."""
         return self.norm(self.x)
+
+
+class Stream(NamedTuple):
+    """A residual stream: an array, and what the product that made it knows for a norm of it.
+
+    `SparseDense` takes it in the place of a residual, and then returns one.
+
+    Attributes:
+      x: (..., features).
+      moments: of x, as of `pallas_kernels.epilogue.moments`; None: not known.
+    """
+
+    x: jax.Array
+    moments: jax.Array | None = None

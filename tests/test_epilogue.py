@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compress, decompress, kept_mask, nm_matmul
-from pallas_kernels.epilogue import Norm
+from pallas_kernels.epilogue import Norm, moments
 from slope_jax import masks, slope_matmul
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -76,6 +76,25 @@ def test_a_norm_comes_first_and_a_residual_last(centred):
     rows = rows + (shift if centred else 0)
     z = rows @ np.asarray(decompress(w), np.float64) + np.asarray(bias)
     close(y, np.maximum(z, 0) + residual)
+
+
+@pytest.mark.parametrize("size", [8, 64, 200])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_moments_are_those_of_every_64_entries(size, dtype):
+    """By NumPy in float64, of numbers far from zero."""
+    x = jnp.asarray(np.random.default_rng(0).normal(1000, 1, (2, 3, size)), dtype)
+    blocks = [np.float64(x)[..., i : i + 64] for i in range(0, size, 64)]
+    expected = [np.stack([b.sum(-1), b.var(-1) * b.shape[-1]], -1) for b in blocks]
+    np.testing.assert_allclose(moments(x), np.stack(expected, -2), rtol=1e-5)
+
+
+def test_moments_that_no_kernel_takes_are_none():
+    x, w, bias, *_ = problem()
+    y, z, none = nm_matmul(
+        x, w, bias=bias, activation="relu", save_preactivation=True, save_moments=True
+    )
+    assert none is None
+    np.testing.assert_array_equal(y, np.maximum(z, 0))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -190,6 +209,10 @@ def test_vmap_and_scan_over_layers_of_everything():
         ({"save_preactivation": True}, "needs an activation"),
         ({"norm": Norm(jnp.ones(16))}, r"norm's scale has shape \(16,\).*\(32,\)"),
         ({"norm": Norm(jnp.ones(32), jnp.ones(48))}, r"norm's shift has shape \(48,\)"),
+        (
+            {"norm": Norm(jnp.ones(32), moments=jnp.ones((2, 3, 2)))},
+            r"moments are float32\[2, 3, 2\]; of x \(2, 3, 32\) .* float32\[2, 3, 1, 2\]",
+        ),
         ({"residual": jnp.ones((6, 48))}, r"residual is float32\[6, 48\].*float32\[2, 3, 48\]"),
         ({"residual": jnp.ones((2, 3, 48), "bfloat16")}, "residual is bfloat16"),
     ],

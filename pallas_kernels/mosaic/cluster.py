@@ -74,11 +74,12 @@ def finish(
     cluster send each other the units that they are to complete.
 
     Args:
-      refs: "y", and "z", "bias" and "residual" if there are any, in global memory.
+      refs: "y", and "z", "bias", "residual" and "moments" if there are any, in global memory.
       first_row: of y, z and residual, which the first token has.
     """
     g = geometry
-    used = {name: refs[name] for name in ("y", "z", "bias", "residual") if name in refs}
+    names = ("y", "z", "bias", "residual", "moments")
+    used = {name: refs[name] for name in names if name in refs}
 
     @plgpu.inline_mgpu(
         arg_types=(g.layout, warps.REF, *(warps.SPLAT,) * 3, *(warps.REF,) * len(used))
@@ -202,7 +203,7 @@ def _complete(g, lane, tile, first_row, arrays, activation, unit, known, values)
     column = ptx.sum_of(
         ops.mul(tile, warps.OUTPUTS * g.across), ops.mul(across, warps.OUTPUTS), ops.mul(lane.g, 8)
     )
-    inside = ops.less(column, g.f)
+    of_matrix = inside = ops.less(column, g.f)
     if known is not None:
         inside = llvm.and_(inside, known)
     if "bias" in arrays:
@@ -216,6 +217,18 @@ def _complete(g, lane, tile, first_row, arrays, activation, unit, known, values)
     if "residual" in arrays:
         values = ptx.add_floats(values, _load_floats(arrays["residual"], column, inside, row, g.f))
     _store(arrays["y"], values, row, column, inside, g.f)
+    if "moments" in arrays:
+        values = _as_stored(values, ptx.dtype_of(arrays["y"]))
+        block = ptx.sum_of(ops.mul(tile, g.across), across)
+        place = (token, block, inside)
+        normed.store_moments(g, lane, arrays["moments"], values, of_matrix, place)
+
+
+def _as_stored(values: list, dtype: str) -> list:
+    if dtype == "float32":
+        return values
+    words = [ptx.pack(values[i], values[i + 1], dtype) for i in range(0, 8, 2)]
+    return normed.floats_of(words, dtype)
 
 
 def _store(out, values, row, column, inside, f: int) -> None:

@@ -14,6 +14,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.epilogue import moments_shape
 from pallas_kernels.mosaic import cluster, launch, normed, ring, warps
 from pallas_kernels.mosaic.activations import PRECISE
 from pallas_kernels.mosaic.frame import SHARED_MEMORY
@@ -21,9 +22,7 @@ from pallas_kernels.mosaic.low_rank import Product
 from pallas_kernels.mosaic.support import FEW_TOKENS
 
 REGISTERS = 65536  # of a processor
-# Tokens whose norm the kernel makes: every CTA reads them all and keeps its share of them, which
-# leaves fewer CTAs room on a processor where there are more.
-MOST_NORMED = 4
+MOST_NORMED = 16  # tokens whose norm the kernel makes: it needs registers, as the sums do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +47,10 @@ class Config:
             raise ValueError(f"{self}: stages must be at least 2")
 
     def geometry(
-        self, tokens: int, k: int, f: int, dtype: str = "bfloat16", normed: bool = False
+        self, tokens: int, k: int, f: int, dtype: str = "bfloat16", norms: int = 0
     ) -> warps.Geometry:
         """With as many stages as the inputs need and shared memory holds."""
-        g = warps.Geometry(tokens, k, f, dtype, **dataclasses.asdict(self), normed=normed)
+        g = warps.Geometry(tokens, k, f, dtype, **dataclasses.asdict(self), norms=norms)
         stages = max(2, min(self.stages, g.rounds + 1, SHARED_MEMORY // g.stage_bytes))
         g = dataclasses.replace(g, stages=stages)
         while g.stages > 2 and g.shared_memory > SHARED_MEMORY:
@@ -135,7 +134,7 @@ def _time(g: warps.Geometry) -> float:
     return time + (wave(rest) if rest else 0.0)
 
 
-@launch.once("config", "activation", "save_preactivation", "out_dtype", "form")
+@launch.once("config", "activation", "save_preactivation", "save_moments", "out_dtype", "form")
 def nm_matmul(
     x: jax.Array,
     values: jax.Array,
@@ -145,13 +144,14 @@ def nm_matmul(
     bias: jax.Array | None = None,
     activation: str | None = None,
     low_rank: tuple[jax.Array, jax.Array] | None = None,
-    norm: tuple[jax.Array, jax.Array | None] | None = None,
+    norm: tuple[jax.Array, jax.Array | None, jax.Array] | None = None,
     form: normed.Form | None = None,
     residual: jax.Array | None = None,
     save_preactivation: bool = False,
+    save_moments: bool = False,
     out_dtype=None,
 ):
-    """activation(x @ w + t @ r + bias) + residual, and what enters the activation if that is saved.
+    """activation(x @ w + t @ r + bias) + residual; what enters the activation, and moments, if saved.
 
     Args:
       x: (tokens, in), 1 to 64 tokens, bfloat16 or float16; in is a multiple of 8.
@@ -159,8 +159,9 @@ def nm_matmul(
       bias: (out,), float32, bfloat16 or float16.
       low_rank: t (tokens, rank) in x's dtype, or its float32 summands (parts, tokens, rank) as of
         `first_product`; r (rank, out) in x's dtype. rank is a multiple of 8.
-      norm: scale and shift (or None) of a norm of x, float32 (in,), and its `form`.
+      norm: scale and shift (or None) of a norm of x, float32 (in,), and x's moments; and its `form`.
       residual: (tokens, out), in x's dtype.
+      save_moments: those of the result as well, as of `epilogue.moments`.
       out_dtype: x's dtype (None) or float32.
     """
     tokens, k = x.shape
@@ -169,18 +170,20 @@ def nm_matmul(
         raise ValueError(f"x has {tokens} tokens; this kernel takes 1 to {FEW_TOKENS}")
     if activation is not None and activation not in PRECISE:
         raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(PRECISE)}")
-    geometry = config.geometry(tokens, k, f, str(x.dtype), norm is not None)
     operands = {"values": values, "metadata": metadata, "x": x}
     if norm is not None:
-        scale, shift = norm
-        operands |= {"scale": scale} if shift is None else {"scale": scale, "shift": shift}
+        operands |= normed.operands(*norm)
+    geometry = config.geometry(tokens, k, f, str(x.dtype), len(normed.parameters(operands)))
     if bias is not None:
         operands["bias"] = bias
     if low_rank is not None:
         operands |= {"t": low_rank[0], "r": low_rank[1]}
     if residual is not None:
         operands["residual"] = residual
-    results = ("y", "z") if save_preactivation else ("y",)
+    y = jax.ShapeDtypeStruct((tokens, f), out_dtype or x.dtype)
+    results = {"y": y} | ({"z": y} if save_preactivation else {})
+    if save_moments:
+        results["moments"] = jax.ShapeDtypeStruct((tokens, *moments_shape(f)), jnp.float32)
 
     def body(*refs):
         names = (*operands, *results, "stages")
@@ -189,12 +192,12 @@ def nm_matmul(
     kernel = cluster.kernel(
         geometry,
         body,
-        out_type=[jax.ShapeDtypeStruct((tokens, f), out_dtype or x.dtype)] * len(results),
+        out_type=list(results.values()),
         grid={"tile": pl.cdiv(f, warps.OUTPUTS * config.across)},
         name="nm_matmul",
     )
-    y, *preactivation = kernel(*operands.values())
-    return (y, *preactivation) if save_preactivation else y
+    y, *others = kernel(*operands.values())
+    return (y, *others) if others else y
 
 
 def _kernel(
@@ -207,26 +210,26 @@ def _kernel(
     limit = jnp.minimum(last * (warps.STEP // 8), g.k // 8)
 
     def fetch(number, stage):
-        weights = refs["values"], refs["metadata"], refs["x"]
-        ring.fetch(g, weights, stages, tile, first + number * g.along, stage, limit)
+        arrays = (refs["values"], refs["metadata"], refs["x"], *normed.parameters(refs))
+        ring.fetch(g, arrays, stages, tile, first + number * g.along, stage, limit)
 
     cluster.open_exchange(g, stages, share)
     adapter = Product(g, refs["t"], refs["r"], tile, share, g.split) if "t" in refs else None
-    # Its loads go ahead of the ring's, and arrive with the first stage; but a norm needs the registers.
-    started = adapter.start() if adapter and not g.normed else None
+    # Its loads go ahead of the ring's, and arrive with the first stage.
+    started = adapter.start() if adapter else None
     ring.start(g, fetch)
-    if g.normed:
-        normed.prepare(g, form, refs, stages, first, last)
+    if g.norms:
+        normed.measure(g, form, refs["moments_of_x"], stages)
     acc = warps.zeros(g)
     if adapter:
-        acc = adapter.add(acc, adapter.start() if g.normed else started)
+        acc = adapter.add(acc, started)
 
     def multiply(number, state):
         acc, stage = state
         ring.wait(g, g.stages - 2)
         free = lax.select(stage == 0, jnp.int32(g.stages - 1), stage - 1)
         fetch(number + (g.stages - 1), free)
-        acc = warps.multiply(g, acc, stages, stage, number * g.along, last - first)
+        acc = warps.multiply(g, acc, stages, stage, normed.in_registers if g.norms else None)
         return acc, lax.select(stage == g.stages - 1, jnp.int32(0), stage + 1)
 
     acc, _ = lax.fori_loop(0, g.rounds, multiply, (acc, jnp.int32(0)))

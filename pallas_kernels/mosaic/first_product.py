@@ -61,7 +61,7 @@ def first_product(
     left: jax.Array,
     cut: Cut,
     *,
-    norm: tuple[jax.Array, jax.Array | None] | None = None,
+    norm: tuple[jax.Array, jax.Array | None, jax.Array] | None = None,
     form: normed.Form | None = None,
 ) -> jax.Array:
     """Parts of x @ left, float32 (parts, tokens, rank): it is their sum.
@@ -69,34 +69,41 @@ def first_product(
     Args:
       x: (tokens, in), 1 to 64 tokens, bfloat16 or float16; in is a multiple of 8.
       left: (in, rank) in x's dtype; rank is a multiple of 8.
-      norm: scale and shift (or None) of a norm of x, float32 (in,), and its `form`.
+      norm: scale and shift (or None) of a norm of x, float32 (in,), and x's moments; and its `form`.
     """
     (tokens, k), rank = x.shape, left.shape[1]
     if not 1 <= tokens <= FEW_TOKENS:
         raise ValueError(f"x has {tokens} tokens; this kernel takes 1 to {FEW_TOKENS}")
     cuts = {"across": 1, "along": cut.along, "split": cut.split, "stages": 0}
-    geometry = warps.Geometry(tokens, k, rank, str(x.dtype), **cuts, normed=norm is not None)
-    parameters = [] if norm is None else [array for array in norm if array is not None]
+    operands = {"x": x, "left": left} | ({} if norm is None else normed.operands(*norm))
+    norms = len(normed.parameters(operands))
+    geometry = warps.Geometry(tokens, k, rank, str(x.dtype), **cuts, norms=norms)
+
+    def body(*refs):
+        names = (*operands, "y", "shared")
+        _kernel(geometry, cut, form, dict(zip(names, refs, strict=True)))
+
     kernel = cluster.kernel(
         geometry,
-        lambda *refs: _kernel(geometry, cut, form, *refs),
+        body,
         out_type=jax.ShapeDtypeStruct((cut.parts, tokens, rank), jnp.float32),
         grid={"tile": pl.cdiv(rank, warps.OUTPUTS), "part": cut.parts},
         name="first_product",
     )
-    return kernel(x, left, *parameters)
+    return kernel(*operands.values())
 
 
-def _kernel(g: warps.Geometry, cut: Cut, form: normed.Form | None, x_ref, left_ref, *refs) -> None:
-    *norm, out_ref, shared_ref = refs
+def _kernel(g: warps.Geometry, cut: Cut, form: normed.Form | None, refs: dict) -> None:
+    shared_ref = refs["shared"]
     tile, part = lax.axis_index("tile"), lax.axis_index("part")
     share = cluster.share_of(g)
     cluster.open_exchange(g, shared_ref, share)
     number = part * g.split + share
-    product = low_rank.Product(g, x_ref, left_ref, tile, number, cut.sharers, norm)
+    norm = normed.parameters(refs)
+    product = low_rank.Product(g, refs["x"], refs["left"], tile, number, cut.sharers, norm)
     started = product.start()
     if norm:
-        normed.measure(g, form, {"x": x_ref}, shared_ref)
+        normed.measure(g, form, refs["moments_of_x"], shared_ref)
     acc = product.add(warps.zeros(g), started, shared_ref)
     first_row = part * g.tokens
-    cluster.finish(g, acc, shared_ref, tile, share, {"y": out_ref}, first_row=first_row)
+    cluster.finish(g, acc, shared_ref, tile, share, {"y": refs["y"]}, first_row=first_row)

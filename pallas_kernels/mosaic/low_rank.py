@@ -46,8 +46,7 @@ class Product:
     def batches(self) -> list[range]:
         """Units of a warp whose loads are in flight together: as many as registers hold."""
         count = -(-self.rows // (UNIT * self.sharers * self.geometry.along))
-        most = 96 if self.geometry.normed else 192  # beside those that a norm takes
-        size = max(1, (most - 2 * self.geometry.width) // self.unit_words)
+        size = max(1, (192 - 2 * self.geometry.width) // self.unit_words)
         return [range(i, min(i + size, count)) for i in range(0, count, size)]
 
     def start(self):
@@ -148,7 +147,6 @@ class Product:
             return None
         g = self.geometry
         token = ops.add(warps.Lane(g).g, 8 * block)
-        token = ptx.select(ops.less(token, g.tokens), token, ops.const(0))
         return normed.of_token(g, ptx.shared_address(shared), token)
 
     def _normalised(self, words: list, measures, norm: list[list]) -> list:

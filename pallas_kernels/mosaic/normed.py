@@ -1,20 +1,21 @@
-"""Norms of the few-token kernel's inputs: made by every CTA for itself while its weights arrive.
+"""Norms of the few-token kernel's inputs: made in registers, on the way from shared memory to the product.
 
-A norm of few tokens is read, reduced and written in several kernels of a few microseconds. Here each
-CTA reads the tokens' rows, which are in the cache, takes their means and spreads, and leaves its share
-of the normalised inputs in shared memory, rounded as they would be in memory.
+A norm of few tokens that is made apart takes kernels of a few microseconds, which read, reduce and
+write. The kernel that makes the tokens leaves their moments instead, those of every 64 entries (see
+`epilogue.moments`); the next one adds them up while its weights arrive, and rounds normalised tokens
+as they would be rounded in memory.
 """
 
 from typing import NamedTuple
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
-from jax.experimental.mosaic.gpu import utils as mutils
+from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
+from pallas_kernels.epilogue import MOMENTS_BLOCK, moments_shape
 from pallas_kernels.mosaic import ops, ptx, warps
 
-MOST_WORDS = 64  # of the rows that a thread keeps from one pass to the next
-CHUNK = 8  # inputs that a thread takes at once
+assert MOMENTS_BLOCK == warps.OUTPUTS, "a warp leaves the moments of its outputs"
 
 
 class Form(NamedTuple):
@@ -24,207 +25,172 @@ class Form(NamedTuple):
     centred: bool
 
 
-def prepare(geometry: warps.Geometry, form: Form, refs: dict, ring_ref, first, last) -> None:
-    """Leaves the normalised inputs 64 `first` .. 64 `last` where `warps.multiply` looks for them.
-
-    Args:
-      refs: "x", "scale", and "shift" if there is one, in global memory; the last two float32 (in,).
-    """
-    g = geometry
-    used = {name: refs[name] for name in ("x", "scale", "shift") if name in refs}
-
-    @plgpu.inline_mgpu(arg_types=(*(warps.REF,) * (1 + len(used)), warps.SPLAT, warps.SPLAT))
-    def body(ctx, ring, *arguments):
-        *arrays, first, last = arguments
-        arrays = dict(zip(used, arrays, strict=True))
-        thread, base = mutils.thread_idx(), ptx.shared_address(ring)
-        rows = _Rows(g, arrays["x"], thread)
-        means = _means(g, form, rows, thread, base)
-        scales = _scales(g, form, rows, means, thread, base)
-        first, last = (s.registers.item() for s in (first, last))
-        _store_share(g, rows, arrays, (means, scales), (thread, base, first, last))
-        ptx.asm("bar.sync 0;")
-
-    body(ring_ref, *used.values(), first, last)
+def operands(scale, shift, moments) -> dict:
+    """What a kernel takes for a norm, by name; shift may be None."""
+    given = {"scale": scale, "shift": shift, "moments_of_x": moments}
+    return {name: array for name, array in given.items() if array is not None}
 
 
-def measure(geometry: warps.Geometry, form: Form, refs: dict, ring_ref) -> None:
-    """Leaves what `of_token` takes; for kernels that normalise what they have in registers."""
+def parameters(refs: dict) -> list:
+    """Of these operands, or of their references: scale, and shift if there is one."""
+    return [refs[name] for name in ("scale", "shift") if name in refs]
+
+
+def measure(geometry: warps.Geometry, form: Form, moments_ref, shared_ref) -> None:
+    """Leaves what `of_token` takes: a warp takes a token at a time, a lane blocks lane, lane + 32, ..."""
     g = geometry
 
     @plgpu.inline_mgpu(arg_types=(warps.REF, warps.REF))
-    def body(ctx, ring, x):
-        thread, base = mutils.thread_idx(), ptx.shared_address(ring)
-        rows = _Rows(g, x, thread)
-        means = _means(g, form, rows, thread, base)
-        scales = _scales(g, form, rows, means, thread, base)
-        for token, (mean, scale) in enumerate(zip(means, scales, strict=True)):
+    def body(ctx, shared, moments):
+        lane, base = warps.Lane(g), ptx.shared_address(shared)
+        tokens = [ops.add(lane.warp, first) for first in range(0, g.tokens, g.warps)]
+        found = [_load_moments(g, lane, moments, token) for token in tokens]
+        for token, blocks in zip(tokens, found, strict=True):
+            mean, factor = _mean_and_factor(g, form, blocks)
+            here = llvm.and_(ops.less(token, g.tokens), ops.less(lane.lane, 1))
             ptx.asm(
-                "{ .reg .pred p; setp.eq.s32 p, $3, 0;"
-                f" @p st.shared.v2.f32 [$0+{g.measures_offset + 8 * token}], {{$1,$2}}; }}",
-                base,
-                ptx.number(0.0) if mean is None else mean,
-                scale,
-                thread,
+                "{ .reg .pred p; setp.ne.b32 p, $3, 0;"
+                f" @p st.shared.v2.f32 [$0+{g.measures_offset}], {{$1,$2}}; }}",
+                ptx.sum_of(base, ops.mul(token, 8)),
+                mean,
+                factor,
+                here,
             )
         ptx.asm("bar.sync 0;")
 
-    body(ring_ref, refs["x"])
+    body(shared_ref, moments_ref)
 
 
 def of_token(geometry: warps.Geometry, base, token) -> tuple:
-    """A token's mean and 1 / its spread."""
+    """A token's mean and 1 / its spread; behind the last token those of the first."""
+    token = ptx.select(ops.less(token, geometry.tokens), token, ops.const(0))
     address = ptx.sum_of(base, ops.mul(token, 8))
     offset = geometry.measures_offset
     return tuple(ptx.asm(f"ld.shared.v2.f32 {{$0,$1}}, [$2+{offset}];", address, results="ff"))
 
 
-def normalised(values: list, measures: tuple, scale: list, shift: list | None) -> list:
-    """(value - mean) * (factor * scale) + shift."""
-    mean, factor = measures
-    if mean is not None:
-        values = [llvm.fsub(value, mean) for value in values]
-    factors = [llvm.fmul(factor, s) for s in scale]
-    values = [llvm.fmul(v, f) for v, f in zip(values, factors, strict=True)]
-    return values if shift is None else ptx.add_floats(values, shift)
+def in_registers(g: warps.Geometry, lane: warps.Lane, shared, tokens):
+    """A function of (half, block, four words of operand B of the block's tokens): normalised words.
+
+    Args:
+      tokens: address of the stage's tokens, with the parameters behind them.
+    """
+    measures = [of_token(g, shared, ops.add(lane.g, 8 * n)) for n in range(g.width // 8)]
+    known: dict[int, list] = {}
+
+    def normal(half: int, n: int, words: list) -> list:
+        if half not in known:
+            known[half] = [_parameters_of(g, lane, tokens, half, i) for i in range(g.norms)]
+        values = normalised(floats_of(words, g.dtype), measures[n], *known[half])
+        return [ptx.pack(values[i], values[i + 1], g.dtype) for i in range(0, 8, 2)]
+
+    return normal
 
 
-class _Rows:
-    """Of all tokens, as a thread reads them: chunks thread, thread + threads, ..."""
-
-    def __init__(self, geometry: warps.Geometry, x, thread):
-        g = self.geometry = geometry
-        self.x, self.thread = x, thread
-        self.chunks = g.k // CHUNK
-        self.rounds = -(-self.chunks // g.threads)
-        kept = self.rounds * g.tokens * CHUNK // 2 <= MOST_WORDS
-        self.known = {} if kept else None
-
-    def inside(self, turn: int):
-        """Whether the thread has a chunk in this turn; None: all have."""
-        if (turn + 1) * self.geometry.threads <= self.chunks:
-            return None
-        return ops.less(ops.add(self.thread, turn * self.geometry.threads), self.chunks)
-
-    def floats(self, token: int, turn: int) -> list:
-        if self.known is not None and (token, turn) in self.known:
-            return floats_of(self.known[token, turn], self.geometry.dtype)
-        chunk = ops.add(self.thread, turn * self.geometry.threads)
-        words = self.words(token, chunk, self.inside(turn))
-        if self.known is not None:
-            self.known[token, turn] = words
-        return floats_of(words, self.geometry.dtype)
-
-    def words(self, token: int, chunk, inside) -> list:
-        g = self.geometry
-        source = ptx.global_address(self.x, ops.const(token), 2 * g.k, ops.mul(chunk, 2 * CHUNK))
-        return ptx.load(source, ops.const(1) if inside is None else inside, 4)
-
-
-def _means(g, form: Form, rows: _Rows, thread, base) -> list:
-    if not form.centred:
-        return [None] * g.tokens
-    sums = []
-    for token in range(g.tokens):
-        values = [v for turn in range(rows.rounds) for v in rows.floats(token, turn)]
-        sums.append(_sum(values))  # what is not there is zero
-    return [_scaled(total, 1 / g.k) for total in _over_threads(g, sums, thread, base, 0)]
-
-
-def _scales(g, form: Form, rows: _Rows, means: list, thread, base) -> list:
-    """1 / sqrt(variance + epsilon)."""
-    sums = []
-    for token, mean in enumerate(means):
-        terms = []
-        for turn in range(rows.rounds):
-            inside = rows.inside(turn)
-            for value in rows.floats(token, turn):
-                value = value if mean is None else llvm.fsub(value, mean)
-                square = llvm.fmul(value, value)
-                if inside is not None and mean is not None:
-                    square = ptx.select(inside, square, ptx.number(0.0))
-                terms.append(square)
-        sums.append(_sum(terms))
+def _parameters_of(g, lane, tokens, half: int, number: int) -> list:
+    """Those of the 8 inputs of a lane's operand B: 2 c, 2 c + 1, and 8, 16, 24 further."""
+    first = warps.STEP * (2 * g.width + 4 * number) + 128 * half
+    source = ptx.sum_of(tokens, ops.mul(lane.c, 8))
     return [
-        ptx.asm(
-            "rsqrt.approx.f32 $0, $1;",
-            llvm.fadd(_scaled(total, 1 / g.k), ptx.number(form.epsilon)),
-            results="f",
-            pure=True,
+        value
+        for i in range(4)
+        for value in ptx.asm(
+            f"ld.shared.v2.f32 {{$0,$1}}, [$2+{first + 32 * i}];", source, results="ff"
         )
-        for total in _over_threads(g, sums, thread, base, 1)
     ]
 
 
-def _store_share(g, rows: _Rows, arrays, statistics, place) -> None:
-    thread, base, first, last = place
-    count = ops.mul(ptx.minus(last, first), warps.STEP // CHUNK)
-    # A CTA without steps multiplies weights of zero all the same, and by numbers.
-    filled = ptx.select(ops.less(count, 1), ops.const(warps.STEP // CHUNK), count)
-    for turn in range(-(-g.share_steps * (warps.STEP // CHUNK) // g.threads)):
-        local = ops.add(thread, turn * g.threads)
-        chunk = ptx.sum_of(ops.mul(first, warps.STEP // CHUNK), local)
-        mine = ops.flag(llvm.ICmpPredicate.slt, local, filled)
-        known = ops.flag(llvm.ICmpPredicate.slt, local, count)
-        inside = llvm.and_(known, ops.less(chunk, rows.chunks))
-        scale = _eight(arrays["scale"], chunk, inside)
-        shift = _eight(arrays["shift"], chunk, inside) if "shift" in arrays else None
-        for token, (mean, factor) in enumerate(zip(*statistics, strict=True)):
-            values = floats_of(rows.words(token, chunk, inside), g.dtype)
-            values = normalised(values, (mean, factor), scale, shift)
-            words = [ptx.pack(values[i], values[i + 1], g.dtype) for i in range(0, CHUNK, 2)]
-            row = ptx.sum_of(base, ops.mul(llvm.lshr(local, ops.const(3)), g.tokens * 128))
-            at = llvm.xor(llvm.and_(local, ops.const(7)), ops.const(token % 8))
-            ptx.asm(
-                "{ .reg .pred p; setp.ne.b32 p, $5, 0;"
-                f" @p st.shared.v4.b32 [$0+{g.token_offset + 128 * token}], {{$1,$2,$3,$4}}; }}",
-                ptx.sum_of(row, ops.mul(at, 16)),
-                *words,
-                mine,
-            )
+def normalised(values: list, measures: tuple, scale: list, shift: list | None = None) -> list:
+    """(value - mean) * (factor * scale) + shift."""
+    mean, factor = measures
+    factors = [llvm.fmul(factor, s) for s in scale]
+    values = [llvm.fmul(llvm.fsub(v, mean), f) for v, f in zip(values, factors, strict=True)]
+    return values if shift is None else ptx.add_floats(values, shift)
 
 
-def _over_threads(g, sums: list, thread, base, number: int) -> list:
-    """The sum of each over all threads, in the same order in every thread."""
-    sums = list(sums)
-    for distance in (16, 8, 4, 2, 1):
-        sums = [
-            llvm.fadd(
-                value,
-                ptx.asm(
-                    f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, 0xffffffff;",
-                    value,
-                    results="f",
-                ),
-            )
-            for value in sums
-        ]
-    at = g.statistics_offset + 4 * number * g.tokens * g.warps
-    warp = llvm.lshr(thread, ops.const(5))
-    target = ptx.sum_of(base, ops.mul(warp, 4))
-    for token, value in enumerate(sums):
-        ptx.asm(f"st.shared.f32 [$0+{at + 4 * g.warps * token}], $1;", target, value)
-    ptx.asm("bar.sync 0;")
-    totals = []
-    for token in range(g.tokens):
-        parts = [
-            part
-            for first in range(0, g.warps, 4)
-            for part in ptx.asm(
-                f"ld.shared.v4.f32 {{$0,$1,$2,$3}}, [$4+{at + 4 * (g.warps * token + first)}];",
-                base,
-                results="ffff",
-            )
-        ]
-        totals.append(_sum(parts))
-    return totals
+def store_moments(g: warps.Geometry, lane, ref, values: list, of_matrix, place) -> None:
+    """Of 64 outputs of a token, of which the lanes 4 g + c have 8 each.
+
+    Args:
+      of_matrix: whether the lane's outputs are any.
+      place: the token, the number of its 64 outputs, and whether there are such.
+    """
+    token, block, inside = place
+    values = [ptx.select(of_matrix, value, ptx.number(0.0)) for value in values]
+    total = _over_lanes(_sum(values), (4, 8, 16))
+    mean = llvm.fmul(total, _share(block, g.f))
+    squares = [llvm.fmul(v, v) for v in (llvm.fsub(value, mean) for value in values)]
+    squares = ptx.select(of_matrix, _sum(squares), ptx.number(0.0))
+    spread = _over_lanes(squares, (4, 8, 16))
+    ptx.asm(
+        "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.v2.f32 [$0], {$1,$2}; }",
+        ptx.global_address(ref, token, 8 * moments_shape(g.f)[0], ops.mul(block, 8)),
+        total,
+        spread,
+        llvm.and_(inside, ops.less(lane.g, 1)),
+    )
 
 
-def _eight(ref, chunk, inside) -> list:
-    """8 float32 of a row of parameters."""
-    source = ptx.global_address(ref, ops.const(0), 0, ops.mul(chunk, 4 * CHUNK))
-    words = [*ptx.load(source, inside, 4), *ptx.load(ops.add(source, 16), inside, 4)]
-    return [llvm.bitcast(ptx.number(0.0).type, word) for word in words]
+def _load_moments(g, lane, moments, token) -> list[tuple]:
+    """(sum, mean, sum of squares about it, entries) of a lane's blocks; zeros where there is none."""
+    count, _ = moments_shape(g.k)
+    found = []
+    for first in range(0, count, 32):
+        block = ops.add(lane.lane, first)
+        inside = llvm.and_(ops.less(block, count), ops.less(token, g.tokens))
+        source = ptx.global_address(moments, token, 8 * count, ops.mul(block, 8))
+        total, spread = (
+            llvm.bitcast(ir.F32Type.get(), word) for word in ptx.load(source, inside, 2)
+        )
+        mean = llvm.fmul(total, _share(block, g.k))
+        entries = _of_block(block, g.k, float)
+        found.append((total, mean, spread, ptx.select(inside, entries, ptx.number(0.0))))
+    return found
+
+
+def _mean_and_factor(g, form: Form, blocks: list[tuple]) -> tuple:
+    """The mean (zero if the norm leaves it in) and 1 / sqrt(variance + epsilon), in every lane."""
+    lanes = (16, 8, 4, 2, 1)
+    mean = ptx.number(0.0)
+    if form.centred:
+        total = _over_lanes(_sum([total for total, *_ in blocks]), lanes)
+        mean = llvm.fmul(total, ptx.number(1 / g.k))
+    terms = []
+    for _, own_mean, spread, entries in blocks:
+        away = llvm.fsub(own_mean, mean)
+        terms.append(llvm.fadd(spread, llvm.fmul(entries, llvm.fmul(away, away))))
+    variance = llvm.fmul(_over_lanes(_sum(terms), lanes), ptx.number(1 / g.k))
+    factor = ptx.asm(
+        "rsqrt.approx.f32 $0, $1;",
+        llvm.fadd(variance, ptx.number(form.epsilon)),
+        results="f",
+        pure=True,
+    )
+    return mean, factor
+
+
+def _of_block(block, size: int, function):
+    """function(entries of the block) as a float32: the last one may have fewer."""
+    last, rest = divmod(size, MOMENTS_BLOCK)
+    whole = ptx.number(function(MOMENTS_BLOCK))
+    if not rest:
+        return whole
+    return ptx.select(ops.less(block, last), whole, ptx.number(function(rest)))
+
+
+def _share(block, size: int):
+    """1 / entries of the block."""
+    return _of_block(block, size, lambda entries: 1 / entries)
+
+
+def _over_lanes(value, distances: tuple[int, ...]):
+    """The sum over lanes whose numbers differ by these, in each of them."""
+    for distance in distances:
+        other = ptx.asm(
+            f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, 0xffffffff;", value, results="f"
+        )
+        value = llvm.fadd(value, other)
+    return value
 
 
 def floats_of(words: list, dtype: str) -> list:
@@ -249,7 +215,3 @@ def _sum(values: list):
         pairs = [llvm.fadd(a, b) for a, b in zip(values[::2], values[1::2], strict=False)]
         values = pairs + values[len(pairs) * 2 :]
     return values[0]
-
-
-def _scaled(value, factor: float):
-    return llvm.fmul(value, ptx.number(factor))

@@ -1,5 +1,6 @@
 """The dispatcher's way in: logical arrays of any rank to kernels and back."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import batching, tuning
 from pallas_kernels.compressed import CompressedMatrix
-from pallas_kernels.epilogue import Epilogue, Norm, finish, padded_rank
+from pallas_kernels.epilogue import Epilogue, Norm, finish, moments, padded_rank
 from pallas_kernels.mosaic import few_tokens, first_product, matmul, normed, sddmm, transpose
 from pallas_kernels.mosaic.two_four import as_two_four, values_of
 
@@ -36,15 +37,19 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
     tokens, (k, f) = math.prod(x.shape[:-1]), w.shape
     if tokens == 0:
         zeros = jnp.zeros((*x.shape[:-1], f), jnp.float32)
+        x, epilogue = epilogue.normalised(x)
         return finish(zeros, epilogue.multiplied(x), out_dtype)
+    leading = x.shape[:-1]
     w, rows, residual = as_two_four(w), x.reshape(tokens, k), epilogue.residual
     module = few_tokens if tokens <= few_tokens.FEW_TOKENS else matmul
     config = _config(module, tokens, k, f, x.dtype)
     joined = norm = _norm_options(rows, f, config, epilogue.norm)
     if not norm:
         rows, epilogue = epilogue.normalised(rows)
-    if residual is not None and module is few_tokens:
-        joined, residual = norm | {"residual": residual.reshape(tokens, f)}, None
+    if module is few_tokens:
+        joined, residual = norm | {"save_moments": epilogue.save_moments}, None
+        if epilogue.residual is not None:
+            joined["residual"] = epilogue.residual.reshape(tokens, f)
     result = module.nm_matmul(
         rows,
         w.values,
@@ -57,13 +62,15 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
         out_dtype=out_dtype,
         **joined,
     )
-    y, *z = (a.reshape(*x.shape[:-1], f) for a in jax.tree.leaves(result))
+    y, *saved = (a.reshape(*leading, *a.shape[1:]) for a in jax.tree.leaves(result))
     # In a scan that stacks y, XLA lets the kernel write into the stack, and for y's other users
     # runs it a second time. The barrier makes it copy y instead.
     y = jax.lax.optimization_barrier(y)
     if residual is not None:
         y = (y.astype(jnp.float32) + residual.astype(jnp.float32)).astype(out_dtype)
-    return (y, *z) if z else y
+    if epilogue.save_moments and module is not few_tokens:
+        saved.append(None)
+    return (y, *saved) if saved else y
 
 
 def _config(module, tokens: int, k: int, f: int, dtype):
@@ -80,12 +87,14 @@ def _norm_options(x, f: int, config, norm: Norm | None) -> dict[str, Any]:
     """A norm as the kernels of few tokens take it; nothing if it is to be made apart."""
     if norm is None or x.shape[0] > few_tokens.MOST_NORMED:
         return {}
-    try:
-        config.geometry(*x.shape, f, str(x.dtype), normed=True)
-    except ValueError:  # no room for the tokens
-        return {}
     scale, shift = (a if a is None else a.astype(jnp.float32) for a in (norm.scale, norm.shift))
-    return {"norm": (scale, shift), "form": normed.Form(norm.epsilon, norm.centred)}
+    try:
+        config.geometry(*x.shape, f, str(x.dtype), norms=1 if shift is None else 2)
+    except ValueError:  # no room for the parameters
+        return {}
+    known = moments(x) if norm.moments is None else norm.moments
+    known = known.reshape(len(x), *known.shape[-2:])
+    return {"norm": (scale, shift, known), "form": normed.Form(norm.epsilon, norm.centred)}
 
 
 def _measured(op: str, tokens: int, k: int, f: int, dtype) -> tuning.Entry | None:
@@ -116,6 +125,8 @@ def _rows_of_matmul(x, w: CompressedMatrix, epilogue: Epilogue):
     adapter = None if epilogue.adapter is None else (False, False)
     bias = None if epilogue.bias is None else False
     norm = jax.tree.map(lambda _: False, epilogue.norm)
+    if norm is not None and norm.moments is not None:
+        norm = dataclasses.replace(norm, moments=True)
     residual = None if epilogue.residual is None else True
     return True, (False, False), (bias, low_rank, adapter, norm, residual)
 

@@ -9,18 +9,19 @@ from jaxlib.mlir.dialects import llvm
 from pallas_kernels.mosaic import ops, ptx, warps
 
 
-def fetch(geometry: warps.Geometry, weights, ring_ref, tile, step, stage, limit) -> None:
+def fetch(geometry: warps.Geometry, arrays, ring_ref, tile, step, stage, limit) -> None:
     """Starts and commits the copies of one stage: inputs 64 `step` .. of all warps.
 
     Args:
-      weights: (values, metadata, x) in global memory.
+      arrays: values, metadata, x, and the norm's parameters, in global memory.
       tile: of outputs; limit: the CTA's last input, in units of 8. Beyond the limit and beyond
         the arrays, zeros arrive.
     """
     g = geometry
 
-    @plgpu.inline_mgpu(arg_types=(warps.REF,) * 4 + (warps.SPLAT,) * 4)
-    def body(ctx, values, metadata, x, ring, tile, step, stage, limit):
+    @plgpu.inline_mgpu(arg_types=(warps.REF,) * (1 + len(arrays)) + (warps.SPLAT,) * 4)
+    def body(ctx, values, metadata, x, *others):
+        *norm, ring, tile, step, stage, limit = others
         tile, step, stage, limit = (s.registers.item() for s in (tile, step, stage, limit))
         lane = warps.Lane(g)
         base = ptx.sum_of(ptx.shared_address(ring), ops.mul(stage, g.stage_bytes))
@@ -31,11 +32,14 @@ def fetch(geometry: warps.Geometry, weights, ring_ref, tile, step, stage, limit)
         target = ptx.sum_of(base, ops.mul(lane.warp, warps.WARP_BYTES))
         _fetch_metadata(g, metadata, lane, step, output, ops.add(target, warps.VALUE_BYTES), limit)
         _fetch_values(g, values, lane, step, output, target, ops.mul(limit, 4))
-        if not g.normed:
-            _fetch_tokens(g, x, lane, step, warps.token_base(g, lane, base), ops.mul(limit, 8))
+        tokens, bound = warps.token_base(g, lane, base), ops.mul(limit, 8)
+        _fetch_tokens(g, x, lane, step, tokens, bound)
+        for number, parameter in enumerate(norm):
+            to = ops.add(tokens, warps.STEP * (2 * g.width + 4 * number))
+            _fetch_parameter(g, parameter, lane, step, to, bound)
         ptx.asm("cp.async.commit_group;")
 
-    body(*weights, ring_ref, tile, step, stage, limit)
+    body(*arrays, ring_ref, tile, step, stage, limit)
 
 
 def _fetch_values(g, values, lane, step, output, target, bound) -> None:
@@ -85,6 +89,15 @@ def _fetch_tokens(g, x, lane, step, target, bound) -> None:
         )
 
 
+def _fetch_parameter(g, parameter, lane, step, target, bound) -> None:
+    """64 float32, by half of a warp."""
+    column = ptx.sum_of(ops.mul(step, warps.STEP), ops.mul(lane.lane, 4))
+    source = ptx.global_address(parameter, ops.const(0), 0, ops.mul(column, 4))
+    here = ops.less(ptx.sum_of(lane.lane, ops.mul(lane.across, 32)), warps.STEP // 4)
+    to = ptx.sum_of(target, ops.mul(lane.lane, 16))
+    _copy(to, 0, source, 0, 16, ptx.minus(bound, column), 0, here)
+
+
 def start(geometry: warps.Geometry, fetch) -> None:
     """fetch(number, stage) of all stages but one.
 
@@ -115,7 +128,7 @@ def wait(geometry: warps.Geometry, in_flight: int) -> None:
     @plgpu.inline_mgpu()
     def body(ctx):
         ptx.asm(f"cp.async.wait_group {in_flight};")
-        if g.across == 1 or g.normed:  # nothing but a warp's own weights
+        if g.across == 1:  # nothing but what the warp copied itself
             ptx.asm("bar.warp.sync 0xffffffff;")
         elif g.along == 1:
             ptx.asm("bar.sync 0;")

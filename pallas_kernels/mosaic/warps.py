@@ -46,7 +46,7 @@ class Geometry:
     along: int  # warps that share the inputs
     split: int  # CTAs of a cluster that share the inputs
     stages: int
-    normed: bool = False  # whether the tokens are normalised first, by `normed.prepare`
+    norms: int = 0  # parameters of a norm of the tokens: scale, shift; 0 for none
 
     @property
     def width(self) -> int:
@@ -66,19 +66,18 @@ class Geometry:
         return -(-self.k // STEP)
 
     @property
-    def share_steps(self) -> int:
-        """Steps of a CTA, at most."""
-        return -(-self.steps // self.split)
-
-    @property
     def rounds(self) -> int:
         """Steps of a warp."""
         return -(-self.steps // (self.split * self.along))
 
     @property
     def stage_bytes(self) -> int:
-        tokens = 0 if self.normed else self.along * self.width * STEP * 2
-        return self.warps * WARP_BYTES + tokens
+        return self.warps * WARP_BYTES + self.along * self.token_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        """Of a step's tokens, and of a norm's parameters for its inputs."""
+        return STEP * (2 * self.width + 4 * self.norms)
 
     @property
     def units(self) -> int:
@@ -101,26 +100,13 @@ class Geometry:
         return self.receive_offset + received
 
     @property
-    def statistics_offset(self) -> int:
-        """Of two sums of each token and warp, where tokens are normalised."""
+    def measures_offset(self) -> int:
+        """Of each token's mean and spread, see `normed.measure`."""
         return self.barrier_offset + 16
 
     @property
-    def measures_offset(self) -> int:
-        """Of each token's mean and spread."""
-        return self.statistics_offset + 8 * self.tokens * self.warps
-
-    @property
-    def token_offset(self) -> int:
-        """Of normalised tokens: 64 inputs of all tokens, then the next 64."""
-        return -(-(self.measures_offset + 8 * self.tokens) // 128) * 128
-
-    @property
     def shared_memory(self) -> int:
-        if not self.normed:
-            return self.barrier_offset + 16
-        kept = self.share_steps * self.tokens * STEP * 2 if self.stages else 0
-        return self.token_offset + kept
+        return self.measures_offset + (8 * self.tokens if self.norms else 0)
 
     @property
     def sums(self):
@@ -159,7 +145,8 @@ def spread(row, chunk):
 
 
 def token_base(g, lane, base):
-    return ptx.sum_of(ops.add(base, g.warps * WARP_BYTES), ops.mul(lane.along, g.width * STEP * 2))
+    """Of a stage's tokens; behind them are the norm's parameters."""
+    return ptx.sum_of(ops.add(base, g.warps * WARP_BYTES), ops.mul(lane.along, g.token_bytes))
 
 
 def zeros(geometry: Geometry):
@@ -170,23 +157,24 @@ def zeros(geometry: Geometry):
     return body()
 
 
-def multiply(geometry: Geometry, acc, ring_ref, stage, step, steps):
-    """acc + the product of a stage, which holds the CTA's `step` of `steps` and those behind it."""
+def multiply(geometry: Geometry, acc, ring_ref, stage, normalise=None):
+    """acc + the product of a stage.
+
+    Args:
+      normalise: of `normed.in_registers`, if the tokens are to be normalised.
+    """
     g = geometry
 
-    @plgpu.inline_mgpu(arg_types=(g.layout, REF, SPLAT, SPLAT, SPLAT), return_type=g.sums)
-    def body(ctx, acc, ring, stage, step, steps):
+    @plgpu.inline_mgpu(arg_types=(g.layout, REF, SPLAT), return_type=g.sums)
+    def body(ctx, acc, ring, stage):
         lane = Lane(g)
         ring = ptx.shared_address(ring)
         base = ptx.sum_of(ring, ops.mul(stage.registers.item(), g.stage_bytes))
         source = ptx.sum_of(base, ops.mul(lane.warp, WARP_BYTES))
         words = _metadata_words(lane, ops.add(source, VALUE_BYTES))
         rows = ptx.sum_of(source, spread(lane.c, lane.g))
-        if g.normed:
-            step, steps = (s.registers.item() for s in (step, steps))
-            tokens = _normed_tokens(g, lane, ring, step, steps)
-        else:
-            tokens = _copied_tokens(g, lane, base)
+        tokens = token_base(g, lane, base)
+        normal = None if normalise is None else normalise(g, lane, ring, tokens)
         sums = values_of(acc)
         for half in range(2):
             a = operands(
@@ -199,44 +187,20 @@ def multiply(geometry: Geometry, acc, ring_ref, stage, step, steps):
                     for piece in range(4)
                 ]
             )
+            inputs = ptx.sum_of(tokens, lane.matrix_row(half))
             for n in range(g.width // 8):
-                address, offset = tokens(half, n)
                 b = ptx.asm(
-                    f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$0,$1,$2,$3}}, [$4+{offset}];",
-                    address,
+                    f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$0,$1,$2,$3}}, [$4+{1024 * n}];",
+                    inputs,
                     results="rrrr",
                 )
+                if normal is not None:
+                    b = normal(half, n, b)
                 for i in range(4):
                     mma(g, sums, i, n, a[i], b, words[i], half)
         return array_of(sums)
 
-    return body(acc, ring_ref, stage, step, steps)
-
-
-def _copied_tokens(g: Geometry, lane: Lane, base):
-    """Addresses for ldmatrix of 32 inputs of 8 tokens, by half of the step and eight of the tokens."""
-    source = token_base(g, lane, base)
-    rows = [ptx.sum_of(source, lane.matrix_row(half)) for half in range(2)]
-    return lambda half, n: (rows[half], 1024 * n)
-
-
-def _normed_tokens(g: Geometry, lane: Lane, ring, step, steps):
-    """The same of what `normed.prepare` left. Behind the last token and the last step it is theirs
-    once more: sums that nobody reads, and products with weights of zero."""
-    last = ptx.select(ops.less(steps, 1), ops.const(0), ops.add(steps, -1))
-    step = ptx.sum_of(step, lane.along)
-    step = ptx.select(ops.flag(llvm.ICmpPredicate.slt, step, last), step, last)
-    source = ptx.sum_of(ring, ops.mul(step, g.tokens * STEP * 2))
-
-    def address(half: int, n: int):
-        row = ops.add(llvm.and_(lane.lane, ops.const(7)), 8 * n)
-        if 8 * n + 8 > g.tokens:
-            row = ptx.select(ops.less(row, g.tokens), row, ops.const(g.tokens - 1))
-        chunk = ops.add(llvm.lshr(lane.lane, ops.const(3)), 4 * half)
-        at = llvm.xor(chunk, llvm.and_(row, ops.const(7)))
-        return ptx.sum_of(source, ops.mul(row, 128), ops.mul(at, 16)), g.token_offset
-
-    return address
+    return body(acc, ring_ref, stage)
 
 
 def _metadata_words(lane, source):

@@ -14,7 +14,7 @@ from slope_jax.models.cache import CACHE
 from slope_jax.models.config import TransformerConfig
 from slope_jax.models.layers import linear
 from slope_jax.models.rope import rotate
-from slope_jax.normed import Normed
+from slope_jax.normed import Normed, Stream
 from slope_jax.sharded import split_sections
 from slope_jax.sharding import BATCH, TENSOR, active_mesh
 
@@ -158,9 +158,9 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array | Normed, context: Context, residual: jax.Array | None = None
-    ) -> jax.Array:
-        """(B, S, hidden) to (B, S, hidden), plus the residual if one is given."""
+        self, x: jax.Array | Normed, context: Context, residual: Stream | None = None
+    ) -> jax.Array | Stream:
+        """(B, S, hidden) to (B, S, hidden), or to the residual stream if one is given."""
         config, patterns = self.config, dict(self.patterns)
         heads, kv_heads = config.num_heads, config.num_kv_heads
         sections = tuple(n * config.head_dim for n in (heads, kv_heads, kv_heads))

@@ -23,6 +23,7 @@ from slope_jax.models.layers import (
     vocabulary_logits,
 )
 from slope_jax.models.stack import run_layers
+from slope_jax.normed import Stream
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class DecoderLayer(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array | Stream, context: Context) -> tuple[jax.Array | Stream, None]:
         config, patterns = self.config, self.patterns
         dropout = functools.partial(nn.Dropout, config.dropout, deterministic=self.deterministic)
         # Two projections a layer add to the residual stream; this keeps its variance at the end.
@@ -71,8 +72,10 @@ class DecoderLayer(nn.Module):
         decodes = context.positions is not None and not self.is_initializing()
         if decodes and self.deterministic:
             # Decoding: kernels of few tokens make the norms and add the residuals.
-            x = attention(later(norms[0], x), context, x)
-            return mlp(later(norms[1], x), x), None
+            stream = x if isinstance(x, Stream) else Stream(x)
+            stream = attention(later(norms[0], stream), context, stream)
+            stream = mlp(later(norms[1], stream), stream)
+            return stream if isinstance(x, Stream) else stream.x, None
         x = x + dropout()(attention(norms[0](x), context))
         x = x + dropout()(mlp(norms[1](x)))
         return x, None
@@ -141,7 +144,9 @@ class Decoder(nn.Module):
         if config.embedding_dropout:
             x = nn.Dropout(config.dropout, deterministic=deterministic)(x)
         context = Context(rotary=config.rotary(places), positions=positions)
-        x = run_layers(DecoderLayer, config, x, context, deterministic)
+        decodes = positions is not None and deterministic
+        x = run_layers(DecoderLayer, config, Stream(x) if decodes else x, context, deterministic)
+        x = x.x if decodes else x
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[:, :, None], axis=1)
         x = norm(config, "norm")(x)

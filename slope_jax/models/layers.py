@@ -11,7 +11,7 @@ from pallas_kernels import epilogue
 from pallas_kernels.epilogue import ACTIVATIONS
 from slope_jax.dense import SparseDense, inverse_rank_normal
 from slope_jax.models.config import TransformerConfig
-from slope_jax.normed import Normed
+from slope_jax.normed import Normed, Stream
 from slope_jax.policy import DENSE
 from slope_jax.sharded import sharded_head, sharded_take, split_sections
 from slope_jax.sharding import WHOLE, active_mesh, constrain, cut_of
@@ -87,12 +87,12 @@ def norm(config: TransformerConfig, name: str | None) -> Norm | RMSNorm:
     )
 
 
-def later(module: Norm | RMSNorm, x: jax.Array) -> Normed:
-    """A module's norm of x, for the linear that multiplies it to make."""
+def later(module: Norm | RMSNorm, stream: Stream) -> Normed:
+    """A module's norm of the stream, for the linear that multiplies it to make."""
     centred = isinstance(module, Norm)
     shift = module.get_variable("params", "bias") if centred else None
     scale = module.get_variable("params", "scale")
-    return Normed(x, epilogue.Norm(scale, shift, module.epsilon, centred))
+    return Normed(stream.x, epilogue.Norm(scale, shift, module.epsilon, centred, stream.moments))
 
 
 class Embed(nn.Embed):
@@ -181,8 +181,8 @@ class Mlp(nn.Module):
     output_init: nn.initializers.Initializer
 
     @nn.compact
-    def __call__(self, x: jax.Array | Normed, residual: jax.Array | None = None) -> jax.Array:
-        """(B, S, hidden) to (B, S, hidden), plus the residual if one is given."""
+    def __call__(self, x: jax.Array | Normed, residual: Stream | None = None) -> jax.Array | Stream:
+        """(B, S, hidden) to (B, S, hidden), or to the residual stream if one is given."""
         config, patterns = self.config, dict(self.patterns)
         up = linear(
             config,
@@ -220,8 +220,8 @@ class GatedMlp(nn.Module):
     output_init: nn.initializers.Initializer
 
     @nn.compact
-    def __call__(self, x: jax.Array | Normed, residual: jax.Array | None = None) -> jax.Array:
-        """(B, S, hidden) to (B, S, hidden), plus the residual if one is given."""
+    def __call__(self, x: jax.Array | Normed, residual: Stream | None = None) -> jax.Array | Stream:
+        """(B, S, hidden) to (B, S, hidden), or to the residual stream if one is given."""
         config, patterns = self.config, dict(self.patterns)
         gate_up = linear(
             config,

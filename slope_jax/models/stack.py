@@ -11,6 +11,7 @@ from flax import linen as nn
 from slope_jax.dense import MASKS, PRODUCT, WORKING
 from slope_jax.models.cache import CACHE
 from slope_jax.models.config import Segment, TransformerConfig
+from slope_jax.normed import Stream
 
 # The rng of modules that round or sample gradients, see `TransformerConfig.simulated`.
 GRADIENT = "gradient"
@@ -21,10 +22,10 @@ _NAME = re.compile(r"layers_(\d+)(?:_to_(\d+))?")
 def run_layers(
     layer: type[nn.Module],
     config: TransformerConfig,
-    x: jax.Array,
+    x: jax.Array | Stream,
     context: Any,
     deterministic: bool,
-) -> jax.Array:
+) -> jax.Array | Stream:
     """All layers, one after the other; called inside a compact method.
 
     A run of layers with equal patterns is one `nn.scan` whose variables have a leading layer axis,
@@ -33,10 +34,15 @@ def run_layers(
     Args:
       layer: module class with fields config, patterns, deterministic, whose call maps (x, context)
         to (x, None).
+      x: (B, S, hidden), or a stream of it; scans carry no moments, which the first layer may not know.
       context: a pytree that every layer gets, such as `attention.Context`.
     """
     for segment in config.segments:
-        x, _ = _segment(layer, config, segment, deterministic)(x, context)
+        run = _segment(layer, config, segment, deterministic)
+        if isinstance(x, Stream) and segment.stop - segment.start > 1:
+            x = Stream(run(x.x, context)[0])
+        else:
+            x, _ = run(x, context)
     return x
 
 
