@@ -11,6 +11,8 @@ FITTING = tuple(Pattern(n, m) for n, m in ((1, 2), (2, 4), (1, 4), (2, 8), (1, 8
 
 
 FEW_TOKENS = 64
+# Of attention to a cache: queries that share a head of keys, and entries of a head.
+MOST_QUERIES, WIDEST = 8, 128
 
 
 def kernel_of(op: str, tokens: int) -> str:
@@ -18,9 +20,9 @@ def kernel_of(op: str, tokens: int) -> str:
     return "few_tokens" if op == "nm_matmul" and tokens <= FEW_TOKENS else op
 
 
-def device_obstacle() -> str | None:
-    """Why this machine cannot run the kernels, or None."""
-    device = jax.devices()[0]
+def device_obstacle(device: jax.Device | None = None) -> str | None:
+    """Why this machine, or one device of it, cannot run the kernels, or None."""
+    device = device or jax.devices()[0]
     if device.platform != "gpu":
         return f"the sparse kernels need an NVIDIA Hopper GPU, and this is {device.platform}"
     capability = str(getattr(device, "compute_capability", "unknown"))
@@ -39,6 +41,17 @@ def version_obstacle() -> str | None:
             f"the sparse kernels need JAX {'.'.join(map(str, OLDEST_JAX))}, and this is"
             f" {jax.__version__}"
         )
+    return None
+
+
+def attention_obstacle(dtype: str, width: int, queries: int) -> str | None:
+    """Why the kernel cannot attend with `queries` heads of this width to each head of a cache, or None."""
+    if dtype not in DTYPES:
+        return f"attention to a cache has a kernel for {' or '.join(DTYPES)}, not {dtype}"
+    if width % 8 or width > WIDEST:
+        return f"it takes heads of a multiple of 8 up to {WIDEST}, not {width}"
+    if queries > MOST_QUERIES:
+        return f"it takes up to {MOST_QUERIES} queries to a head of keys, not {queries}"
     return None
 
 

@@ -1,6 +1,6 @@
 """BERT, GPT-2, OPT, LLaMA and Mistral with N:M sparse linears, by name or from a Hugging Face folder."""
 
-from slope_jax.models.attention import AttentionPath, attention_path
+from slope_jax.models.attention import AttentionPath, attention_path, decode_path
 from slope_jax.models.bert import Bert, BertConfig, BertOutput
 from slope_jax.models.cache import init_cache
 from slope_jax.models.config import REMAT_POLICIES, Linear, Segment, TransformerConfig
@@ -38,6 +38,7 @@ __all__ = [
     "attention_path",
     "build",
     "count_parameters",
+    "decode_path",
     "export_hf",
     "export_semi_structured",
     "from_hf",

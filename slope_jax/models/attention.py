@@ -10,6 +10,8 @@ from flax import linen as nn
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
+from pallas_kernels import batching
+from pallas_kernels.mosaic import support
 from slope_jax.models.cache import CACHE
 from slope_jax.models.config import TransformerConfig
 from slope_jax.models.layers import linear
@@ -88,6 +90,42 @@ class Context(NamedTuple):
     lengths: jax.Array | None = None
     rotary: tuple[jax.Array, jax.Array] | None = None
     positions: jax.Array | None = None
+
+
+def decode_path(config: TransformerConfig, *, device: jax.Device | None = None) -> AttentionPath:
+    """What computes the attention of one new token of each sequence to the cache, and why.
+
+    The kernel of `pallas_kernels` on Hopper, unless `config.attention` is "xla"; else XLA.
+
+    Args:
+      config: of a decoder.
+      device: None is the default device.
+    """
+    if config.attention == "xla":
+        return AttentionPath("xla", "attention='xla'")
+    if active_mesh() is not None:
+        return AttentionPath(
+            "xla", "the kernel of a decode step runs on one device, without a mesh"
+        )
+    name, queries = jnp.dtype(config.dtype).name, config.num_heads // config.num_kv_heads
+    why = support.device_obstacle(device or _default_device())
+    why = why or support.attention_obstacle(name, config.head_dim, queries)
+    if why:
+        return AttentionPath("xla", why)
+    return AttentionPath("mosaic", f"one kernel: {name}, heads of {config.head_dim}")
+
+
+def _attend_once(config: TransformerConfig, rows, key, value, positions) -> jax.Array:
+    """(B, columns), the queries first, and a cache (B, heads, slots, width) to (B, queries' columns)."""
+    from pallas_kernels.mosaic import decode_attention  # needs a newer JAX than the package does
+
+    narrow = config.window is not None and config.window < key.shape[2]
+    attend = functools.partial(
+        decode_attention.attend,
+        queries=config.num_heads // config.num_kv_heads,
+        window=config.window if narrow else None,
+    )
+    return batching.one_by_one(attend)(rows, key, value, positions.astype(jnp.int32))
 
 
 def _attend(config: TransformerConfig, query, key, value, causal: bool, context: Context):
@@ -170,8 +208,13 @@ class Attention(nn.Module):
         query, key, value = self._heads(qkv, sections)
         if context.rotary is not None:
             query, key = (rotate(part, context.rotary) for part in (query, key))
-        key, value = self._remember(key, value, context.positions)
-        mixed = _attend(config, query, key, value, self.causal, context)
+        if self._is_single(x, context):
+            rows = (qkv if context.rotary is None else query).reshape(x.shape[0], -1)
+            cache = self._cached(key, value, context.positions)
+            mixed = _attend_once(config, rows, *cache, context.positions[:, 0])
+        else:
+            key, value = self._remember(key, value, context.positions)
+            mixed = _attend(config, query, key, value, self.causal, context)
         output = linear(
             config,
             patterns["attention/output"],
@@ -190,23 +233,34 @@ class Attention(nn.Module):
             return jnp.split(qkv, (heads, heads + kv_heads), axis=2)
         return [p.reshape(*p.shape[:2], -1, head_dim) for p in split_sections(qkv, sections)]
 
+    def _is_single(self, x: jax.Array | Normed, context: Context) -> bool:
+        """Whether this is one new token of each sequence, for the kernel."""
+        if context.positions is None or x.shape[1] != 1 or self.is_initializing():
+            return False
+        return decode_path(self.config).implementation == "mosaic"
+
     def _remember(self, key: jax.Array, value: jax.Array, positions: jax.Array | None):
         """The keys and values to attend to: all that the cache holds, if tokens join it later."""
-        if not self.has_variable(CACHE, "key"):
-            if positions is not None:
-                raise ValueError(
-                    "positions are given without a cache to stand in; add the collection 'cache' of"
-                    " slope_jax.models.init_cache to the variables, and mutable=['cache']"
-                )
+        if positions is None and not self.has_variable(CACHE, "key"):
             return key, value
-        slots = {name: self.variable(CACHE, name) for name in ("key", "value")}
-        for name, new in (("key", key), ("value", value)):
-            slots[name].value = _placed(slots[name].value, new, positions)
+        cache = self._cached(key, value, positions)
         if positions is None:
             return key, value
         # Left to itself, XLA turns whole caches around for its attention, and back.
-        held = (with_layout_constraint(slots[n].value, IN_ORDER) for n in ("key", "value"))
+        held = (with_layout_constraint(array, IN_ORDER) for array in cache)
         return tuple(x.swapaxes(1, 2) for x in held)
+
+    def _cached(self, key: jax.Array, value: jax.Array, positions: jax.Array | None):
+        """The cache with new keys and values (B, S, heads, width)."""
+        if not self.has_variable(CACHE, "key"):
+            raise ValueError(
+                "positions are given without a cache to stand in; add the collection 'cache' of"
+                " slope_jax.models.init_cache to the variables, and mutable=['cache']"
+            )
+        slots = {name: self.variable(CACHE, name) for name in ("key", "value")}
+        for name, new in (("key", key), ("value", value)):
+            slots[name].value = _placed(slots[name].value, new, positions)
+        return slots["key"].value, slots["value"].value
 
 
 def _placed(cache: jax.Array, new: jax.Array, positions: jax.Array | None) -> jax.Array:

@@ -1,0 +1,204 @@
+"""Attention of a decode step: its choice and lowering on any machine, its results on a GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.mosaic import support
+from slope_jax import models
+
+obstacle = support.device_obstacle()
+needs_jax = pytest.mark.skipif(
+    support.version_obstacle() is not None, reason=str(support.version_obstacle())
+)
+# Sequences, heads, queries that share one, slots, width.
+SHAPES = [
+    (1, 40, 1, 528, 128),
+    (3, 2, 4, 300, 64),
+    (2, 1, 8, 1100, 80),
+    (1, 8, 4, 2080, 128),
+    (16, 3, 2, 33, 96),
+]
+
+
+def needs_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(obstacle is not None, reason=str(obstacle))(test))
+
+
+def problem(shape, dtype=jnp.bfloat16, spare=0):
+    """Queries with `spare` columns behind them, keys, values, and positions of all kinds."""
+    batch, heads, queries, slots, width = shape
+    rng = np.random.default_rng(0)
+    sizes = (batch, heads * queries * width + spare), *((batch, heads, slots, width),) * 2
+    arrays = (jnp.asarray(rng.standard_normal(size).astype(dtype)) for size in sizes)
+    positions = rng.integers(0, slots, batch)
+    positions[0] = slots - 1
+    if batch > 2:
+        positions[1:3] = 0, min(31, slots - 1)
+    return *arrays, jnp.asarray(positions, jnp.int32)
+
+
+def run(rows, key, value, positions, **options):
+    from pallas_kernels.mosaic import decode_attention
+
+    return jax.jit(functools.partial(decode_attention.attend, **options))(
+        rows, key, value, positions
+    )
+
+
+def exact(shape, rows, key, value, positions, window=None):
+    """In float64."""
+    batch, heads, queries, slots, width = shape
+    rows = np.float64(rows)[:, : heads * queries * width].reshape(batch, heads, queries, width)
+    scores = np.einsum("bhqw,bhsw->bhqs", rows, np.float64(key)) / np.sqrt(width)
+    behind = np.asarray(positions)[:, None] - np.arange(slots)
+    seen = (behind >= 0) & (behind < (window or slots))
+    scores = np.where(seen[:, None, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    value = np.where(seen[:, None, :, None], np.float64(value), 0)
+    return np.einsum("bhqs,bhsw->bhqw", weights, value).reshape(batch, -1)
+
+
+def by_xla(shape, rows, key, value, positions):
+    batch, heads, queries, slots, width = shape
+    query = rows[:, : heads * queries * width].reshape(batch, 1, heads * queries, width)
+    seen = (positions[:, None] >= jnp.arange(slots)[None])[:, None, None]
+    key, value = (array.swapaxes(1, 2) for array in (key, value))
+    attend = functools.partial(jax.nn.dot_product_attention, implementation="xla")
+    return attend(query, key, value, mask=seen).reshape(batch, -1)
+
+
+@needs_jax
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("window", [None, 100])
+def test_it_lowers_for_cuda_without_a_gpu(shape, window, strict_dtypes):
+    from pallas_kernels.mosaic import decode_attention
+
+    arrays = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in problem(shape, spare=64)]
+    attend = functools.partial(decode_attention.attend, queries=shape[2], window=window)
+    lowered = jax.jit(attend).trace(*arrays).lower(lowering_platforms=("cuda",))
+    assert "decode_attention" in lowered.as_text()
+
+
+@needs_jax
+@pytest.mark.parametrize("name", ["gpt2-nano", "llama-nano"])
+def test_decode_of_one_token_uses_it_and_of_more_does_not(monkeypatch, name):
+    monkeypatch.setattr(support, "device_obstacle", lambda *_: None)
+    options = {"sparsity": "dense", "dtype": "bfloat16", "scan": False}
+    model = models.build(name, num_layers=2, vocab_size=61, **options)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), **model.example_inputs())
+    shapes |= {"cache": jax.eval_shape(lambda: models.init_cache(model.config, 3, 8))}
+
+    def decode(variables, ids, positions):
+        return model.apply(variables, ids, positions=positions, mutable=["cache"])
+
+    for tokens, wanted in [(1, True), (2, False)]:
+        ids = jax.ShapeDtypeStruct((3, tokens), jnp.int32)
+        with jax.numpy_dtype_promotion("standard"):  # JAX's 16-bit XLA attention promotes
+            traced = jax.jit(decode).trace(shapes, ids, ids)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert ("decode_attention" in text) == wanted
+
+
+@needs_jax
+def test_the_path_says_why(monkeypatch):
+    config = models.build("llama-nano", dtype="bfloat16").config
+    assert models.decode_path(config).implementation == ("xla" if obstacle else "mosaic")
+    monkeypatch.setattr(support, "device_obstacle", lambda *_: None)
+    assert models.decode_path(config) == (
+        "mosaic",
+        f"one kernel: bfloat16, heads of {config.head_dim}",
+    )
+    for options, reason in [
+        ({"attention": "xla"}, "attention='xla'"),
+        ({"dtype": "float32"}, "bfloat16 or float16, not float32"),
+        ({"num_kv_heads": 1, "num_heads": 16, "hidden_size": 256}, "up to 8 queries.*not 16"),
+        (
+            {"num_kv_heads": 1, "num_heads": 1, "hidden_size": 256},
+            "multiple of 8 up to 128, not 256",
+        ),
+    ]:
+        path = models.decode_path(
+            models.build("llama-nano", **{"dtype": "bfloat16"} | options).config
+        )
+        assert path.implementation == "xla"
+        with pytest.raises(AssertionError, match=reason):
+            raise AssertionError(path.reason)
+
+
+@needs_gpu
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_its_error_is_within_twice_that_of_xla(shape, dtype):
+    arrays = problem(shape, dtype, spare=2 * shape[1] * shape[4])
+    wanted = exact(shape, *arrays)
+    with jax.numpy_dtype_promotion("standard"):
+        apart = jax.jit(functools.partial(by_xla, shape))(*arrays)
+    y = run(*arrays, queries=shape[2])
+    errors = [np.abs(np.float64(a) - wanted).max() for a in (y, apart)]
+    assert errors[0] <= 2 * errors[1]
+    for _ in range(3):
+        np.testing.assert_array_equal(run(*arrays, queries=shape[2]), y)
+
+
+@needs_gpu
+@pytest.mark.parametrize("parts", [1, 2, 5])
+@pytest.mark.parametrize("window", [None, 1, 100, 700])
+def test_any_number_of_parts_and_any_window_are_the_formula(parts, window):
+    """To a few roundings of bfloat16 of the values, which are weighted means."""
+    shape = (3, 2, 4, 1500, 128)
+    arrays = problem(shape)
+    y = run(*arrays, queries=4, parts=parts, window=window)
+    wanted = exact(shape, *arrays, window=window)
+    np.testing.assert_allclose(
+        np.float64(y), wanted, rtol=0, atol=3 * 2.0**-9 * np.abs(wanted).max()
+    )
+
+
+@needs_gpu
+def test_what_a_token_does_not_see_does_not_matter():
+    """Not even NaN, as in slots that nothing was written to, or in another sequence."""
+    shape = (3, 2, 4, 300, 64)
+    rows, key, value, _ = problem(shape)
+    positions = jnp.array([40, 299, 130], jnp.int32)
+    y = run(rows, key, value, positions, queries=4)
+    hidden = (jnp.arange(300)[None] > positions[:, None])[:, None, :, None]
+    other = jnp.arange(3)[:, None, None, None] == 1
+    bad = [jnp.where(hidden | other, jnp.nan, array) for array in (key, value)]
+    found = run(rows, *bad, positions, queries=4)
+    np.testing.assert_array_equal(found[::2], y[::2])
+    assert np.isnan(np.float64(found)[1]).all()
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["gpt2-nano", "llama-nano"])
+def test_a_model_decodes_as_with_attention_by_xla(name):
+    """Logits of a step, as close to those in float32 as with XLA's attention, or twice as far."""
+    logits = {}
+    for kind, options in {
+        "exact": {"dtype": "float32"},
+        "xla": {"dtype": "bfloat16", "attention": "xla"},
+        "kernel": {"dtype": "bfloat16"},
+    }.items():
+        model = models.build(name, num_layers=2, vocab_size=61, scan=False, **options)
+        variables = jax.jit(model.init)(jax.random.key(0), **model.example_inputs())
+        cache = models.init_cache(model.config, 3, 24)
+        ids = jax.random.randint(jax.random.key(1), (3, 20), 0, 61)
+
+        def step(cache, ids, model=model, variables=variables, **places):
+            apply = functools.partial(model.apply, mutable=["cache"], **places)
+            y, updated = apply({**variables, "cache": cache}, ids)
+            return y, updated["cache"]
+
+        _, cache = jax.jit(step)(cache, ids)
+        positions = jnp.array([[20], [7], [13]])
+        logits[kind], _ = jax.jit(lambda c, i, p, step=step: step(c, i, positions=p))(
+            cache, ids[:, :1], positions
+        )
+    found = {kind: np.float64(array)[..., :61] for kind, array in logits.items()}
+    errors = [np.abs(found[kind] - found["exact"]).max() for kind in ("kernel", "xla")]
+    assert errors[0] <= 2 * errors[1]
