@@ -1,6 +1,7 @@
 """Attention of a decode step: its choice and lowering on any machine, its results on a GPU."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -29,38 +30,56 @@ def needs_gpu(test):
     return pytest.mark.gpu(pytest.mark.skipif(obstacle is not None, reason=str(obstacle))(test))
 
 
-def problem(shape, dtype=jnp.bfloat16, spare=0):
-    """Queries with `spare` columns behind them, keys, values, and positions of all kinds."""
+def problem(shape, dtype=jnp.bfloat16):
+    """Rows of queries, keys and values; a cache, NaN where nothing was written yet; positions."""
     batch, heads, queries, slots, width = shape
     rng = np.random.default_rng(0)
-    sizes = (batch, heads * queries * width + spare), *((batch, heads, slots, width),) * 2
-    arrays = (jnp.asarray(rng.standard_normal(size).astype(dtype)) for size in sizes)
+    sizes = (batch, heads * (queries + 2) * width), *((batch, heads, slots, width),) * 2
+    rows, *cache = (rng.standard_normal(size).astype(dtype) for size in sizes)
     positions = rng.integers(0, slots, batch)
     positions[0] = slots - 1
     if batch > 2:
         positions[1:3] = 0, min(31, slots - 1)
-    return *arrays, jnp.asarray(positions, jnp.int32)
+    for array, (row, position) in itertools.product(cache, enumerate(positions)):
+        array[row, :, position:] = np.nan
+    return *(jnp.asarray(array) for array in (rows, *cache)), jnp.asarray(positions, jnp.int32)
 
 
-def run(rows, key, value, positions, **options):
+def run(rows, key, value, positions, *, queries, **options):
     from pallas_kernels.mosaic import decode_attention
 
+    heads, width = key.shape[1], key.shape[3]
+    columns = (0, heads * queries * width, heads * (queries + 1) * width)
+    options |= {"queries": queries, "columns": columns}
     return jax.jit(functools.partial(decode_attention.attend, **options))(
-        rows, key, value, positions
+        rows, rows, rows, key, value, positions
     )
+
+
+def with_new(shape, rows, key, value, positions):
+    """The cache with the tokens' own keys and values."""
+    batch, heads, queries, _, width = shape
+    first = heads * queries * width
+    new = np.asarray(rows)[:, first:].reshape(batch, 2, heads, width)
+    cache = [np.array(array) for array in (key, value)]
+    for row, position in enumerate(positions):
+        for number, array in enumerate(cache):
+            array[row, :, position] = new[row, number]
+    return cache
 
 
 def exact(shape, rows, key, value, positions, window=None):
     """In float64."""
     batch, heads, queries, slots, width = shape
+    key, value = with_new(shape, rows, key, value, positions)
     rows = np.float64(rows)[:, : heads * queries * width].reshape(batch, heads, queries, width)
-    scores = np.einsum("bhqw,bhsw->bhqs", rows, np.float64(key)) / np.sqrt(width)
     behind = np.asarray(positions)[:, None] - np.arange(slots)
     seen = (behind >= 0) & (behind < (window or slots))
+    key, value = (np.where(seen[:, None, :, None], np.float64(a), 0) for a in (key, value))
+    scores = np.einsum("bhqw,bhsw->bhqs", rows, key) / np.sqrt(width)
     scores = np.where(seen[:, None, None], scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    value = np.where(seen[:, None, :, None], np.float64(value), 0)
     return np.einsum("bhqs,bhsw->bhqw", weights, value).reshape(batch, -1)
 
 
@@ -68,6 +87,7 @@ def plain(shape, rows, key, value, positions):
     """As XLA computes it: products of 16-bit numbers, weights in float32 that are rounded to them."""
     batch, heads, queries, slots, width = shape
     rows = rows[:, : heads * queries * width].reshape(batch, heads, queries, width)
+    value = jnp.nan_to_num(value)  # of what is not seen
     float32 = {"preferred_element_type": jnp.float32}
     scores = jnp.einsum("bhqw,bhsw->bhqs", rows, key, **float32) / math.sqrt(width)
     seen = (positions[:, None] >= jnp.arange(slots)[None])[:, None, None]
@@ -80,10 +100,8 @@ def plain(shape, rows, key, value, positions):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("window", [None, 100])
 def test_it_lowers_for_cuda_without_a_gpu(shape, window, strict_dtypes):
-    from pallas_kernels.mosaic import decode_attention
-
-    arrays = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in problem(shape, spare=64)]
-    attend = functools.partial(decode_attention.attend, queries=shape[2], window=window)
+    arrays = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in problem(shape)]
+    attend = functools.partial(run, queries=shape[2], window=window)
     lowered = jax.jit(attend).trace(*arrays).lower(lowering_platforms=("cuda",))
     assert "decode_attention" in lowered.as_text()
 
@@ -136,27 +154,26 @@ def test_the_path_says_why(monkeypatch):
 
 @needs_jax
 def test_bad_input_is_named():
-    from pallas_kernels.mosaic import decode_attention
-
-    arrays = problem((1, 2, 1, 64, 136))
     with pytest.raises(NotImplementedError, match="up to 128, not 136"):
-        decode_attention.attend(*arrays, queries=1)
+        run(*problem((1, 2, 1, 64, 136)), queries=1)
     with pytest.raises(ValueError, match="parts=3 must be 1, 2, 4 or 8"):
-        decode_attention.attend(*problem((1, 2, 1, 64, 128)), queries=1, parts=3)
+        run(*problem((1, 2, 1, 64, 128)), queries=1, parts=3)
 
 
 @needs_gpu
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_its_error_is_within_twice_that_of_plain_jax(shape, dtype):
-    arrays = problem(shape, dtype, spare=2 * shape[1] * shape[4])
-    wanted = exact(shape, *arrays)
-    apart = jax.jit(functools.partial(plain, shape))(*arrays)
-    y = run(*arrays, queries=shape[2])
+    rows, key, value, positions = problem(shape, dtype)
+    wanted = exact(shape, rows, key, value, positions)
+    cache = [jnp.asarray(a) for a in with_new(shape, rows, key, value, positions)]
+    apart = jax.jit(functools.partial(plain, shape))(rows, *cache, positions)
+    y, *found = run(rows, key, value, positions, queries=shape[2])
     errors = [np.abs(np.float64(a) - wanted).max() for a in (y, apart)]
     assert errors[0] <= 2 * errors[1]
+    jax.tree.map(np.testing.assert_array_equal, found, cache)
     for _ in range(3):
-        np.testing.assert_array_equal(run(*arrays, queries=shape[2]), y)
+        np.testing.assert_array_equal(run(rows, key, value, positions, queries=shape[2])[0], y)
 
 
 @needs_gpu
@@ -166,7 +183,7 @@ def test_any_number_of_parts_and_any_window_are_the_formula(parts, window):
     """To a few roundings of bfloat16 of the values, which are weighted means."""
     shape = (3, 2, 4, 1500, 128)
     arrays = problem(shape)
-    y = run(*arrays, queries=4, parts=parts, window=window)
+    y, *_ = run(*arrays, queries=4, parts=parts, window=window)
     wanted = exact(shape, *arrays, window=window)
     np.testing.assert_allclose(
         np.float64(y), wanted, rtol=0, atol=3 * 2.0**-9 * np.abs(wanted).max()
@@ -174,18 +191,25 @@ def test_any_number_of_parts_and_any_window_are_the_formula(parts, window):
 
 
 @needs_gpu
-def test_what_a_token_does_not_see_does_not_matter():
-    """Not even NaN, as in slots that nothing was written to, or in another sequence."""
+def test_a_sequence_of_nan_leaves_others_alone():
     shape = (3, 2, 4, 300, 64)
-    rows, key, value, _ = problem(shape)
-    positions = jnp.array([40, 299, 130], jnp.int32)
-    y = run(rows, key, value, positions, queries=4)
-    hidden = (jnp.arange(300)[None] > positions[:, None])[:, None, :, None]
-    other = jnp.arange(3)[:, None, None, None] == 1
-    bad = [jnp.where(hidden | other, jnp.nan, array) for array in (key, value)]
-    found = run(rows, *bad, positions, queries=4)
+    rows, key, value, positions = problem(shape)
+    y, *_ = run(rows, key, value, positions, queries=4)
+    bad = [array.at[1].set(jnp.nan) for array in (rows, key, value)]
+    found, *_ = run(*bad, positions, queries=4)
     np.testing.assert_array_equal(found[::2], y[::2])
     assert np.isnan(np.float64(found)[1]).all()
+
+
+@needs_gpu
+def test_under_vmap_members_have_caches_of_their_own():
+    shape = (3, 2, 4, 300, 64)
+    arrays = problem(shape)
+    y = run(*arrays, queries=4)
+    members = [array.reshape(3, 1, *array.shape[1:]) for array in arrays]
+    found = jax.vmap(functools.partial(run, queries=4))(*members)
+    for a, b in zip(found, y, strict=True):
+        np.testing.assert_array_equal(a.reshape(b.shape), b)
 
 
 @needs_gpu

@@ -105,6 +105,7 @@ def _continue(served: "Served", arguments: argparse.Namespace) -> None:
         key=jax.random.key(arguments.seed) if sampled else None,
     )
     _warn_of_length(served, lengths.max(), arguments.max_new_tokens)
+    print(f"a new token: {paths(served, len(prompts))}", file=sys.stderr)
     rows: list[list[int]] = [[] for _ in prompts]
     written, marks = 0, [begin]
     alone = len(prompts) == 1
@@ -141,6 +142,25 @@ def _warn_of_length(served: "Served", prompt: int, count: int) -> None:
             " them may be noise. Give a shorter prompt or a lower --max-new-tokens",
             file=sys.stderr,
         )
+
+
+def paths(served: "Served", rows: int) -> str:
+    """What multiplies the sparse linears for one new token of each row, what attends, and why."""
+    import jax
+    import jax.numpy as jnp
+
+    from slope_jax import explain
+    from slope_jax.models import decode_path
+
+    ids = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
+    counts: dict[str, int] = {}
+    for row in explain(served.model, served.variables, input_ids=ids).rows:
+        if row.pattern != "dense":
+            how = f"{row.choices['y'].implementation} ({row.choices['y'].reason})"
+            counts[how] = counts.get(how, 0) + row.layers
+    said = [f"{count} sparse linears by {how}" for how, count in counts.items()]
+    path = decode_path(served.model.config)
+    return "; ".join([*said, f"attention by {path.implementation} ({path.reason})"])
 
 
 def continued_text(

@@ -46,32 +46,40 @@ def parts_of(batch: int, heads: int, slots: int) -> int:
     return 1 << max(0, most.bit_length() - 1)
 
 
-@launch.once("queries", "window", "scale", "parts")
+@launch.once("columns", "queries", "window", "scale", "parts")
 def attend(
-    rows: jax.Array,
+    query: jax.Array,
+    new_key: jax.Array,
+    new_value: jax.Array,
     key: jax.Array,
     value: jax.Array,
     positions: jax.Array,
     *,
+    columns: tuple[int, int, int] = (0, 0, 0),
     queries: int,
     window: int | None = None,
     scale: float | None = None,
     parts: int | None = None,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """softmax(q @ k.T * scale) @ v of one token a sequence, of which each sees the slots up to its own.
 
+    Its key and value join the cache, in place where that is donated.
+
     Args:
-      rows: (B, columns) in the keys' dtype, of which the first heads * queries * width are the
-        queries; those that share keys side by side.
-      key, value: (B, heads, slots, width), bfloat16 or float16; width a multiple of 8, at most 128.
+      query: (B, any) in the cache's dtype, heads * queries * width of them from `columns` on; those
+        that share keys side by side.
+      new_key, new_value: (B, any), heads * width of them from `columns` on; all three may be one array.
+      key, value: the cache (B, heads, slots, width), bfloat16 or float16; width a multiple of 8, at
+        most 128.
       positions: int32 (B,), the slot of each token, < slots.
+      columns: of the first query, key and value, multiples of 8.
       queries: that share a head of keys, at most 8.
       window: slots that a token sees, its own included; None: all.
       scale: None is 1 / sqrt(width).
       parts: CTAs that share a head's keys, 1, 2, 4 or 8; None: by the sizes.
 
     Returns:
-      (B, heads * queries * width) in the keys' dtype.
+      (B, heads * queries * width) in the cache's dtype, and the cache's keys and values.
 
     Raises:
       NotImplementedError: the kernel does not take such heads.
@@ -86,8 +94,16 @@ def attend(
     g = Geometry(queries, heads, slots, width, str(key.dtype), parts, window)
     factor = (width**-0.5 if scale is None else scale) * math.log2(math.e)
     clusters = {"cluster": (parts,), "cluster_names": ("part",)}
+    cache = jax.new_ref(key), jax.new_ref(value)
+    operands = {"query": query, "new_key": new_key, "new_value": new_value}
+    operands |= {"key": cache[0], "value": cache[1], "positions": positions}
+
+    def body(*refs):
+        names = (*operands, "y", "shared")
+        _kernel(g, factor, columns, dict(zip(names, refs, strict=True)))
+
     kernel = launch.kernel(
-        lambda *refs: _kernel(g, factor, *refs),
+        body,
         out_type=jax.ShapeDtypeStruct((batch, heads * queries * width), key.dtype),
         grid=(heads, batch),
         grid_names=("head", "sequence"),
@@ -101,19 +117,22 @@ def attend(
         ),
         name="decode_attention",
     )
-    return kernel(rows, key, value, positions)
+    y = kernel(*operands.values())
+    return y, *(jax.freeze(ref) for ref in cache)
 
 
-def _kernel(g: Geometry, factor: float, rows, key, value, positions, y, shared) -> None:
+def _kernel(g: Geometry, factor: float, columns: tuple[int, int, int], refs: dict) -> None:
     part = lax.axis_index("part") if g.parts > 1 else jnp.int32(0)
     place = Place(lax.axis_index("head"), part, lax.axis_index("sequence"))
     decode_sums.open_exchange(g)
-    position, first, rounds = _bounds(g, positions, place.sequence)
-    queries = _load_queries(g, rows, place)
+    position, first, rounds = _bounds(g, refs["positions"], place.sequence)
+    queries = _load_queries(g, refs["query"], columns[0], place)
+    cache = refs["key"], refs["value"], refs["new_key"], refs["new_value"]
+    _place_new(g, cache, columns[1:], place, position)
 
     def fetch(number):
         block = first + (number * g.parts + place.part) * WARPS
-        return block, _load(g, key, value, place, block, position)
+        return block, _load(g, cache, columns[1:], place, block, position)
 
     def turn(number, state):
         sums, block, words = state
@@ -121,7 +140,7 @@ def _kernel(g: Geometry, factor: float, rows, key, value, positions, y, shared) 
         return _attend(g, factor, sums, queries, words, block, position), *following
 
     sums, *_ = lax.fori_loop(0, rounds, turn, (_start(g), *fetch(jnp.int32(0))))
-    decode_sums.finish(g, sums, y, shared, place)
+    decode_sums.finish(g, sums, refs["y"], refs["shared"], place)
 
 
 def _bounds(g: Geometry, positions_ref, sequence):
@@ -144,7 +163,7 @@ def _bounds(g: Geometry, positions_ref, sequence):
     return position, first, lax.div(count + (in_turn - 1), jnp.int32(in_turn))
 
 
-def _load_queries(g: Geometry, rows_ref, place: Place):
+def _load_queries(g: Geometry, query_ref, first_column: int, place: Place):
     """Operand B of every 32 entries: lane 4 g + c has 8 c .. 8 c + 7 of query g."""
     result = warps.array_type(4 * g.blocks, jnp.int32)
 
@@ -152,17 +171,47 @@ def _load_queries(g: Geometry, rows_ref, place: Place):
     def body(ctx, rows, head, sequence):
         lane = warps.Lane(g)
         head, sequence = head.registers.item(), sequence.registers.item()
-        columns = ir.MemRefType(rows.type).shape[1]
         query = ptx.sum_of(ops.mul(head, g.queries), lane.g)
         words = []
         for first in range(0, 32 * g.blocks, 32):
             entry = ops.add(ops.mul(lane.c, 8), first)
             inside = llvm.and_(ops.less(lane.g, g.queries), ops.less(entry, g.width))
-            column = ptx.sum_of(ops.mul(query, 2 * g.width), ops.mul(entry, 2))
-            words += ptx.load(ptx.global_address(rows, sequence, 2 * columns, column), inside, 4)
+            column = ops.add(ptx.sum_of(ops.mul(query, g.width), entry), first_column)
+            words += ptx.load(_of_row(rows, sequence, column), inside, 4)
         return warps.array_of(words)
 
-    return body(rows_ref, place.head, place.sequence)
+    return body(query_ref, place.head, place.sequence)
+
+
+def _of_row(ref, row, column):
+    """Address of a 16-bit entry."""
+    width = ir.MemRefType(ref.type).shape[-1]
+    return ptx.global_address(ref, row, 2 * width, ops.mul(column, 2))
+
+
+def _place_new(g: Geometry, cache, columns: tuple[int, int], place: Place, position) -> None:
+    """Puts the token's own key and value where later tokens look for them; nobody reads them there now."""
+
+    @plgpu.inline_mgpu(arg_types=(*(warps.REF,) * 4, *(warps.SPLAT,) * 4))
+    def body(ctx, *arguments):
+        *cache, head, part, sequence, position = arguments
+        lane = warps.Lane(g)
+        head, part, sequence, position = (
+            s.registers.item() for s in (head, part, sequence, position)
+        )
+        row = ops.mul(ptx.sum_of(ops.mul(sequence, g.heads), head), g.slots)
+        entry = ops.mul(lane.lane, 8)
+        first = llvm.and_(ops.less(part, 1), ops.less(entry, g.width))
+        for number, (ref, new, column) in enumerate(
+            zip(cache[:2], cache[2:], columns, strict=True)
+        ):
+            here = ops.flag(llvm.ICmpPredicate.eq, lane.warp, ops.const(number))
+            inside = llvm.and_(first, here)
+            at = ops.add(ptx.sum_of(ops.mul(head, g.width), entry), column)
+            words = ptx.load(_of_row(new, sequence, at), inside, 4)
+            ptx.store16(_of_row(ref, ptx.sum_of(row, position), entry), words, inside)
+
+    body(*cache, *place, position)
 
 
 def _start(g: Geometry):
@@ -176,16 +225,16 @@ def _start(g: Geometry):
     return body()
 
 
-def _load(g: Geometry, key_ref, value_ref, place: Place, block, position):
-    """A warp's 16 keys and values; zeros behind the token's own slot.
+def _load(g: Geometry, cache, columns: tuple[int, int], place: Place, block, position):
+    """A warp's 16 keys and values; zeros behind the token's own slot, which has what is new.
 
     Keys: rows g and g + 8, for each 32 entries 8 c .. 8 c + 7. Values: for each 64 columns, rows 2 c,
     2 c + 1, and 8 further, columns 8 g .. 8 g + 7.
     """
     result = warps.array_type(g.words, jnp.int32)
 
-    @plgpu.inline_mgpu(arg_types=(*(warps.REF,) * 2, *(warps.SPLAT,) * 4), return_type=result)
-    def body(ctx, keys, values, head, sequence, block, position):
+    @plgpu.inline_mgpu(arg_types=(*(warps.REF,) * 4, *(warps.SPLAT,) * 4), return_type=result)
+    def body(ctx, keys, values, new_keys, new_values, head, sequence, block, position):
         lane = warps.Lane(g)
         head, sequence, block, position = (
             s.registers.item() for s in (head, sequence, block, position)
@@ -193,24 +242,37 @@ def _load(g: Geometry, key_ref, value_ref, place: Place, block, position):
         slot = ops.mul(ptx.sum_of(block, lane.warp), KEYS)
         row = ops.mul(ptx.sum_of(ops.mul(sequence, g.heads), head), g.slots)
 
-        def piece(ref, further: int, of_lane, entry):
+        def source(ref, new, column: int, of_lane, further: int):
+            """Of one key or value: its address, and whether the token sees it."""
             mine = ptx.sum_of(slot, of_lane, ops.const(further))
-            seen = ops.flag(llvm.ICmpPredicate.sle, mine, position)
+            fresh = ops.flag(llvm.ICmpPredicate.eq, mine, position)
+            column = ops.add(ops.mul(head, g.width), column)
+            old = _of_row(ref, ptx.sum_of(row, mine), ops.const(0))
+            address = ptx.select(fresh, _of_row(new, sequence, column), old)
+            return address, ops.flag(llvm.ICmpPredicate.sle, mine, position)
+
+        def piece(row, entry):
+            address, seen = row
             inside = llvm.and_(seen, ops.less(entry, g.width))
-            source = ptx.global_address(ref, ptx.sum_of(row, mine), 2 * g.width, ops.mul(entry, 2))
-            return ptx.load(source, inside, 4)
+            return ptx.load(_further(address, ops.mul(entry, 2)), inside, 4)
 
         words = []
+        rows = [source(keys, new_keys, columns[0], lane.g, further) for further in (0, 8)]
         for first in range(0, 32 * g.blocks, 32):
             entry = ops.add(ops.mul(lane.c, 8), first)
-            words += [w for further in (0, 8) for w in piece(keys, further, lane.g, entry)]
+            words += [word for row in rows for word in piece(row, entry)]
+        pair = ops.mul(lane.c, 2)
+        rows = [source(values, new_values, columns[1], pair, n) for n in (0, 1, 8, 9)]
         for first in range(0, g.width, COLUMNS):
             entry = ops.add(ops.mul(lane.g, 8), first)
-            for further in (0, 1, 8, 9):
-                words += piece(values, further, ops.mul(lane.c, 2), entry)
+            words += [word for row in rows for word in piece(row, entry)]
         return warps.array_of(words)
 
-    return body(key_ref, value_ref, place.head, place.sequence, block, position)
+    return body(*cache, place.head, place.sequence, block, position)
+
+
+def _further(address, offset):
+    return ops.add_reg(address, llvm.zext(address.type, offset))
 
 
 def _attend(g: Geometry, factor: float, state, queries, words, block, position):

@@ -115,17 +115,30 @@ def decode_path(config: TransformerConfig, *, device: jax.Device | None = None) 
     return AttentionPath("mosaic", f"one kernel: {name}, heads of {config.head_dim}")
 
 
-def _attend_once(config: TransformerConfig, rows, key, value, positions) -> jax.Array:
-    """(B, columns), the queries first, and a cache (B, heads, slots, width) to (B, queries' columns)."""
+def _attend_once(config: TransformerConfig, query, new, cache, positions):
+    """Attention of one new token of each sequence, and the cache with it.
+
+    Args:
+      query: (B, 1, heads, width), or None where `new` has them ahead of keys and values.
+      new: keys and values, (B, 1, heads, width) both, or one array (B, 1, columns) of all.
+      cache: of keys and values, (B, heads, slots, width).
+      positions: integers (B,).
+    """
     from pallas_kernels.mosaic import decode_attention  # needs a newer JAX than the package does
 
-    narrow = config.window is not None and config.window < key.shape[2]
+    slots, width = cache[0].shape[2:]
+    sizes = [heads * width for heads in (config.num_heads, config.num_kv_heads)]
+    narrow = config.window is not None and config.window < slots
     attend = functools.partial(
         decode_attention.attend,
+        columns=(0, sizes[0], sum(sizes)) if query is None else (0, 0, 0),
         queries=config.num_heads // config.num_kv_heads,
         window=config.window if narrow else None,
     )
-    return batching.one_by_one(attend)(rows, key, value, positions.astype(jnp.int32))
+    rows = (new, new, new) if query is None else (query, *new)
+    rows = (array.reshape(array.shape[0], -1) for array in rows)
+    mixed, *cache = batching.one_by_one(attend)(*rows, *cache, positions.astype(jnp.int32))
+    return mixed, cache
 
 
 def _attend(config: TransformerConfig, query, key, value, causal: bool, context: Context):
@@ -209,9 +222,8 @@ class Attention(nn.Module):
         if context.rotary is not None:
             query, key = (rotate(part, context.rotary) for part in (query, key))
         if self._is_single(x, context):
-            rows = (qkv if context.rotary is None else query).reshape(x.shape[0], -1)
-            cache = self._cached(key, value, context.positions)
-            mixed = _attend_once(config, rows, *cache, context.positions[:, 0])
+            given = (None, qkv) if context.rotary is None else (query, (key, value))
+            mixed = self._attend_once(*given, context.positions[:, 0])
         else:
             key, value = self._remember(key, value, context.positions)
             mixed = _attend(config, query, key, value, self.causal, context)
@@ -239,28 +251,35 @@ class Attention(nn.Module):
             return False
         return decode_path(self.config).implementation == "mosaic"
 
+    def _attend_once(self, query, new, positions: jax.Array) -> jax.Array:
+        slots = self._slots()
+        cache = [slot.value for slot in slots]
+        mixed, cache = _attend_once(self.config, query, new, cache, positions)
+        for slot, array in zip(slots, cache, strict=True):
+            slot.value = array
+        return mixed
+
     def _remember(self, key: jax.Array, value: jax.Array, positions: jax.Array | None):
         """The keys and values to attend to: all that the cache holds, if tokens join it later."""
         if positions is None and not self.has_variable(CACHE, "key"):
             return key, value
-        cache = self._cached(key, value, positions)
+        slots = self._slots()
+        for slot, new in zip(slots, (key, value), strict=True):
+            slot.value = _placed(slot.value, new, positions)
         if positions is None:
             return key, value
         # Left to itself, XLA turns whole caches around for its attention, and back.
-        held = (with_layout_constraint(array, IN_ORDER) for array in cache)
+        held = (with_layout_constraint(slot.value, IN_ORDER) for slot in slots)
         return tuple(x.swapaxes(1, 2) for x in held)
 
-    def _cached(self, key: jax.Array, value: jax.Array, positions: jax.Array | None):
-        """The cache with new keys and values (B, S, heads, width)."""
+    def _slots(self) -> list[nn.Variable]:
+        """The cache's keys and values."""
         if not self.has_variable(CACHE, "key"):
             raise ValueError(
                 "positions are given without a cache to stand in; add the collection 'cache' of"
                 " slope_jax.models.init_cache to the variables, and mutable=['cache']"
             )
-        slots = {name: self.variable(CACHE, name) for name in ("key", "value")}
-        for name, new in (("key", key), ("value", value)):
-            slots[name].value = _placed(slots[name].value, new, positions)
-        return slots["key"].value, slots["value"].value
+        return [self.variable(CACHE, name) for name in ("key", "value")]
 
 
 def _placed(cache: jax.Array, new: jax.Array, positions: jax.Array | None) -> jax.Array:
