@@ -206,6 +206,17 @@ def test_a_sequence_of_nan_leaves_others_alone():
 
 
 @needs_gpu
+def test_positions_beyond_the_cache_are_its_ends():
+    """As of `dynamic_update_slice`: nothing else is written to."""
+    shape = (3, 2, 4, 300, 64)
+    rows, key, value, _ = problem(shape)
+    key, value = (jnp.nan_to_num(array) for array in (key, value))
+    found = run(rows, key, value, jnp.array([-7, 300, 2**30], jnp.int32), queries=4)
+    ends = run(rows, key, value, jnp.array([0, 299, 299], jnp.int32), queries=4)
+    jax.tree.map(np.testing.assert_array_equal, found, ends)
+
+
+@needs_gpu
 def test_under_vmap_members_have_caches_of_their_own():
     shape = (3, 2, 4, 300, 64)
     arrays = problem(shape)

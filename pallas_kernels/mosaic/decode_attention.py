@@ -71,7 +71,7 @@ def attend(
       new_key, new_value: (B, any), heads * width of them from `columns` on; all three may be one array.
       key, value: the cache (B, heads, slots, width), bfloat16 or float16; width a multiple of 8, at
         most 128.
-      positions: int32 (B,), the slot of each token, < slots.
+      positions: int32 (B,), the slot of each token; those beyond the cache are taken to be its ends.
       columns: of the first query, key and value, multiples of 8.
       queries: that share a head of keys, at most 8.
       window: slots that a token sees, its own included; None: all.
@@ -152,6 +152,9 @@ def _bounds(g: Geometry, positions_ref, sequence):
         row = sequence.registers.item()
         source = ptx.global_address(positions, row, 4, ops.const(0))
         value = ptx.asm("ld.global.b32 $0, [$1];", source, results="r")
+        # What is beyond the cache must not be written to.
+        value = ptx.asm("max.s32 $0, $1, 0;", value, results="r", pure=True)
+        value = ptx.asm(f"min.s32 $0, $1, {g.slots - 1};", value, results="r", pure=True)
         return fa.FragmentedArray.splat(value, (), is_signed=True)
 
     position = load(positions_ref, sequence)
