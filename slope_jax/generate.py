@@ -146,8 +146,9 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """The tokens of `generate`, as they come: int32 (B, n), the first alone, then `chunk` at once.
 
-    The device makes a chunk in one compiled loop. Behind the end of a row follows `end_token`; the
-    last chunk may be shorter. Arguments and errors are those of `generate`, raised at the call.
+    The device makes a chunk in one compiled loop, and goes on with the next one while this one is
+    looked at. Behind the end of a row follows `end_token`; the last chunk may be shorter. Arguments
+    and errors are those of `generate`, raised at the call.
 
     >>> from slope_jax.models import build
     >>> model = build("gpt2-nano", vocab_size=64, num_layers=1, hidden_size=32, mlp_size=64)
@@ -172,14 +173,19 @@ def stream(
     )
 
     def pieces():
-        loop, done = _start(how, given, prompts), 0
+        loop, done, until = _start(how, given, prompts), 0, 1
+        size = min(chunk, max_new_tokens)
         while True:
-            step = int(loop.step)
-            yield np.asarray(loop.tokens)[:, done:step]
-            done = step
-            if done >= max_new_tokens or bool(loop.ended.all()):
+            first = min(done, max_new_tokens - size)
+            made = _made(loop, jnp.int32(first), size)
+            if until < max_new_tokens:  # where all rows have ended, it does nothing
+                until += chunk
+                loop = _advance(how, given, loop, jnp.int32(until))
+            tokens, (step, ended) = jax.device_get(made)
+            yield tokens[:, done - first : step - first]
+            done = int(step)
+            if done >= max_new_tokens or ended:
                 return
-            loop = _advance(how, given, loop, jnp.int32(done + chunk))
 
     return pieces()
 
@@ -264,6 +270,16 @@ def _advance(how: _How, given: _Given, loop: _Loop, until: jax.Array) -> _Loop:
         return _add(how, given, loop, *_run(how, given, loop.cache, last, positions=positions))
 
     return jax.lax.while_loop(lambda loop: (loop.step < until) & ~loop.ended.all(), body, loop)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _made(loop: _Loop, first: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Tokens `first` .. `first` + size - 1, how many there are in all, and whether all rows ended.
+
+    Copies, for the loop itself is given away to go on.
+    """
+    tokens = jax.lax.dynamic_slice_in_dim(loop.tokens, first, size, axis=1)
+    return tokens, jnp.stack([loop.step, loop.ended.all().astype(jnp.int32)])
 
 
 def _run(how: _How, given: _Given, cache, ids, **options):
