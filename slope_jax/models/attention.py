@@ -24,7 +24,7 @@ IN_ORDER = Layout((0, 1, 2, 3))
 
 
 class AttentionPath(NamedTuple):
-    """What computes attention ("cudnn" or "xla") and why."""
+    """What computes attention ("cudnn", "xla", or "mosaic" in decode) and why."""
 
     implementation: str
     reason: str
@@ -100,6 +100,10 @@ def decode_path(config: TransformerConfig, *, device: jax.Device | None = None) 
     Args:
       config: of a decoder.
       device: None is the default device.
+
+    >>> from slope_jax.models import build
+    >>> decode_path(build("llama-nano").config, device=jax.devices("cpu")[0]).implementation
+    'xla'
     """
     if config.attention == "xla":
         return AttentionPath("xla", "attention='xla'")

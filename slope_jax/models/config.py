@@ -69,7 +69,8 @@ class TransformerConfig:
         False unrolls: the same function, parameters per layer (`slope_jax.models.unstack_layers`).
       implementation: of the sparse products, passed on to `SparseDense`; None is the best.
       backward: of the sparse products, "double-pruned" or "exact", passed on to `SparseDense`.
-      attention: "xla", "cudnn", or None for the best (see `attention_path`).
+      attention: "xla", "cudnn", or None for the best (see `attention_path` and, for one token at a
+        time, `decode_path`, which "xla" turns off).
       simulated: True keeps the kernels of pruned linears dense, for the caller to mask (see
         `SparseDense`); a Flax module class does so and is their `dot_general_cls`.
 
