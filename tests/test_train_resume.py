@@ -170,12 +170,15 @@ def test_changed_text_is_refused_where_the_old_tokens_are_gone(folder, whole):
         text.write_text(before)
 
 
-def command(folder: pathlib.Path, name: str) -> list[str]:
+def twenty_steps(folder: pathlib.Path, name: str) -> dict:
     fields = options(folder, run_dir=str(folder / name), checkpoint_every=5)
-    fields |= {"seq_len": 16, "steps": 40, "adapter_rank": 0, "dropout": 0.0, "eval_every": 0}
-    fields |= {"accumulation": 1, "moments": "float32"}
+    fields |= {"seq_len": 16, "steps": 20, "adapter_rank": 0, "dropout": 0.0, "eval_every": 0}
+    return fields | {"accumulation": 1, "moments": "float32"}
+
+
+def command(folder: pathlib.Path, name: str) -> list[str]:
     args = [sys.executable, "-m", "train.pretrain", "--model", "bert-tiny", "--no-tensorboard"]
-    for key, value in fields.items():
+    for key, value in twenty_steps(folder, name).items():
         if key != "tensorboard":
             values = value if isinstance(value, tuple) else (value,)
             args += ["--" + key.replace("_", "-"), *map(str, values)]
@@ -197,36 +200,25 @@ def wait_for(process: subprocess.Popen, path: pathlib.Path) -> None:
         time.sleep(0.005)
 
 
-def test_killed_then_terminated_then_finished(folder):
-    """kill -9, then SIGTERM, then to the end; against a run of the same command in one go."""
-    checkpoints = folder / "killed" / "checkpoints"
-    args = command(folder, "killed")
-
-    first = start(args)
+def test_terminated_then_finished(folder):
+    """SIGTERM, then to the end, against a run in one go. Killed runs: test_soak, test_train_processes."""
+    checkpoints = folder / "terminated" / "checkpoints"
+    first = start(command(folder, "terminated"))
     wait_for(first, checkpoints / "5")
-    first.kill()
-    first.communicate()
-    assert first.returncode == -signal.SIGKILL
-    reached = max(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
-    assert reached < 40
-
-    second = start(args)
-    wait_for(second, checkpoints / str(reached + 5))
-    second.terminate()
-    out, err = second.communicate()
-    assert second.returncode == 128 + signal.SIGTERM, err
-    assert f"Going on after step {reached}" in out
+    first.terminate()
+    out, err = first.communicate()
+    assert first.returncode == 128 + signal.SIGTERM, err
     assert "Stopped by SIGTERM" in out
     assert "The same command goes on from there" in out
+    reached = max(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
+    assert 5 <= reached < 20
 
-    last = start(args)
-    out, err = last.communicate()
-    assert last.returncode == 0, err
-    assert "Traceback" not in err
-    steps = [x["step"] for x in record(folder / "killed") if "loss" in x]
-    assert steps == list(range(1, 41))
+    code, text = run(make_config("bert-tiny", **twenty_steps(folder, "terminated")))
+    assert code == Exit.DONE
+    assert f"Going on after step {reached}" in text
+    steps = [x["step"] for x in record(folder / "terminated") if "loss" in x]
+    assert steps == list(range(1, 21))
 
-    whole = start(command(folder, "one-go"))
-    whole.communicate()
-    assert whole.returncode == 0
-    assert record(folder / "killed") == record(folder / "one-go")
+    code, _ = run(make_config("bert-tiny", **twenty_steps(folder, "one-go")))
+    assert code == Exit.DONE
+    assert record(folder / "terminated") == record(folder / "one-go")
