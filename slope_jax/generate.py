@@ -177,10 +177,10 @@ def stream(
         size = min(chunk, max_new_tokens)
         while True:
             first = min(done, max_new_tokens - size)
-            made = _made(loop, jnp.int32(first), size)
+            made = _made(loop, np.int32(first), size)
             if until < max_new_tokens:  # where all rows have ended, it does nothing
                 until += chunk
-                loop = _advance(how, given, loop, jnp.int32(until))
+                loop = _advance(how, given, loop, np.int32(until))
             tokens, (step, ended) = jax.device_get(made)
             yield tokens[:, done - first : step - first]
             done = int(step)
@@ -202,10 +202,10 @@ class _How(NamedTuple):
 
 class _Given(NamedTuple):
     variables: Mapping[str, Any]
-    lengths: jax.Array
-    key: jax.Array
-    temperature: jax.Array
-    top_p: jax.Array | None
+    lengths: jax.Array | np.ndarray
+    key: jax.Array | None  # None where nothing is sampled
+    temperature: np.float32
+    top_p: np.float32 | None
 
 
 class _Loop(NamedTuple):
@@ -233,9 +233,9 @@ def _prepared(
     given = _Given(
         variables,
         lengths,
-        jax.random.key(0) if key is None else key,
-        jnp.float32(temperature),
-        None if top_p is None else jnp.float32(top_p),
+        key,
+        np.float32(temperature),
+        None if top_p is None else np.float32(top_p),
     )
     return _How(model, max_new_tokens, end_token, temperature == 0, top_k), given, prompts
 
@@ -243,7 +243,7 @@ def _prepared(
 @functools.partial(jax.jit, static_argnums=0)
 def _generate(how: _How, given: _Given, prompts: jax.Array) -> Generation:
     loop = _start(how, given, prompts)
-    loop = _advance(how, given, loop, jnp.int32(how.max_new_tokens))
+    loop = _advance(how, given, loop, np.int32(how.max_new_tokens))
     return Generation(loop.tokens, loop.lengths)
 
 

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def checked_prompts(prompts: Any, lengths: Any, vocab_size: int) -> tuple[jax.Array, jax.Array]:
-    """Ids (B, P) with 0 behind each prompt, and int32 lengths (B,).
+def checked_prompts(
+    prompts: Any, lengths: Any, vocab_size: int
+) -> tuple[np.ndarray | jax.Array, np.ndarray | jax.Array]:
+    """Ids (B, P) with 0 behind each prompt, and lengths (B,), both int32; NumPy's where values are known.
 
     Values that are being traced are not looked at.
 
@@ -30,17 +32,15 @@ def checked_prompts(prompts: Any, lengths: Any, vocab_size: int) -> tuple[jax.Ar
             " (batch, tokens), at least one of each"
         )
     lengths = _checked_lengths(prompts.shape, lengths)
+    numpy = jnp
     if _known(prompts) and _known(lengths):
-        _check_ids(np.asarray(prompts), lengths, vocab_size)
-    lengths = jnp.asarray(lengths, jnp.int32)
-    return _cleared(jnp.asarray(prompts), lengths), lengths
-
-
-@jax.jit
-def _cleared(prompts: jax.Array, lengths: jax.Array) -> jax.Array:
+        # The host's arrays go to the device with the call; each of its own would be a launch.
+        numpy, prompts = np, np.asarray(prompts)
+        _check_ids(prompts, lengths, vocab_size)
+    prompts, lengths = (numpy.asarray(array, np.int32) for array in (prompts, lengths))
     # An id that has no row in the table would become NaN, and attention 0 * NaN.
-    valid = jnp.arange(prompts.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
-    return jnp.where(valid, prompts, 0)
+    valid = numpy.arange(prompts.shape[1], dtype=np.int32)[None] < lengths[:, None]
+    return numpy.where(valid, prompts, np.int32(0)), lengths
 
 
 def is_integer(value: Any) -> bool:
