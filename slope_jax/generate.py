@@ -178,14 +178,18 @@ def stream(
         while True:
             first = min(done, max_new_tokens - size)
             made = _made(loop, np.int32(first), size)
-            if until < max_new_tokens:  # where all rows have ended, it does nothing
+            # The first token is waited for; its successor's program may have to be compiled.
+            if done and until < max_new_tokens:  # where all rows have ended, it does nothing
                 until += chunk
                 loop = _advance(how, given, loop, np.int32(until))
             tokens, (step, ended) = jax.device_get(made)
             yield tokens[:, done - first : step - first]
-            done = int(step)
-            if done >= max_new_tokens or ended:
+            if step >= max_new_tokens or ended:
                 return
+            if not done:
+                until += chunk
+                loop = _advance(how, given, loop, np.int32(until))
+            done = int(step)
 
     return pieces()
 
