@@ -42,7 +42,7 @@ def folder(tmp_path_factory, small_text):
     return path
 
 
-def start(folder, *options, mesh="data:2,fsdp:2,tensor:2", log="log"):
+def start(folder, *options, mesh="fsdp:2,tensor:2", log="log"):
     """Two processes of one run; what they say goes to RUN.log.0 and RUN.log.1."""
     given = OPTIONS | {
         "data": f"text:{folder / 'text' / '*.txt'}",
@@ -60,7 +60,7 @@ def start(folder, *options, mesh="data:2,fsdp:2,tensor:2", log="log"):
             command = [sys.executable, "-m", "train.pretrain", "--no-tensorboard", *arguments]
             command += [f"--process-id={i}", *options]
             children.append(
-                subprocess.Popen(command, cwd=ROOT, env=environment(4), stdout=file, stderr=file)
+                subprocess.Popen(command, cwd=ROOT, env=environment(2), stdout=file, stderr=file)
             )
     return children
 
