@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import inference, report_inference, serving_profile, serving_steps
-from benchmarks.inference import Timing
+from benchmarks import inference, report_inference, serving_profile, serving_rows, serving_steps
+from benchmarks.serving_rows import Timing
 from benchmarks.serving_steps import DECODE, ITERATIONS, PREFILL, Cut, Work
 from benchmarks.step_profile import Event, Instruction, tally
 from pallas_kernels.samples import CACHE_BYTES
@@ -99,17 +99,17 @@ def test_whole_models_follow_from_two_depths():
     sparse = [Cut("opt-13b", depth, rank=0.0156) for depth in (2, 4)]
     ms = dict(zip((*dense, *sparse), (0.6, 1.0, 0.45, 0.65), strict=True))
     timings = {(cut, work): Timing((t, 0.9 * t, 2 * t)) for cut, t in ms.items()}
-    row = inference.result(work, dense, sparse, timings)
+    row = serving_rows.result(work, dense, sparse, timings)
     assert (row["dense_ms"], row["sparse_ms"]) == (8.2, 4.25)
     assert row["speedup"] == round(8.2 / 4.25, 3)
     assert (row["speedup_per_layer"], row["rank"]) == (2.0, 80)
     assert row["dense_tokens_per_s"] == round(16 / 8.2e-3, 1)
     assert row["weights_exceed_cache"]
     given = (10_000, 30_000), (6_000, 16_000)
-    weights = inference.weight_row(dense, sparse, *given)
+    weights = serving_rows.weight_row(dense, sparse, *given)
     assert (weights["dense_bytes"], weights["sparse_bytes"]) == (390_000, 196_000)
     assert (weights["ratio"], weights["source"]) == (round(196 / 390, 4), "device")
-    silent = inference.weight_row(dense, sparse, None, None)
+    silent = serving_rows.weight_row(dense, sparse, None, None)
     assert (silent["ratio"], silent["source"]) == (silent["shape_ratio"], "shapes")
     assert silent["dense_bytes"] == pytest.approx(2 * 12.853e9, rel=1e-3)
     json.dumps([row, weights, silent])
