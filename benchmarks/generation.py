@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from benchmarks import quickstart
 from benchmarks.record import RESULTS, make_record, write_record
-from benchmarks.serving_steps import sparse_paths
+from slope_jax import explain
 from slope_jax.generate import stream
 from train import serving
 from train.environment import JOB_PACKAGES, accelerator
@@ -125,7 +125,9 @@ def about(served: Mapping[str, serving.Served]) -> dict[str, Any]:
             "bytes": each.nbytes,
             "adapters": each.about["adapters"],
             "steps": each.about["step"],
-            "paths": sparse_paths(each.model, each.variables, jnp.zeros((1, 1), jnp.int32)),
+            "paths": explain(
+                each.model, each.variables, input_ids=jnp.zeros((1, 1), jnp.int32)
+            ).forward_paths,
         }
         for name, each in served.items()
     }

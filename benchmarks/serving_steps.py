@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from benchmarks import shapes, steps
 from pallas_kernels.samples import CACHE_BYTES
@@ -116,18 +115,8 @@ class Cut:
 
     def paths(self, work: Work) -> dict[str, int]:
         """The sparse linears by what runs and why."""
-        return sparse_paths(*self.ready, jax.ShapeDtypeStruct(work.ids, jnp.int32))
-
-
-def sparse_paths(model: nn.Module, variables: Mapping[str, Any], ids: Any) -> dict[str, int]:
-    """The sparse linears of a forward pass of token ids by what runs and why."""
-    counts: dict[str, int] = {}
-    for row in explain(model, variables, input_ids=ids).rows:
-        if row.pattern != "dense":
-            choice = row.choices["y"]
-            way = f"{choice.implementation}: {choice.reason}"
-            counts[way] = counts.get(way, 0) + row.layers
-    return counts
+        ids = jax.ShapeDtypeStruct(work.ids, jnp.int32)
+        return explain(*self.ready, input_ids=ids).forward_paths
 
 
 def depths(model: str) -> tuple[int, int]:

@@ -59,6 +59,16 @@ class Explanation:
     def dense_bytes(self) -> int:
         return sum(row.dense_bytes for row in self.rows)
 
+    @property
+    def forward_paths(self) -> dict[str, int]:
+        """The sparse linears by what runs in a forward pass, and why."""
+        counts: dict[str, int] = {}
+        for row in self.rows:
+            if row.pattern != "dense":
+                way = f"{row.choices['y'].implementation}: {row.choices['y'].reason}"
+                counts[way] = counts.get(way, 0) + row.layers
+        return counts
+
     def __str__(self) -> str:
         header = ("path", "layers", "shape", "pattern", "runs", "bytes", "of dense", "why")
         lines = [header] + [

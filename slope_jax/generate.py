@@ -173,23 +173,23 @@ def stream(
     )
 
     def pieces():
-        loop, done, until = _start(how, given, prompts), 0, 1
-        size = min(chunk, max_new_tokens)
+        loop = _start(how, given, prompts)
+        yield np.asarray(loop.tokens[:, :1])  # before the program of the others is compiled
+        if max_new_tokens == 1 or bool(loop.ended.all()):
+            return
+        size, done, until = min(chunk, max_new_tokens), 1, 1 + chunk
+        loop = _advance(how, given, loop, np.int32(until))
         while True:
             first = min(done, max_new_tokens - size)
             made = _made(loop, np.int32(first), size)
-            # The first token is waited for; its successor's program may have to be compiled.
-            if done and until < max_new_tokens:  # where all rows have ended, it does nothing
+            if until < max_new_tokens:  # where all rows have ended, it does nothing
                 until += chunk
                 loop = _advance(how, given, loop, np.int32(until))
             tokens, (step, ended) = jax.device_get(made)
             yield tokens[:, done - first : step - first]
-            if step >= max_new_tokens or ended:
-                return
-            if not done:
-                until += chunk
-                loop = _advance(how, given, loop, np.int32(until))
             done = int(step)
+            if done >= max_new_tokens or ended:
+                return
 
     return pieces()
 

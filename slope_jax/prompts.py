@@ -32,15 +32,15 @@ def checked_prompts(
             " (batch, tokens), at least one of each"
         )
     lengths = _checked_lengths(prompts.shape, lengths)
-    numpy = jnp
+    xp = jnp
     if _known(prompts) and _known(lengths):
         # The host's arrays go to the device with the call; each of its own would be a launch.
-        numpy, prompts = np, np.asarray(prompts)
+        xp, prompts = np, np.asarray(prompts)
         _check_ids(prompts, lengths, vocab_size)
-    prompts, lengths = (numpy.asarray(array, np.int32) for array in (prompts, lengths))
+    prompts, lengths = (xp.asarray(array, np.int32) for array in (prompts, lengths))
     # An id that has no row in the table would become NaN, and attention 0 * NaN.
-    valid = numpy.arange(prompts.shape[1], dtype=np.int32)[None] < lengths[:, None]
-    return numpy.where(valid, prompts, np.int32(0)), lengths
+    valid = xp.arange(prompts.shape[1], dtype=np.int32)[None] < lengths[:, None]
+    return xp.where(valid, prompts, np.int32(0)), lengths
 
 
 def is_integer(value: Any) -> bool:

@@ -253,9 +253,11 @@ def test_bad_models_prompts_and_places():
         prompts[2, 2] = wrong
         with pytest.raises(ValueError, match=rf"prompts\[2, 2\]={wrong} is no token: .* 0 and 60"):
             generate(model, {}, prompts, lengths=lengths, max_new_tokens=1)
-    init = functools.partial(jax.eval_shape, model.init, jax.random.key(0), PROMPTS)
-    with pytest.raises(ValueError, match="positions are given without a cache"):
-        init(positions=PROMPTS)
+    apart = models.build("gpt2-nano", **SMALL, scan=False)
+    for each in (model, apart):
+        init = functools.partial(jax.eval_shape, each.init, jax.random.key(0), PROMPTS)
+        with pytest.raises(ValueError, match="positions are given without a cache"):
+            init(positions=PROMPTS)
     with pytest.raises(ValueError, match=r"positions is int32\[3, 2\]; .* integers \[3, 6\]"):
         init(positions=PROMPTS[:, :2])
     with pytest.raises(ValueError, match=r"logits_at is int32\[3\]; .* integers \[3, K\]"):

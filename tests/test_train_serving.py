@@ -141,8 +141,8 @@ def test_the_command_writes_what_is_generated(run, served, capsys):
     out, err = capsys.readouterr()
     assert out == f"Sparse kernel{expected['Sparse kernel']}\n"
     assert "first token after" in err
-    assert "sparse linears by xla (dense product on the decompressed weight" in err
-    assert "attention by xla (" in err
+    assert "sparse linears by xla: dense product on the decompressed weight" in err
+    assert "attention by xla: " in err
     assert "warning" not in err
     stop = expected["Mask"][3:6]
     assert main([*options, "--prompt=Sparse kernel", "--prompt=Mask", f"--stop={stop}"]) == 0

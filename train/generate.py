@@ -153,14 +153,10 @@ def paths(served: "Served", rows: int) -> str:
     from slope_jax.models import decode_path
 
     ids = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
-    counts: dict[str, int] = {}
-    for row in explain(served.model, served.variables, input_ids=ids).rows:
-        if row.pattern != "dense":
-            how = f"{row.choices['y'].implementation} ({row.choices['y'].reason})"
-            counts[how] = counts.get(how, 0) + row.layers
-    said = [f"{count} sparse linears by {how}" for how, count in counts.items()]
+    ways = explain(served.model, served.variables, input_ids=ids).forward_paths
     path = decode_path(served.model.config)
-    return "; ".join([*said, f"attention by {path.implementation} ({path.reason})"])
+    said = [f"{count} sparse linears by {way}" for way, count in ways.items()]
+    return "; ".join([*said, f"attention by {path.implementation}: {path.reason}"])
 
 
 def continued_text(

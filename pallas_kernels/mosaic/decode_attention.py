@@ -23,12 +23,12 @@ from pallas_kernels.mosaic.decode_sums import (
     COLUMNS,
     KEYS,
     LOWEST,
+    OTHER_KEYS,
     WARPS,
     Geometry,
     Place,
     exp2,
     larger,
-    of_lane,
 )
 from pallas_kernels.mosaic.support import attention_obstacle
 
@@ -46,7 +46,7 @@ def parts_of(batch: int, heads: int, slots: int) -> int:
     return 1 << max(0, most.bit_length() - 1)
 
 
-@launch.once("columns", "queries", "window", "scale", "parts")
+@launch.once("columns", "queries", "window", "parts")
 def attend(
     query: jax.Array,
     new_key: jax.Array,
@@ -58,10 +58,9 @@ def attend(
     columns: tuple[int, int, int] = (0, 0, 0),
     queries: int,
     window: int | None = None,
-    scale: float | None = None,
     parts: int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """softmax(q @ k.T * scale) @ v of one token a sequence, of which each sees the slots up to its own.
+    """softmax(q @ k.T / sqrt(width)) @ v of one token a sequence, of which each sees the slots up to its own.
 
     Its key and value join the cache, in place where that is donated.
 
@@ -75,7 +74,6 @@ def attend(
       columns: of the first query, key and value, multiples of 8.
       queries: that share a head of keys, at most 8.
       window: slots that a token sees, its own included; None: all.
-      scale: None is 1 / sqrt(width).
       parts: CTAs that share a head's keys, 1, 2, 4 or 8; None: by the sizes.
 
     Returns:
@@ -92,7 +90,7 @@ def attend(
     if parts not in (1, 2, 4, 8):
         raise ValueError(f"parts={parts} must be 1, 2, 4 or 8, the CTAs of a cluster")
     g = Geometry(queries, heads, slots, width, str(key.dtype), parts, window)
-    factor = (width**-0.5 if scale is None else scale) * math.log2(math.e)
+    factor = width**-0.5 * math.log2(math.e)
     clusters = {"cluster": (parts,), "cluster_names": ("part",)}
     cache = jax.new_ref(key), jax.new_ref(value)
     operands = {"query": query, "new_key": new_key, "new_value": new_value}
@@ -318,7 +316,7 @@ def _scores(g: Geometry, queries: list, words) -> list:
         b = queries[4 * number : 4 * number + 4]
         for i in (0, 2):
             a = [low[i], high[i], low[i + 1], high[i + 1]]
-            scores = _mma(g, scores, a, b[i : i + 2])
+            scores = warps.instruction(g.dtype, scores, a, b[i : i + 2])
     return scores
 
 
@@ -340,8 +338,8 @@ def _maximum(value, others: list):
     """Over lanes 4 g + c as well, which have other keys."""
     for other in others:
         value = larger(value, other)
-    for distance in (4, 8, 16):
-        value = larger(value, of_lane(value, distance))
+    for distance in OTHER_KEYS:
+        value = larger(value, ptx.of_lane(value, distance))
     return value
 
 
@@ -357,18 +355,5 @@ def _add_values(g: Geometry, sums: list, weights: list, words) -> list:
         pieces = [list(itertools.islice(words, 4)) for _ in range(4)]
         for i, a in enumerate(warps.operands(pieces)):
             at = slice(first + 4 * i, first + 4 * i + 4)
-            sums[at] = _mma(g, sums[at], a, b)
+            sums[at] = warps.instruction(g.dtype, sums[at], a, b)
     return sums
-
-
-def _mma(g: Geometry, sums: list, a: list, b: list) -> list:
-    kind = ops.PTX_TYPE[g.dtype]
-    return ptx.asm(
-        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"
-        " {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$0,$1,$2,$3};",
-        *a,
-        *b,
-        results="ffff",
-        tied=sums,
-        pure=True,
-    )

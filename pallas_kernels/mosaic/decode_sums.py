@@ -19,6 +19,7 @@ KEYS = 16  # that a warp takes at a time
 COLUMNS = 64  # of the values that one pass of products makes
 UNIT = 512  # bytes: 16 outputs of 8 queries, a float32 four a lane
 STATISTICS = 8 * MOST_QUERIES  # bytes: the largest score and the sum of weights of each query
+OTHER_KEYS = (4, 8, 16)  # between lanes 4 g + c of one c, whose keys are others
 LOWEST = -1e30  # below all scores, and finite, so that differences are none of infinities
 
 
@@ -111,7 +112,7 @@ def finish(g: Geometry, state, y_ref, shared_ref, place: Place) -> None:
         head, part, sequence = (s.registers.item() for s in (head, part, sequence))
         state = warps.values_of(state)
         sums, largest = state[:-4], state[-4:-2]
-        total = [_over_keys(value) for value in state[-2:]]
+        total = [ptx.over_lanes(value, OTHER_KEYS) for value in state[-2:]]
         _store_statistics(g, lane, shared, largest, total)
         ptx.asm("bar.sync 0;")
         statistics = _load_statistics(lane, shared, g.statistics_offset, WARPS)
@@ -267,17 +268,6 @@ def _complete(g, lane, y, place, unit, known, values: list, total: list) -> None
             ptx.pack(*two, g.dtype),
             llvm.and_(inside, ops.less(query, g.queries)),
         )
-
-
-def _over_keys(value):
-    for distance in (4, 8, 16):
-        value = llvm.fadd(value, of_lane(value, distance))
-    return value
-
-
-def of_lane(value, distance: int):
-    """The value of the lane whose number differs by this power of two."""
-    return ptx.asm(f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, 0xffffffff;", value, results="f")
 
 
 def larger(x, y):

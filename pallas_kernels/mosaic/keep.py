@@ -15,7 +15,7 @@ from jax.experimental.mosaic.gpu import utils as mutils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from pallas_kernels.mosaic import ops, parts
+from pallas_kernels.mosaic import ops, parts, ptx
 from pallas_kernels.mosaic.frame import CONSUMERS
 from pallas_kernels.mosaic.wgmma import ACC, SWIZZLED
 
@@ -213,7 +213,7 @@ def _survivors(own, nibble, lane):
     """The two entries of this thread's group that the nibble's low four bits name."""
     sent = [llvm.select(lane.is_odd, own[e], own[2 + e]) for e in (0, 1)]
     mine = [llvm.select(lane.is_odd, own[2 + e], own[e]) for e in (0, 1)]
-    theirs = [ops.from_neighbour(value) for value in sent]
+    theirs = [ptx.of_lane(value, 1) for value in sent]
     first_columns = llvm.or_(
         lane.first_column, llvm.shl(lane.first_column, ops.const(2), overflow_flags=ops.NO_WRAP)
     )

@@ -117,11 +117,11 @@ def store_moments(g: warps.Geometry, lane, ref, values: list, of_matrix, place) 
     """
     token, block, inside = place
     values = [ptx.select(of_matrix, value, ptx.number(0.0)) for value in values]
-    total = _over_lanes(_sum(values), (4, 8, 16))
+    total = ptx.over_lanes(_sum(values), (4, 8, 16))
     mean = llvm.fmul(total, _share(block, g.f))
     squares = [llvm.fmul(v, v) for v in (llvm.fsub(value, mean) for value in values)]
     squares = ptx.select(of_matrix, _sum(squares), ptx.number(0.0))
-    spread = _over_lanes(squares, (4, 8, 16))
+    spread = ptx.over_lanes(squares, (4, 8, 16))
     ptx.asm(
         "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.v2.f32 [$0], {$1,$2}; }",
         ptx.global_address(ref, token, 8 * moments_shape(g.f)[0], ops.mul(block, 8)),
@@ -153,13 +153,13 @@ def _mean_and_factor(g, form: Form, blocks: list[tuple]) -> tuple:
     lanes = (16, 8, 4, 2, 1)
     mean = ptx.number(0.0)
     if form.centred:
-        total = _over_lanes(_sum([total for total, *_ in blocks]), lanes)
+        total = ptx.over_lanes(_sum([total for total, *_ in blocks]), lanes)
         mean = llvm.fmul(total, ptx.number(1 / g.k))
     terms = []
     for _, own_mean, spread, entries in blocks:
         away = llvm.fsub(own_mean, mean)
         terms.append(llvm.fadd(spread, llvm.fmul(entries, llvm.fmul(away, away))))
-    variance = llvm.fmul(_over_lanes(_sum(terms), lanes), ptx.number(1 / g.k))
+    variance = llvm.fmul(ptx.over_lanes(_sum(terms), lanes), ptx.number(1 / g.k))
     factor = ptx.asm(
         "rsqrt.approx.f32 $0, $1;",
         llvm.fadd(variance, ptx.number(form.epsilon)),
@@ -181,16 +181,6 @@ def _of_block(block, size: int, function):
 def _share(block, size: int):
     """1 / entries of the block."""
     return _of_block(block, size, lambda entries: 1 / entries)
-
-
-def _over_lanes(value, distances: tuple[int, ...]):
-    """The sum over lanes whose numbers differ by these, in each of them."""
-    for distance in distances:
-        other = ptx.asm(
-            f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, 0xffffffff;", value, results="f"
-        )
-        value = llvm.fadd(value, other)
-    return value
 
 
 def floats_of(words: list, dtype: str) -> list:

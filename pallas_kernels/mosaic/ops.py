@@ -59,18 +59,6 @@ def asm(ptx: str, constraints: str, *operands, result=None):
     )
 
 
-def from_neighbour(x):
-    """The value of the thread whose number differs in the last bit."""
-    return llvm.inline_asm(
-        ir.F32Type.get(),
-        [x],
-        "shfl.sync.bfly.b32 $0, $1, 1, 0x1f, 0xffffffff;",
-        "=f,f",
-        asm_dialect=0,
-        has_side_effects=True,
-    )
-
-
 def scalar(register):
     """The one element of a vector<1>, or the scalar itself."""
     if isinstance(register.type, ir.VectorType):

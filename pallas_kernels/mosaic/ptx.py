@@ -100,6 +100,18 @@ def minus(x, y):
     return llvm.sub(x, y, overflow_flags=ops.NO_WRAP)
 
 
+def of_lane(value, distance: int):
+    """The float32 of the lane whose number differs by this power of two."""
+    return asm(f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, 0xffffffff;", value, results="f")
+
+
+def over_lanes(value, distances: tuple[int, ...]):
+    """The sum over lanes whose numbers differ by these, in each of them."""
+    for distance in distances:
+        value = llvm.fadd(value, of_lane(value, distance))
+    return value
+
+
 def sum_of(first, *rest):
     return functools.reduce(ops.add_reg, rest, first)
 

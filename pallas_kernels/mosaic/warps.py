@@ -237,25 +237,30 @@ def operands(pieces):
 def mma(g: Geometry, sums, i: int, n: int, a, b, words=None, selector: int = 0) -> None:
     """sums[product i, tokens 8 n ..] += a @ b, by a sparse k32 or a dense k16 instruction."""
     at = [g.register(i, n, j) for j in range(4)]
-    kind = ops.PTX_TYPE[g.dtype]
+    new = instruction(g.dtype, [sums[j] for j in at], a, b, words, selector)
+    for j, value in zip(at, new, strict=True):
+        sums[j] = value
+
+
+def instruction(dtype: str, sums: list, a, b, words=None, selector: int = 0) -> list:
+    """Four sums a lane + a @ b."""
+    kind = ops.PTX_TYPE[dtype]
     if words is None:
         name, k, metadata = "mma", 16, ()
         tail = "{$8,$9}, {$0,$1,$2,$3};"
     else:
         name, k, metadata = "mma.sp::ordered_metadata", 32, (words,)
         tail = f"{{$8,$9,$10,$11}}, {{$0,$1,$2,$3}}, $12, {selector};"
-    new = ptx.asm(
+    return ptx.asm(
         f"{name}.sync.aligned.m16n8k{k}.row.col.f32.{kind}.{kind}.f32"
         f" {{$0,$1,$2,$3}}, {{$4,$5,$6,$7}}, {tail}",
         *a,
         *b,
         *metadata,
         results="ffff",
-        tied=[sums[j] for j in at],
+        tied=sums,
         pure=True,
     )
-    for j, value in zip(at, new, strict=True):
-        sums[j] = value
 
 
 def values_of(array) -> list:

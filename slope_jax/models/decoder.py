@@ -144,7 +144,7 @@ class Decoder(nn.Module):
         if config.embedding_dropout:
             x = nn.Dropout(config.dropout, deterministic=deterministic)(x)
         context = Context(rotary=config.rotary(places), positions=positions)
-        decodes = positions is not None and deterministic
+        decodes = positions is not None and deterministic and not self.is_initializing()
         x = run_layers(DecoderLayer, config, Stream(x) if decodes else x, context, deterministic)
         x = x.x if decodes else x
         if logits_at is not None:
