@@ -129,6 +129,56 @@ def test_decode_of_one_token_uses_it_and_of_more_does_not(monkeypatch, name):
         assert ("decode_attention" in text) == wanted
 
 
+def stand_in(query, new_key, new_value, key, value, positions, *, columns, queries, window=None):
+    """What the kernel promises, in plain JAX."""
+    batch, heads, slots, width = key.shape
+    rows = query[:, columns[0] :][:, : heads * queries * width]
+    rows = rows.reshape(batch, heads, queries, width)
+    cache = []
+    for array, new, first in ((key, new_key, columns[1]), (value, new_value, columns[2])):
+        new = new[:, first : first + heads * width].reshape(batch, heads, width)
+        cache.append(array.at[jnp.arange(batch), :, positions].set(new))
+    scores = jnp.einsum("bhqw,bhsw->bhqs", rows, cache[0]) / math.sqrt(width)
+    behind = positions[:, None] - jnp.arange(slots)[None]
+    seen = (behind >= 0) & (behind < (window or slots))
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)
+    mixed = jnp.einsum("bhqs,bhsw->bhqw", weights, cache[1])
+    return mixed.reshape(batch, -1), *cache
+
+
+@needs_jax
+@pytest.mark.parametrize(
+    ("name", "options"), [("gpt2-nano", {}), ("llama-nano", {}), ("llama-nano", {"window": 4})]
+)
+def test_a_model_asks_it_for_what_xla_computes(monkeypatch, name, options):
+    """Heads, columns, window, rotated keys and the cache: the same logits, and the same next ones."""
+    from pallas_kernels.mosaic import decode_attention
+    from slope_jax.models import attention
+
+    model = models.build(name, num_layers=2, vocab_size=61, scan=False, **options)
+    variables = jax.jit(model.init)(jax.random.key(0), **model.example_inputs())
+    ids = jax.random.randint(jax.random.key(1), (3, 9), 0, 61)
+
+    def logits():
+        cache, found = models.init_cache(model.config, 3, 12), []
+        places = jnp.array([[9], [5], [7]])
+        for step in range(3):
+            given = {"positions": places + step - 1} if step else {}
+            tokens = ids[:, step : step + 1] if step else ids
+            y, updated = model.apply(
+                {**variables, "cache": cache}, tokens, mutable=["cache"], **given
+            )
+            cache = updated["cache"]
+            found.append(y)
+        return found
+
+    expected = logits()
+    monkeypatch.setattr(attention, "decode_path", lambda _: attention.AttentionPath("mosaic", ""))
+    monkeypatch.setattr(decode_attention, "attend", stand_in)
+    for ours, theirs in zip(logits(), expected, strict=True):
+        np.testing.assert_allclose(ours[..., :61], theirs[..., :61], rtol=1e-4, atol=1e-5)
+
+
 @needs_jax
 def test_the_path_says_why(monkeypatch):
     config = models.build("llama-nano", dtype="bfloat16").config
@@ -138,6 +188,10 @@ def test_the_path_says_why(monkeypatch):
         "mosaic",
         f"one kernel: bfloat16, heads of {config.head_dim}",
     )
+    with jax.set_mesh(
+        jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1])
+    ):
+        assert "without a mesh" in models.decode_path(config).reason
     for options, reason in [
         ({"attention": "xla"}, "attention='xla'"),
         ({"dtype": "float32"}, "bfloat16 or float16, not float32"),

@@ -1,6 +1,7 @@
 """The few-token kernel: its choices and lowering on any machine, its results on a GPU."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +123,28 @@ def test_decode_of_few_tokens_leaves_norms_to_the_kernels(monkeypatch, batch, ma
         traced = jax.jit(decode).trace(shapes, one, one)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("stablehlo.rsqrt") == made_apart
+    # The products ahead leave the moments: XLA takes none.
+    assert not re.search(r"stablehlo.concatenate.*x2xf32>", text)
     assert ("first_product" in text) == (rank > 0 and batch <= 16)
+
+
+@needs_jax
+def test_decode_lowers_in_a_scan_over_layers(monkeypatch):
+    """Of equal layers from the first on, whose moments nobody knows."""
+    monkeypatch.setattr(support, "device_obstacle", lambda: None)
+    options = {"implementation": "mosaic", "dtype": "bfloat16", "attention": "xla"}
+    options["sparsity"] = "layers/.*=2:4; .*=dense"
+    model = models.build("gpt2-nano", num_layers=3, vocab_size=61, **options)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), **model.example_inputs())
+    shapes |= {"cache": jax.eval_shape(lambda: models.init_cache(model.config, 2, 8))}
+    one = jax.ShapeDtypeStruct((2, 1), jnp.int32)
+
+    def decode(variables, ids, positions):
+        return model.apply(variables, ids, positions=positions, mutable=["cache"])
+
+    with jax.numpy_dtype_promotion("standard"):
+        traced = jax.jit(decode).trace(shapes, one, one)
+    assert "nm_matmul" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @needs_jax

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compress, decompress, nm_matmul
-from pallas_kernels.epilogue import Epilogue, Norm
+from pallas_kernels.epilogue import Epilogue, Norm, moments
 from pallas_kernels.mosaic import support
 from slope_jax import slope_matmul
 
@@ -158,7 +158,8 @@ def test_it_lowers_under_vmap_scan_and_shard_map(monkeypatch, joined):
     def layer(x, w, adapter):
         scale = adapter[0][:, 0].astype(jnp.float32)
         residual = jnp.tile(x, (1, 2)) if x.ndim == 2 else None
-        options = {"norm": Norm(scale, scale), "residual": residual} if joined else {}
+        norm = Norm(scale, scale, moments=moments(x))
+        options = {"norm": norm, "residual": residual} if joined else {}
         return nm_matmul(x, w, adapter=adapter, implementation="mosaic", **options)
 
     x, w, adapter = shapes_of(4, 64, 128, 16)
@@ -180,6 +181,8 @@ def test_it_lowers_under_vmap_scan_and_shard_map(monkeypatch, joined):
         (mapped, (x, w, adapter)),
     ]:
         assert "first_product" in lowered(function, *arguments)
+    more_rows = jax.vmap(layer, in_axes=(0, None, None))
+    assert "stablehlo.while" not in lowered(more_rows, stack[0], w, adapter)
 
 
 @needs_gpu
