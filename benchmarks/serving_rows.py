@@ -26,8 +26,7 @@ def result(
     work: Work, dense: Sequence[Cut], sparse: Sequence[Cut], timings: Mapping[Key, Timing]
 ) -> dict[str, Any]:
     """What the record says: the whole model by the line through both depths, and the depths."""
-    depths = dense[0].depth, dense[1].depth
-    layers = models.variant_config(dense[0].model).num_layers
+    depths, layers = _depths(dense)
 
     def whole(pair: Sequence[Cut], depth: int = layers) -> float:
         ms = tuple(timings[cut, work].milliseconds for cut in pair)
@@ -37,12 +36,8 @@ def result(
     dense_ms, sparse_ms = whole(dense), whole(sparse)
     tokens = work.batch * (1 if work.phase == DECODE else work.prompt)
     return {
-        "model": dense[0].model,
-        "layers": layers,
-        "depths": list(depths),
+        **_named(dense, sparse),
         **work._asdict(),
-        "rank": sparse[0].columns,
-        "share": sparse[0].rank,
         "sparsity": sparse[0].sparsity,
         "dtype": sparse[0].dtype,
         "iterations": ITERATIONS[work.phase],
@@ -84,8 +79,7 @@ def weight_row(
 
     `ratio` is the device's, if it tells.
     """
-    depths = dense[0].depth, dense[1].depth
-    layers = models.variant_config(dense[0].model).num_layers
+    depths, layers = _depths(dense)
     shapes = [_whole(pair[0], layers).nbytes for pair in (dense, sparse)]
     given = [
         None if two is None else round(steps.line(depths, two, layers))
@@ -94,11 +88,7 @@ def weight_row(
     known = None not in given
     dense_bytes, sparse_bytes = given if known else shapes
     return {
-        "model": dense[0].model,
-        "layers": layers,
-        "depths": list(depths),
-        "rank": sparse[0].columns,
-        "share": sparse[0].rank,
+        **_named(dense, sparse),
         "source": "device" if known else "shapes",
         "dense_bytes": dense_bytes,
         "sparse_bytes": sparse_bytes,
@@ -135,6 +125,24 @@ def line(row: dict[str, Any]) -> str:
         f" {row['speedup']:.2f} of all {row['layers']} layers ({row['dense_ms']:.2f} ->"
         f" {row['sparse_ms']:.2f} ms), {row['speedup_per_layer']} per layer; {at}"
     )
+
+
+def _depths(dense: Sequence[Cut]) -> tuple[tuple[int, int], int]:
+    """Those of both cuts, and of the whole model."""
+    shallow, deep = dense
+    return (shallow.depth, deep.depth), models.variant_config(shallow.model).num_layers
+
+
+def _named(dense: Sequence[Cut], sparse: Sequence[Cut]) -> dict[str, Any]:
+    """What a row is about."""
+    depths, layers = _depths(dense)
+    return {
+        "model": dense[0].model,
+        "layers": layers,
+        "depths": list(depths),
+        "rank": sparse[0].columns,
+        "share": sparse[0].rank,
+    }
 
 
 def _whole(cut: Cut, layers: int) -> Cut:
