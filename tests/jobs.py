@@ -15,6 +15,20 @@ from train.recipes import make_config
 from train.state import init_state, join_adapters, make_setup
 
 
+def on_small_text(folder, **fields):
+    """Fields of a run on `folder`/text, a copy of the fixture `small_text`, but for these."""
+    return {
+        "data": f"text:{folder / 'text' / '*.txt'}",
+        "cache_dir": str(folder / "cache"),
+        "vocab_size": 300,
+        "valid_fraction": 0.2,
+        "seq_len": 16,
+        "eval_batches": 2,
+        "tensorboard": False,
+        **fields,
+    }
+
+
 def run(config: Config, stop_at: int | None = None) -> tuple[int, str]:
     """The exit code of a run, and what it said."""
     with open(os.devnull, "w") as nowhere:

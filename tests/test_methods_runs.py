@@ -22,20 +22,13 @@ EPS32 = float(jnp.finfo(jnp.float32).eps)
 
 
 def options(folder, **fields):
-    return {
-        "data": f"text:{folder / 'text' / '*.txt'}",
-        "cache_dir": str(folder / "cache"),
-        "vocab_size": 300,
-        "valid_fraction": 0.2,
-        "seq_len": 16,
+    given = {
         "batch_size": 4,
         "steps": 6,
         "eval_every": 3,
-        "eval_batches": 2,
         "checkpoint_every": 0,
-        "tensorboard": False,
-        **fields,
     }
+    return jobs.on_small_text(folder, **given | fields)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from jobs import run
+from jobs import on_small_text, run
 
 from slope_jax.sharding import AXES, state_specs
 from train import metrics, processes
@@ -30,12 +30,7 @@ FEW = "layers/[1-3]/(attention/output|mlp/up)=2:4; .*=dense"
 
 
 def options(folder, **fields):
-    return {
-        "data": f"text:{folder / 'text' / '*.txt'}",
-        "cache_dir": str(folder / "cache"),
-        "vocab_size": 300,
-        "valid_fraction": 0.2,
-        "seq_len": 16,
+    given = {
         "batch_size": 16,
         "accumulation": 2,
         "steps": STEPS,
@@ -43,13 +38,11 @@ def options(folder, **fields):
         "adapter_rank": 8,
         "sparsity": FEW,
         "eval_every": 3,
-        "eval_batches": 2,
         "checkpoint_every": 2,
         "keep_checkpoints": 9,
         "dropout": 0.1,  # drawn alike whatever is cut
-        "tensorboard": False,
-        **fields,
     }
+    return on_small_text(folder, **given | fields)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from jobs import run
+from jobs import on_small_text, run
 
 from train import metrics
 from train.checkpoint import Checkpoints
@@ -32,11 +32,7 @@ def options(folder: pathlib.Path, **fields):
     Micro-batches and 16-bit moments, because these have most to go wrong: shared copies of the
     weights, gradients added in place, random bits by step.
     """
-    return {
-        "data": f"text:{folder / 'text' / '*.txt'}",
-        "cache_dir": str(folder / "cache"),
-        "vocab_size": 300,
-        "valid_fraction": 0.2,
+    given = {
         "seq_len": (16, 24),
         "max_predictions": 3,
         "batch_size": 4,
@@ -48,11 +44,9 @@ def options(folder: pathlib.Path, **fields):
         "adapter_rank": 0.0156,
         "dropout": 0.1,
         "eval_every": 4,
-        "eval_batches": 2,
         "checkpoint_every": 0,
-        "tensorboard": False,
-        **fields,
     }
+    return on_small_text(folder, **given | fields)
 
 
 @pytest.fixture(scope="module")
