@@ -52,6 +52,8 @@ class Norm:
 class Epilogue:
     """y = activation(z) + residual, z = x @ w + t @ r + bias; all in float32, cast at the end.
 
+    Or y = activation(z) * through'(source), in the place of the sum: a gradient on its way back.
+
     * `bias`: (out,), or None.
     * `low_rank`: t (..., rank) with x's leading axes and r (rank, out), both in x's dtype, or None.
     * `adapter`: l (in, rank) and r in x's dtype, in the place of `low_rank`: t is x @ l, or None.
@@ -60,6 +62,9 @@ class Epilogue:
     * `save_moments`: those of y are returned too, for a norm of it; None where they are not known.
     * `norm`: of x, which is multiplied in its place; or None.
     * `residual`: (..., out) with x's leading axes, in x's dtype, or None.
+    * `source`: likewise, what once entered the activation `through` (for relu, or left it); or None.
+    * `save_sums`: y's sums over all its axes but the last are returned too, float32 (out,), as they
+      are before y is cast: the gradient of what was added to all rows of the source.
     """
 
     bias: jax.Array | None = None
@@ -67,14 +72,26 @@ class Epilogue:
     adapter: tuple[jax.Array, jax.Array] | None = None
     norm: Norm | None = None
     residual: jax.Array | None = None
+    source: jax.Array | None = None
     activation: str | None = dataclasses.field(default=None, metadata={"static": True})
     save_preactivation: bool = dataclasses.field(default=False, metadata={"static": True})
     save_moments: bool = dataclasses.field(default=False, metadata={"static": True})
+    through: str | None = dataclasses.field(default=None, metadata={"static": True})
+    save_sums: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def is_empty(self) -> bool:
-        terms = (self.bias, self.low_rank, self.adapter, self.activation, self.residual)
-        return all(term is None for term in terms)
+        terms = (self.bias, self.low_rank, self.adapter, self.activation, *self.joining)
+        return all(term is None for term in terms) and not self.save_sums
+
+    @property
+    def joining(self) -> tuple[jax.Array | None, jax.Array | None]:
+        """What has y's shape: residual and source, of which at least one is None."""
+        return self.residual, self.source
+
+    def without_joining(self) -> "Epilogue":
+        """The same without what has y's shape, and its sums."""
+        return dataclasses.replace(self, residual=None, source=None, through=None, save_sums=False)
 
     def multiplied(self, x: jax.Array, precision=None) -> "Epilogue":
         """The same with the adapter's first product made: `low_rank` for `adapter`."""
@@ -94,13 +111,7 @@ class Epilogue:
         """Raises a ValueError unless this fits x (..., in) times (in, out)."""
         check_activation(self.activation)
         self._check_norm(x)
-        if self.residual is not None:
-            wanted = (*x.shape[:-1], out)
-            if self.residual.shape != wanted or self.residual.dtype != x.dtype:
-                raise ValueError(
-                    f"residual is {self.residual.dtype}{list(self.residual.shape)}; it must be"
-                    f" {x.dtype}{list(wanted)}"
-                )
+        self._check_joining(x, out)
         if self.save_preactivation and self.activation is None:
             raise ValueError("save_preactivation=True needs an activation; y is what enters it")
         if self.bias is not None:
@@ -115,6 +126,23 @@ class Epilogue:
             self._check_low_rank(x, out)
         if self.adapter is not None:
             self._check_adapter(x, out)
+
+    def _check_joining(self, x: jax.Array, out: int) -> None:
+        check_activation(self.through)
+        if (self.through is None) != (self.source is None):
+            raise ValueError("through needs both: an activation's name, and what entered it")
+        if self.residual is not None and self.source is not None:
+            raise ValueError(
+                "residual and through are both given; a product is added to one, or goes back"
+                " through the other"
+            )
+        wanted = (*x.shape[:-1], out)
+        for name, array in zip(("residual", "through"), self.joining, strict=True):
+            if array is not None and (array.shape != wanted or array.dtype != x.dtype):
+                raise ValueError(
+                    f"{name} is {array.dtype}{list(array.shape)}; it must be"
+                    f" {x.dtype}{list(wanted)}"
+                )
 
     def _check_norm(self, x: jax.Array) -> None:
         if self.norm is None:
@@ -204,7 +232,7 @@ def finish(z: jax.Array, epilogue: Epilogue, out_dtype, precision=None):
     """The result of a product whose float32 sum is z = x @ w, in plain JAX.
 
     Returns:
-      y, or a tuple of y and what is saved: z, and None for moments that nobody asks for here.
+      y, or a tuple of y and what is saved: z, None for moments that nobody asks for here, and sums.
 
     Args:
       epilogue: without an adapter and a norm; see `Epilogue.multiplied`, `Epilogue.normalised`.
@@ -218,7 +246,20 @@ def finish(z: jax.Array, epilogue: Epilogue, out_dtype, precision=None):
     y = z if epilogue.activation is None else ACTIVATIONS[epilogue.activation](z)
     if epilogue.residual is not None:
         y = y + epilogue.residual.astype(jnp.float32)
-    y = y.astype(out_dtype)
+    if epilogue.source is not None:
+        y = gradient_through(epilogue.through, epilogue.source, y)
     saved = (z.astype(out_dtype),) if epilogue.save_preactivation else ()
     saved += (None,) if epilogue.save_moments else ()
+    saved += (y.sum(range(y.ndim - 1)),) if epilogue.save_sums else ()
+    y = y.astype(out_dtype)
     return (y, *saved) if saved else y
+
+
+def gradient_through(activation: str, source: jax.Array, dy: jax.Array) -> jax.Array:
+    """The gradient of what entered an activation, float32, by JAX's own derivative.
+
+    Args:
+      source: what entered it; for relu, what left it will do.
+    """
+    back = jax.vjp(ACTIVATIONS[activation], source.astype(jnp.float32))[1]
+    return back(dy.astype(jnp.float32))[0]

@@ -20,8 +20,10 @@ def nm_matmul(
     adapter: tuple[jax.Array, jax.Array] | None = None,
     norm: Norm | None = None,
     residual: jax.Array | None = None,
+    through: tuple[str, jax.Array] | None = None,
     save_preactivation: bool = False,
     save_moments: bool = False,
+    save_sums: bool = False,
     out_dtype=None,
     precision: jax.lax.PrecisionLike = None,
     implementation: str | None = None,
@@ -40,14 +42,19 @@ def nm_matmul(
       norm: x's norm is multiplied in its place, rounded to x's dtype. For few tokens a kernel makes
         it on the way, from x's moments.
       residual: (..., out) in x's dtype, added last, in float32.
+      through: an activation's name and what once entered it, (..., out) in x's dtype; for "relu",
+        what left it will do. y is multiplied by its derivative there, as a gradient on its way back;
+        not together with a residual. In 16-bit results the kernels' derivatives may err by 1e-3.
       save_preactivation: return what enters the activation as well.
       save_moments: return y's moments as well, for a `norm` of it; None where no kernel takes them.
-      out_dtype: dtype of the results; None for x's.
+      save_sums: return y's sums over its leading axes as well, float32 (out,), not rounded before.
+      out_dtype: dtype of y and the preactivation; None for x's.
       precision: of the products, as in `jax.lax.dot_general`.
       implementation: None for the best, or a name; `choose` tells which and why.
 
     Returns:
-      y (..., out), or a tuple of y, the preactivation and the moments, those that are saved.
+      y (..., out), or a tuple of y, the preactivation, the moments and the sums, those that are
+      saved.
 
     Raises:
       ValueError: shapes or dtypes do not fit, or w is compressed along the output axis.
@@ -66,8 +73,19 @@ def nm_matmul(
         )
     _check_rows(x, w.shape[0], "x", "in")
     _check_same_dtype(x, w.values, "x", "w.values")
+    name, source = (None, None) if through is None else through
     epilogue = Epilogue(
-        bias, low_rank, adapter, norm, residual, activation, save_preactivation, save_moments
+        bias=bias,
+        low_rank=low_rank,
+        adapter=adapter,
+        norm=norm,
+        residual=residual,
+        source=source,
+        activation=activation,
+        save_preactivation=save_preactivation,
+        save_moments=save_moments,
+        through=name,
+        save_sums=save_sums,
     )
     epilogue.check(x, w.shape[1])
     out_dtype = jnp.dtype(out_dtype or x.dtype)

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels import CompressedMatrix, Pattern, compress, compressed_shapes, nm_matmul
 from pallas_kernels.epilogue import ACTIVATIONS, Norm, check_activation
 from slope_jax import masks
-from slope_jax.matmul import DOUBLE_PRUNED, Working, check_backward, slope_matmul
+from slope_jax.matmul import DOUBLE_PRUNED, Activated, Working, check_backward, slope_matmul
 from slope_jax.normed import Normed, Stream
 from slope_jax.sharded import sharded_matmul
 from slope_jax.sharding import active_mesh, cut_of
@@ -101,33 +101,52 @@ class SparseDense(nn.Dense):
         pattern = Pattern.parse(self.sparsity)
         return None if pattern.is_dense else pattern
 
+    @property
+    def joins(self) -> bool:
+        """Whether the product is one kernel with what joins it, or may be: it is sparse and whole."""
+        return self.pattern is not None and not self._is_sharded()
+
     @nn.compact
     def __call__(
-        self, inputs: jax.Array | Normed, residual: Stream | None = None
-    ) -> jax.Array | Stream:
-        """(..., in) to (..., features), or to the stream that this and the residual add up to.
+        self,
+        inputs: jax.Array | Activated | Normed,
+        residual: jax.Array | Stream | None = None,
+        *,
+        activated: bool = False,
+    ) -> jax.Array | Activated | Stream:
+        """(..., in) to (..., features), with the residual (..., features) added if there is one.
 
-        With a residual, or the norm of an array that is not made yet, the product joins them in one
-        kernel where it can, and has no gradient.
+        With a stream as the residual, or the norm of an array that is not made yet, the product
+        joins them in one kernel where it can, and has no gradient; a stream gives a stream.
+
+        Args:
+          activated: hand on an `Activated` for another layer that `joins`, if this one does.
         """
-        norm, fuses = None, self.pattern is not None and not self._is_sharded()
+        norm, stream = None, residual if isinstance(residual, Stream) else None
         if isinstance(inputs, Normed):
-            inputs, norm = inputs if fuses else (inputs.made(), None)
-        inputs = jnp.asarray(inputs)
+            inputs, norm = inputs if self.joins else (inputs.made(), None)
+        if not isinstance(inputs, Activated):
+            inputs = jnp.asarray(inputs)
         self._check(inputs)
-        if fuses and (norm is not None or residual is not None):
-            return self._joined(inputs, norm, residual)
+        if self.joins and (norm is not None or stream is not None):
+            return self._joined(inputs, norm, stream)
+        added = residual if stream is None else stream.x
         if self.pattern is None:
             y = self._dense(inputs)
+        elif self.activation is not None:
+            # The product is needed again to know what entered the activation.
+            y = self._sparse(inputs, activated=activated and self.joins)
+        elif added is not None and self.joins:
+            y, added = self._sparse(inputs, added), None  # the sum, for the caller to name
         else:
-            y = self._sparse(inputs)
-            # With an activation in it the product is needed again to know what entered that.
-            y = y if self.activation else checkpoint_name(y, PRODUCT)
-        return y if residual is None else Stream(residual.x + y)
+            y = checkpoint_name(self._sparse(inputs), PRODUCT)
+        y = y if added is None else added + y
+        return y if stream is None else Stream(y)
 
     def _joined(
-        self, inputs: jax.Array, norm: Norm | None, residual: Stream | None
+        self, inputs: jax.Array | Activated, norm: Norm | None, residual: Stream | None
     ) -> jax.Array | Stream:
+        inputs = inputs.y if isinstance(inputs, Activated) else inputs
         kernel, working = self._kernel(inputs.shape[-1]), self._working()
         bias, adapter = self._terms(inputs.shape[-1])
         inputs, *_ = self.promote_dtype(inputs, kernel.values, bias, dtype=self.dtype)
@@ -161,20 +180,32 @@ class SparseDense(nn.Dense):
         y = checkpoint_name(y, PRODUCT)
         return y if self.activation is None else _activate(y, self.activation)
 
-    def _sparse(self, inputs: jax.Array) -> jax.Array:
-        return self._product(inputs, self._kernel(inputs.shape[-1]))
+    def _sparse(
+        self, inputs: jax.Array | Activated, residual: jax.Array | None = None, **options: bool
+    ) -> jax.Array | Activated:
+        return self._product(inputs, self._kernel(inputs.shape[-1]), residual, **options)
 
-    def _product(self, inputs: jax.Array, kernel: CompressedMatrix | jax.Array) -> jax.Array:
+    def _product(
+        self,
+        inputs: jax.Array | Activated,
+        kernel: CompressedMatrix | jax.Array,
+        residual: jax.Array | None = None,
+        *,
+        activated: bool = False,
+    ) -> jax.Array | Activated:
         bias, adapter = self._terms(inputs.shape[-1])
         # Parameters are promoted for their dtypes alone: slope_matmul casts them, so that their
         # gradients stay in float32.
         values = getattr(kernel, "values", kernel)
-        inputs, *_ = self.promote_dtype(inputs, values, bias, dtype=self.dtype)
-        matmul = slope_matmul
+        x = inputs.y if isinstance(inputs, Activated) else inputs
+        x, *_ = self.promote_dtype(x, values, bias, dtype=self.dtype)
+        inputs = inputs.astype(x.dtype) if isinstance(inputs, Activated) else x
         if self._is_sharded():
             matmul = functools.partial(
                 sharded_matmul, cut=cut_of(self.path), sections=self.sections
             )
+        else:
+            matmul = functools.partial(slope_matmul, residual=residual, activated=activated)
         return matmul(
             inputs,
             kernel,

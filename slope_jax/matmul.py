@@ -1,14 +1,15 @@
 """The sparse linear map and its double-pruned gradient, as one `jax.custom_vjp`."""
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import CompressedMatrix, decompress, nm_matmul, nm_sddmm, nm_transpose
-from pallas_kernels.epilogue import ACTIVATIONS, first_product
+from pallas_kernels.epilogue import first_product, gradient_through
 
 DOUBLE_PRUNED, EXACT = "double-pruned", "exact"
 BACKWARDS = (DOUBLE_PRUNED, EXACT)
@@ -26,48 +27,88 @@ class Working(NamedTuple):
     transpose: CompressedMatrix | None = None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Activated:
+    """What an activation made, for a product that takes its own gradient back through it.
+
+    The kernel that makes the gradient of y then makes that of z of it, and of a bias of z, while it
+    has the numbers at hand: no pass over memory of their own. By contract, the gradient that this y
+    receives is that of z; so nothing but `slope_matmul` and `SparseDense` may take it.
+
+    Attributes:
+      y: (..., features).
+      z: what entered the activation, in y's dtype; None for relu, whose y says where it is flat.
+      shift: (features,) zeros, whose gradient is that of a bias of z.
+      activation: a name of `slope_matmul`'s.
+    """
+
+    y: jax.Array
+    z: jax.Array | None
+    shift: jax.Array
+    activation: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.y.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.y.dtype
+
+    def astype(self, dtype) -> "Activated":
+        """Both y and z in this dtype."""
+        y, z = (a if a is None else a.astype(dtype) for a in (self.y, self.z))
+        return dataclasses.replace(self, y=y, z=z)
+
+
 def slope_matmul(
-    x: jax.Array,
+    x: jax.Array | Activated,
     w: CompressedMatrix,
     *,
     working: Working | None = None,
     bias: jax.Array | None = None,
     activation: str | None = None,
     adapter: tuple[jax.Array, jax.Array] | None = None,
+    residual: jax.Array | None = None,
+    activated: bool = False,
     precision: jax.lax.PrecisionLike = None,
     implementation: str | None = None,
     backward: str = DOUBLE_PRUNED,
-) -> jax.Array:
-    """activation(x @ w + (x @ l) @ r + bias), with SLoPe's double-pruned backward pass.
+) -> jax.Array | Activated:
+    """activation(x @ w + (x @ l) @ r + bias) + residual, with SLoPe's double-pruned backward pass.
 
-        z  = x @ w_r + (x @ l) @ r + bias,  y = activation(z)
+        z  = x @ w_r + (x @ l) @ r + bias,  y = activation(z) + residual
         dz = dy * activation'(z)
         dx = dz @ w_rc.T + (dz @ r.T) @ l.T     w_rc: w_r pruned again, n:m along the output axis
         dw = (x.T @ dz) * mask_r                only the survivors' values
 
     (SLoPe, section 2.1, algorithm 1; adapters, section 2.2.) dx is therefore not the derivative
-    of y. Bias, activation and adapter join the sparse product's own kernel where one runs.
+    of y. Bias, activation, adapter and residual join the sparse product's own kernel where one runs.
 
     Args:
       x: (..., in), float32, bfloat16 or float16; the products run in its dtype and accumulate in
-        float32.
+        float32. Or an `Activated`: dx then goes back through its activation in the kernel.
       w: (in, out), compressed along the input axis, in any of these dtypes; in and out are
         multiples of m. The double pruning selects before w is cast to x's dtype.
       working: copies of w, which is then neither read nor kept for the backward pass; it gets the
         same gradient, in its own dtype, and the copies get none. They must be those of w.
       bias: (out,). adapter: l (in, rank), r (rank, out). In any of these dtypes as well.
       activation: None, "relu", "gelu" (exact), "gelu_tanh" or "silu".
+      residual: (..., out) in x's dtype; not together with an activation.
+      activated: return an `Activated` of the activation, for another product to multiply.
       precision: of the products, as in `jax.lax.dot_general`.
       implementation: of the products; None for the best. See `pallas_kernels.choose`.
       backward: "double-pruned", or "exact": dx = dz @ w_r.T + ..., the derivative, by a dense
         product. For comparisons: it is what the second pruning approximates.
 
     Returns:
-      (..., out) in x's dtype. Gradients are in the dtypes of their operands; that of w comes
+      (..., out) in x's dtype, or an `Activated` of it. Gradients are in the dtypes of their operands; that of w comes
       straight from float32 accumulators.
 
     Raises:
-      ValueError: shapes or dtypes do not fit, or the activation or `backward` is unknown.
+      ValueError: shapes or dtypes do not fit, the activation or `backward` is unknown, or what is
+        given excludes each other.
 
     >>> import jax.numpy as jnp
     >>> from pallas_kernels import compress
@@ -76,9 +117,15 @@ def slope_matmul(
     [[21.0, 23.0, 25.0, 27.0]]
     """
     working = Working() if working is None else working
+    through, source, shift = None, None, None
+    if isinstance(x, Activated):
+        through, source, shift, x = x.activation, x.z, x.shift, x.y
     check_operands(x, w, working, adapter, backward)
-    options = Options(precision, implementation, w.dtype, backward)
-    return _slope_matmul(x, w, working, bias, adapter, activation, options)
+    _check_terms(x, w, activation, residual, activated)
+    options = Options(precision, implementation, w.dtype, backward, through, activated)
+    terms = Terms(bias, adapter, residual, source, shift)
+    y = _slope_matmul(x, w, working, terms, activation, options)
+    return Activated(*y, activation) if activated else y
 
 
 class Options(NamedTuple):
@@ -86,6 +133,18 @@ class Options(NamedTuple):
     implementation: str | None
     dtype: jnp.dtype  # of the weight, hence of its gradient
     backward: str
+    through: str | None = None  # the activation that made x, where dx is to go back through it
+    activated: bool = False
+
+
+class Terms(NamedTuple):
+    """What joins the product; what entered the activation that made x, and what shifted that."""
+
+    bias: jax.Array | None = None
+    adapter: tuple[jax.Array, jax.Array] | None = None
+    residual: jax.Array | None = None
+    source: jax.Array | None = None
+    shift: jax.Array | None = None
 
 
 class Saved(NamedTuple):
@@ -103,15 +162,23 @@ def saved_with(activation: str | None) -> Saved:
     return Saved(preactivation=activation not in (None, "relu"), first_product=True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _slope_matmul(x, w, working, bias, adapter, activation, options):
-    return product(x, w, working, bias, adapter, activation, options)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _slope_matmul(x, w, working, terms, activation, options):
+    saved = saved_with(activation)._replace(first_product=False) if options.activated else NOTHING
+    y, z, _ = product(x, w, working, terms, activation, options, saved)
+    return _handed_on(y, z, activation) if options.activated else y
 
 
-def product(x, w, working, bias, adapter, activation, options, saved=NOTHING):
+def _handed_on(y, z, activation):
+    """The arrays of an `Activated`."""
+    shift = jnp.zeros(y.shape[-1], jnp.float32)
+    return y, None if activation == "relu" else z, shift
+
+
+def product(x, w, working, terms: Terms, activation, options, saved=NOTHING):
     """y, and z and x @ l where they are saved."""
     precision, implementation = options.precision, options.implementation
-    low_rank, t = None, None
+    adapter, low_rank, t = terms.adapter, None, None
     if adapter is not None:
         adapter = left, right = tuple(a.astype(x.dtype) for a in adapter)
         if saved.first_product:
@@ -120,10 +187,11 @@ def product(x, w, working, bias, adapter, activation, options, saved=NOTHING):
     y = nm_matmul(
         x,
         w.with_values(w.values.astype(x.dtype) if working.values is None else working.values),
-        bias=bias,
+        bias=terms.bias,
         activation=activation,
         low_rank=low_rank,
         adapter=adapter,
+        residual=terms.residual,
         save_preactivation=saved.preactivation,
         precision=precision,
         implementation=implementation,
@@ -132,59 +200,93 @@ def product(x, w, working, bias, adapter, activation, options, saved=NOTHING):
     return y, z, t
 
 
-def _forward(x, w, working, bias, adapter, activation, options):
+def _forward(x, w, working, terms, activation, options):
     saved = saved_with(activation)
-    y, z, t = product(x, w, working, bias, adapter, activation, options, saved)
+    y, z, t = product(x, w, working, terms, activation, options, saved)
     if None not in working:  # the backward pass then reads w's positions alone
         w = w.with_values(working.values)
-    residuals = (x, w, working.transpose, bias, adapter, y if activation == "relu" else z, t)
-    return y, residuals
+    out = _handed_on(y, z, activation) if options.activated else y
+    entered = y if activation == "relu" else z
+    # A residual is only known to be there, by an array of nothing in its dtype.
+    there = None if terms.residual is None else jnp.zeros((0,), terms.residual.dtype)
+    terms = terms._replace(residual=there)
+    return out, (x, w, working.transpose, terms, None if options.activated else entered, t)
 
 
 def backward(activation, options, residuals, dy):
-    """Gradients of x, w, its copies (none), bias and adapter."""
-    precision, implementation, dtype, kind = options
-    x, w, transpose, bias, adapter, z, t = residuals
+    """Gradients of x, w, its copies (none) and terms."""
+    precision, implementation = options.precision, options.implementation
+    x, w, transpose, terms, z, t = residuals
+    dbias = None
+    if options.activated:  # of z, and of a bias of it, by the contract of `Activated`
+        dy, _, dbias = dy
+        activation = None
     dz, dbias, dadapter, low_rank = outer_gradients(
-        activation, precision, (x, bias, adapter, z, t), dy
+        activation, precision, x, terms, z, t, dy, dbias
     )
-    if kind == EXACT:
-        dx = _exact_dx(dz, w, low_rank, precision)
+    if options.backward == EXACT:
+        dx, dshift = _exact_dx(dz, w, x, terms, low_rank, options)
     else:
         if transpose is None:
             transpose = nm_transpose(w, dtype=x.dtype, implementation=implementation)
+        through = options.through and (options.through, _source(x, terms))
         dx = nm_matmul(
-            dz, transpose, low_rank=low_rank, precision=precision, implementation=implementation
+            dz,
+            transpose,
+            low_rank=low_rank,
+            through=through,
+            save_sums=options.through is not None,
+            precision=precision,
+            implementation=implementation,
         )
-    dw = nm_sddmm(x, dz, w, out_dtype=dtype, precision=precision, implementation=implementation)
+        dx, dshift = dx if options.through else (dx, None)
+    dw = nm_sddmm(
+        x, dz, w, out_dtype=options.dtype, precision=precision, implementation=implementation
+    )
     no_gradient = np.zeros(w.metadata.shape, jax.dtypes.float0)
     dw = CompressedMatrix(dw, no_gradient, w.pattern, w.axis, w.shape)
-    return dx, dw, None, dbias, dadapter
+    dresidual = None if terms.residual is None else dy.astype(terms.residual.dtype)
+    return dx, dw, None, Terms(dbias, dadapter, dresidual, None, dshift)
 
 
-def outer_gradients(activation, precision, residuals, dy):
+def _source(x, terms: Terms):
+    return x if terms.source is None else terms.source
+
+
+def outer_gradients(activation, precision, x, terms: Terms, z, t, dy, dbias=None):
     """What comes before the products with the weight.
+
+    Args:
+      dbias: the sums of dy over the tokens, where they are known.
 
     Returns the gradient of the product in x's dtype, those of bias and adapter, and the factors of
     the low-rank term of dx.
     """
-    x, bias, adapter, z, t = residuals
     dz = dy.astype(jnp.float32)
     if activation is not None:
-        dz = jax.vjp(ACTIVATIONS[activation], z.astype(jnp.float32))[1](dz)[0]
-    tokens = tuple(range(dz.ndim - 1))
-    dbias = None if bias is None else dz.sum(tokens).astype(bias.dtype)
+        dz = gradient_through(activation, z, dz)
+    if terms.bias is not None:
+        dbias = dz.sum(range(dz.ndim - 1)) if dbias is None else dbias
+        dbias = dbias.astype(terms.bias.dtype)
+    else:
+        dbias = None
     dz = dz.astype(x.dtype)
     dadapter, low_rank = None, None
-    if adapter is not None:
-        dadapter, low_rank = _adapter_backward(x, t, dz, adapter, precision)
+    if terms.adapter is not None:
+        dadapter, low_rank = _adapter_backward(x, t, dz, terms.adapter, precision)
     return dz, dbias, dadapter, low_rank
 
 
-def _exact_dx(dz, w, low_rank, precision):
+def _exact_dx(dz, w, x, terms, low_rank, options):
+    """By a dense product; and the gradient of the shift, where dx goes back through x's activation."""
     w = decompress(w.with_values(w.values.astype(dz.dtype)))
-    dx = jnp.matmul(dz, w.T, precision=precision)
-    return dx if low_rank is None else dx + jnp.matmul(*low_rank, precision=precision)
+    dx = jnp.matmul(dz, w.T, precision=options.precision)
+    if low_rank is not None:
+        dx = dx + jnp.matmul(*low_rank, precision=options.precision)
+    if options.through is None:
+        return dx, None
+    dx = gradient_through(options.through, _source(x, terms), dx)
+    return dx.astype(x.dtype), dx.sum(range(dx.ndim - 1))
 
 
 def _adapter_backward(x, t, dz, adapter, precision):
@@ -217,6 +319,20 @@ def check_operands(x, w, working: Working, adapter, backward: str) -> None:
     _check_adapter(adapter, w.shape)
     _check_working(working, x, w)
     check_backward(backward)
+
+
+def _check_terms(x, w, activation: str | None, residual, activated: bool) -> None:
+    wanted = (*x.shape[:-1], w.shape[1])
+    if residual is not None and (residual.shape, residual.dtype) != (wanted, x.dtype):
+        raise ValueError(
+            f"residual is {residual.dtype}{list(residual.shape)}; it must be {x.dtype}{list(wanted)}"
+        )
+    if activation is not None and residual is not None:
+        raise ValueError(
+            f"activation={activation!r} and a residual are both given; add the residual to y"
+        )
+    if activated and activation is None:
+        raise ValueError("activated=True needs an activation: there is none to go back through")
 
 
 def check_backward(backward: str) -> None:

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 from pallas_kernels import CompressedMatrix, Query, choose, nm_transpose
 from pallas_kernels.epilogue import ACTIVATIONS
 from slope_jax import matmul
-from slope_jax.matmul import Options, Saved, Working
+from slope_jax.matmul import Options, Saved, Terms, Working
 
 
 def product(x, w, bias, adapter, activation, options: Options, saved: Saved):
     """y, and the pre-activation and x @ l where they are saved; w has x's dtype."""
     if isinstance(w, CompressedMatrix):
-        return matmul.product(x, w, Working(), bias, adapter, activation, options, saved)
+        terms = Terms(bias, adapter)
+        return matmul.product(x, w, Working(), terms, activation, options, saved)
     z, t = jnp.matmul(x, w, precision=options.precision), None
     if adapter is not None:
         t = jnp.matmul(x, adapter[0], precision=options.precision)
@@ -27,13 +28,15 @@ def product(x, w, bias, adapter, activation, options: Options, saved: Saved):
 
 def gradients(activation, options: Options, residuals, dy):
     """dx, dw, dbias, dadapter; of a compressed w the residuals have its transpose as well."""
-    x, w, _, bias, adapter, z, t = residuals
+    x, w, transpose, bias, adapter, z, t = residuals
+    terms = Terms(bias, adapter)
     if isinstance(w, CompressedMatrix):
-        dx, dw, _, dbias, dadapter = matmul.backward(activation, options, residuals, dy)
-        return dx, dw.values, dbias, dadapter
+        residuals = (x, w, transpose, terms, z, t)
+        dx, dw, _, terms = matmul.backward(activation, options, residuals, dy)
+        return dx, dw.values, terms.bias, terms.adapter
     precision = options.precision
     dz, dbias, dadapter, low_rank = matmul.outer_gradients(
-        activation, precision, (x, bias, adapter, z, t), dy
+        activation, precision, x, terms, z, t, dy
     )
     dx = jnp.matmul(dz, w.T, precision=precision)
     if low_rank is not None:

@@ -108,7 +108,7 @@ def _transposed(w: CompressedMatrix, layer: Layer, path: tuple[str, ...]) -> Com
 
 def _describe(module: SparseDense, x: jax.Array) -> Layer:
     params = [module.get_variable("params", name) for name in ("kernel", "bias")]
-    dtype = module.dtype or jnp.result_type(x, *(p for p in params if p is not None))
+    dtype = module.dtype or jnp.result_type(x.dtype, *(p for p in params if p is not None))
     shape = (x.shape[-1], module.features)
     dtype = jnp.dtype(dtype)
     return Layer(module.pattern, shape, dtype, module.implementation, module.backward)

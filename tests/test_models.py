@@ -297,9 +297,14 @@ def test_what_the_backward_pass_keeps(name, mlp):
             return jax.vjp(lambda p: model.apply(variables | {"params": p}, IDS), params)[1]
 
         kept = jax.tree.leaves(jax.eval_shape(residuals, variables["params"]))
-        kept = [leaf for leaf in kept if leaf.shape[:-1] == (2, *IDS.shape) and leaf.shape[-1] > 1]
-        assert {leaf.dtype.name for leaf in kept} == {"bfloat16"}
-        return sorted(leaf.shape[-1] for leaf in kept)
+        shapes = [(tuple(n for n in leaf.shape if n > 1), leaf.dtype.name) for leaf in kept]
+        of_tokens = [
+            (shape[3], dtype)
+            for shape, dtype in shapes
+            if shape[:3] == (2, *IDS.shape) and len(shape) == 4
+        ]
+        assert {dtype for _, dtype in of_tokens} == {"bfloat16"}
+        return sorted(width for width, _ in of_tokens)
 
     qkv = 64 if name.startswith("llama") else 96
     assert widths(True) == [32]

@@ -58,6 +58,21 @@ def test_small_products_are_cut_for_most_of_the_processors(size):
     assert plan.waves or plan.left * plan.sharers * tile.cluster >= 90
 
 
+@needs_jax
+@pytest.mark.parametrize("tokens", [1024, 1536, 2048, 3000])
+def test_a_tile_measured_with_other_tokens_leaves_no_wave_nearly_empty(tokens, monkeypatch):
+    """256 x 192 of 768 x 2304: 54, 72, 99 and 144 tiles for 132 processors."""
+    from pallas_kernels import tuning
+    from pallas_kernels.mosaic import matmul, products
+
+    measured = tuning.Entry("", "", 2048, (768, 2304), dataclasses.asdict(matmul.Tile()), 1, 2)
+    monkeypatch.setattr(products, "_measured", lambda *_: measured)
+    tile = products._config(matmul, tokens, 768, 2304, jnp.bfloat16)
+    assert (tile == matmul.Tile()) == (tokens == 2048)
+    plan = tile.schedule(tokens, 768, 2304, 132)
+    assert plan.waves == 0 or plan.left >= plan.processors / 2
+
+
 def integers(seed, shape, dtype=jnp.bfloat16):
     return jax.random.randint(jax.random.key(seed), shape, -4, 5).astype(dtype)
 

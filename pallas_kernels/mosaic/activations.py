@@ -1,9 +1,9 @@
-"""Activations of one float32 register.
+"""Activations of one float32 register, and the factors by which gradients go back through them.
 
-Two versions of each: `PRECISE`, within a few units of float32's last place, and `FAST`, within
+Two versions of each activation: `PRECISE`, within a few units of float32's last place, and `FAST`, within
 5e-4 * |z|, which is below the rounding of a 16-bit result near z. An epilogue has no tensor core
 work beside it, so that its length counts: `FAST` takes one special-function instruction, the
-hardware's tanh, where `PRECISE` takes two, 2^x and 1/x.
+hardware's tanh, where `PRECISE` takes two, 2^x and 1/x. Derivatives are those of `FAST`, within 1e-3.
 """
 
 import functools
@@ -21,6 +21,7 @@ ERFC_A = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
 # |z| < 6, where it ends.
 ERF_C = (7.97507884e-01, 3.70056461e-02, -3.51516808e-04)
 ERF_SQUARED_END = 40.0
+FLAT_FROM = 6.25  # derivatives of |z| beyond are those there; 12.5 for silu
 TANH_C = (math.sqrt(2 / math.pi), math.sqrt(2 / math.pi) * 0.044715)
 
 
@@ -60,6 +61,26 @@ def fast_gelu(z):
     return _half_of_one_plus_tanh(z, _mul(z, _polynomial(squared, ERF_C)))
 
 
+def through_relu(gradient, y):
+    """The gradient where y, or what entered relu, is positive; 0 elsewhere."""
+    return _ptx(
+        "{ .reg .pred p; setp.gt.f32 p, $2, $3; selp.f32 $0, $1, $3, p; }", gradient, y, _float(0.0)
+    )
+
+
+def through_silu(gradient, z):
+    z = _within(z, 2 * FLAT_FROM)
+    return _through_half_of_one_plus_tanh(gradient, z, (0.5,))
+
+
+def through_gelu_tanh(gradient, z):
+    return _through_half_of_one_plus_tanh(gradient, _within(z, FLAT_FROM), TANH_C)
+
+
+def through_gelu(gradient, z):
+    return _through_half_of_one_plus_tanh(gradient, _within(z, FLAT_FROM), ERF_C)
+
+
 PRECISE = {
     "relu": relu,
     "gelu": precise_gelu,
@@ -67,11 +88,34 @@ PRECISE = {
     "silu": precise_silu,
 }
 FAST = {"relu": relu, "gelu": fast_gelu, "gelu_tanh": fast_gelu_tanh, "silu": fast_silu}
+THROUGH = {
+    "relu": through_relu,
+    "gelu": through_gelu,
+    "gelu_tanh": through_gelu_tanh,
+    "silu": through_silu,
+}
 
 
 def _half_of_one_plus_tanh(z, u):
     half = _mul(z, _float(0.5))
     return _fma(half, _ptx("tanh.approx.f32 $0, $1;", u), half)
+
+
+def _through_half_of_one_plus_tanh(gradient, z, coefficients):
+    """gradient times the derivative of z (1 + tanh u) / 2, u = z (c0 + c1 z^2 + ...), which is
+    (1 + t) / 2 + (1 - t^2) (c0 z + 3 c1 z^3 + ...) / 2, t = tanh u."""
+    squared = _mul(z, z)
+    inner = _polynomial(squared, coefficients)
+    slope = _polynomial(squared, [(2 * i + 1) * c / 2 for i, c in enumerate(coefficients)])
+    t = _ptx("tanh.approx.f32 $0, $1;", _mul(z, inner))
+    bell = _fma(_mul(t, _float(-1.0)), t, _float(1.0))
+    half = _fma(t, _float(0.5), _float(0.5))
+    return _mul(gradient, _fma(_mul(z, slope), bell, half))
+
+
+def _within(z, bound: float):
+    ptx = "{ .reg .f32 a; min.NaN.f32 a, $1, $2; max.NaN.f32 $0, a, $3; }"
+    return _ptx(ptx, z, _float(bound), _float(-bound))
 
 
 def _sigmoid(z):

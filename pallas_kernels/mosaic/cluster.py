@@ -228,7 +228,7 @@ def _as_stored(values: list, dtype: str) -> list:
     if dtype == "float32":
         return values
     words = [ptx.pack(values[i], values[i + 1], dtype) for i in range(0, 8, 2)]
-    return normed.floats_of(words, dtype)
+    return ptx.floats_of(words, dtype)
 
 
 def _store(out, values, row, column, inside, f: int) -> None:
@@ -252,4 +252,4 @@ def _load_floats(ref, column, inside, row=None, f: int = 0):
     if dtype == "float32":
         words = [*ptx.load(source, inside, 4), *ptx.load(ops.add(source, 16), inside, 4)]
         return [llvm.bitcast(ir.F32Type.get(), word) for word in words]
-    return normed.floats_of(ptx.load(source, inside, 4), dtype)
+    return ptx.floats_of(ptx.load(source, inside, 4), dtype)

@@ -154,7 +154,7 @@ class Product:
             return words
         f32, dtype = ir.F32Type.get(), self.geometry.dtype
         scale, *shift = ([llvm.bitcast(f32, word) for word in part] for part in norm)
-        values = normed.floats_of(words, dtype)
+        values = ptx.floats_of(words, dtype)
         values = normed.normalised(values, measures, scale, shift[0] if shift else None)
         return [ptx.pack(values[i], values[i + 1], dtype) for i in (0, 2)]
 

@@ -10,7 +10,9 @@ registers asynchronously, and a loop of one step would reload them under the gro
 Ragged sizes are left to TMA, which fills loads with zeros and clips stores.
 
 A low-rank product t @ r joins the accumulator in further stages of 32 ranks: r (32 x rows) lies as
-values do, and t as x does, only that the instruction is the dense one.
+values do, and t as x does, only that the instruction is the dense one. What joins the results, a
+residual or the argument of an activation, comes through the ring as well, 64 outputs a stage, in the
+place of x: it arrives while the product's last stages are multiplied.
 """
 
 import dataclasses
@@ -77,6 +79,10 @@ class Tile:
         """Clusters of output tiles along the outputs and the tokens."""
         return pl.cdiv(f, self.rows * self.down), pl.cdiv(tokens, self.tokens * self.across)
 
+    def chunks(self, tokens: int) -> int:
+        """Runs of `slot_tokens` in the tiles of so many tokens, those beyond the end counted."""
+        return self.grid(tokens, 1)[1] * self.across * (self.tokens // self.slot_tokens)
+
     def schedule(self, tokens: int, k: int, f: int, processors: int) -> Schedule:
         """Of pairs of stages, since the loop is unrolled by two."""
         tiles, steps = math.prod(self.grid(tokens, f)), pl.cdiv(k, 2 * STEP)
@@ -111,6 +117,7 @@ SIZES = {
 SHARERS = (1, 8)  # of a tile of the last wave, at most
 TILES = tuple(dataclasses.replace(tile, splits=n) for tile in SIZES for n in SHARERS)
 IDLE = 0.4  # of a busy processor's power: what idle ones leave makes the others faster
+FAR_SHORTER = 0.9  # estimates are off by 2 to 5 %
 LAUNCH = 3.0  # microseconds until the first stage
 SHARING = 10.0  # microseconds that parts of 256 x 192 outputs take on their way
 
@@ -132,6 +139,23 @@ def candidates(tokens: int, k: int, f: int, *, processors: int = 132) -> list[Ti
     return sorted(differ, key=lambda tile: estimate(tile, plans[tile], pl.cdiv(k, STEP)))
 
 
+def suited(tile: Tile, tokens: int, k: int, f: int, *, processors: int = 132) -> Tile:
+    """A tile that was measured with other tokens, unless another one is by far the shorter estimate.
+
+    >>> suited(Tile(), 2048, 768, 2304) == Tile(), suited(Tile(), 1024, 768, 2304).rows  # 99, 54 tiles
+    (True, 128)
+    """
+    if dataclasses.replace(tile, splits=1) not in SIZES:
+        return tile
+
+    def microseconds(tile: Tile) -> float:
+        plan = tile.schedule(tokens, k, f, processors)
+        return estimate(tile, plan, pl.cdiv(k, STEP))
+
+    other = choose(tokens, k, f, processors=processors)
+    return other if microseconds(other) < FAR_SHORTER * microseconds(tile) else tile
+
+
 def estimate(tile: Tile, plan: Schedule, stages: int) -> float:
     """Microseconds of a product of so many stages a tile, to rank tiles by."""
     pace = SIZES[dataclasses.replace(tile, splits=1)]
@@ -143,7 +167,15 @@ def estimate(tile: Tile, plan: Schedule, stages: int) -> float:
     return max(power, clock) + pace.epilogue * (plan.waves + bool(plan.left)) + sharing
 
 
-@launch.once("tile", "activation", "save_preactivation", "out_dtype", "processors")
+@launch.once(
+    "tile",
+    "activation",
+    "through",
+    "save_preactivation",
+    "save_sums",
+    "out_dtype",
+    "processors",
+)
 def nm_matmul(
     x: jax.Array,
     values: jax.Array,
@@ -153,16 +185,24 @@ def nm_matmul(
     bias: jax.Array | None = None,
     activation: str | None = None,
     low_rank: tuple[jax.Array, jax.Array] | None = None,
+    joining: jax.Array | None = None,
+    through: str | None = None,
     save_preactivation: bool = False,
+    save_sums: bool = False,
     out_dtype=None,
     processors: int = 132,
 ):
-    """activation(x @ w + t @ r + bias), and what enters the activation if that is to be saved.
+    """y = activation(x @ w + t @ r + bias) + joining; what enters the activation, and sums, if saved.
 
     Args:
       x: (tokens, in), bfloat16 or float16; in is a multiple of 8, tokens are any number > 0.
       values: (in / 2, out) in x's dtype, metadata: uint8 (in / 8, out); out a multiple of 8.
       bias: (out,). low_rank: t (tokens, rank), r (rank, out) in x's dtype, rank a multiple of 8.
+      joining: (tokens, out) in x's dtype, which the results then have as well.
+      through: an activation, by whose derivative at `joining` the product is multiplied, in the place
+        of the sum.
+      save_sums: those of y over chunks of the tokens, before it is rounded, float32 (chunks, out);
+        needs `joining`.
       out_dtype: x's dtype (None) or float32.
     """
     (tokens, k), out = x.shape, values.shape[1]
@@ -174,7 +214,11 @@ def nm_matmul(
         operands |= {"t": low_rank[0], "r": low_rank[1]}
     if bias is not None:
         operands["bias"] = jnp.pad(bias.astype(jnp.float32), (0, -out % (tile.rows * tile.down)))
+    if joining is not None:
+        operands["joining"] = joining
     results = {name: out_type for name in (("z", "y") if save_preactivation else ("y",))}
+    if save_sums:
+        results["sums"] = jax.ShapeDtypeStruct((tile.chunks(tokens), out), jnp.float32)
     schedule = tile.schedule(tokens, k, out, processors)
     if schedule.slots:
         part = (schedule.slots * tile.cluster, CONSUMERS, tile.rows // CONSUMERS * tile.tokens)
@@ -199,7 +243,8 @@ def nm_matmul(
 
     def body(*refs):
         names = (*operands, *results, *scratch)
-        halves = _Kernel(tile, schedule, activation, dict(zip(names, refs, strict=True)))
+        refs = dict(zip(names, refs, strict=True))
+        halves = _Kernel(tile, schedule, activation, through, refs)
         frame.run(halves.produce, halves.consume)
 
     kernel = launch.kernel(
@@ -213,7 +258,8 @@ def nm_matmul(
         name="nm_matmul",
     )
     found = dict(zip(results, kernel(*operands.values()), strict=True))
-    return (found["y"], found["z"]) if save_preactivation else found["y"]
+    y, *saved = (found[name] for name in ("y", "z", "sums") if name in found)
+    return (y, *saved) if saved else y
 
 
 class Unit(NamedTuple):
@@ -232,8 +278,16 @@ class Unit(NamedTuple):
 class _Kernel:
     """The body: `refs` are the operands, results and scratch by name."""
 
-    def __init__(self, tile: Tile, schedule: Schedule, activation: str | None, refs: dict):
-        self.tile, self.schedule, self.activation, self.refs = tile, schedule, activation, refs
+    def __init__(
+        self,
+        tile: Tile,
+        schedule: Schedule,
+        activation: str | None,
+        through: str | None,
+        refs: dict,
+    ):
+        self.tile, self.schedule, self.refs = tile, schedule, refs
+        self.activation, self.through = activation, through
         self.x, self.w, self.e, self.out = (refs[name] for name in ("x", "w", "e", "y"))
         self.dtype = str(self.x.dtype)
         tokens, k = self.x.shape
@@ -243,6 +297,7 @@ class _Kernel:
         # A unit of a shared tile is of whole pairs; a stage beyond the end reads zeros.
         self.steps = 2 * schedule.steps if self.shared else pl.cdiv(k, STEP)
         self.rank_steps = pl.cdiv(refs["r"].shape[0], RANKS) if "r" in refs else 0
+        self.joining_steps = tile.rows // 64 if "joining" in refs else 0
         self.ragged = k != self.steps * STEP or f % (tile.rows * tile.down) > 0
         if self.shared:
             flags = plgpu.SemaphoreType.REGULAR((CONSUMERS * schedule.slots * tile.cluster,))
@@ -264,19 +319,22 @@ class _Kernel:
 
         return lax.fori_loop(0, schedule.units(processor), unit, init)
 
-    def rank_steps_of(self, unit):
-        """The low-rank product belongs to the unit that finishes a tile."""
-        return jnp.where(unit.slot < 0, self.rank_steps, 0) if self.shared else self.rank_steps
+    def of_last(self, unit, steps: int):
+        """Steps that belong to the unit that finishes a tile."""
+        return jnp.where(unit.slot < 0, steps, 0) if self.shared else steps
 
     def next(self, stage):
         return frame.next_stage(stage, self.tile.stages)
+
+    def after(self, stage, steps):
+        return lax.rem(stage + jnp.int32(steps), jnp.int32(self.tile.stages))
 
     def produce(self):
         tile, refs = self.tile, self.refs
         empty, full = refs["empty"], refs["full"]
 
-        def load(stage, row, k, tokens_source, rows_source, halves):
-            copies = [(tokens_source, refs["x_smem"].at[stage], "down")]
+        def load(stage, row, k, tokens_source, rows_source, halves, shared="down"):
+            copies = [(tokens_source, refs["x_smem"].at[stage], shared)]
             copies += [
                 (
                     rows_source.at[halves, pl.ds(row + 64 * b, 64)],
@@ -319,10 +377,21 @@ class _Kernel:
                 load(stage, unit.row, 0, t, refs["r"], pl.ds(j * RANKS, RANKS))
                 return self.next(stage), count + 1
 
+            def joining_step(j, carry):
+                stage, count = carry
+                acquire(stage, count)
+                outputs = refs["joining"].at[tokens, pl.ds(unit.row + 64 * j, 64)]
+                load(stage, unit.row, 0, outputs, self.w, pl.ds(0, STEP // 2), shared=None)
+                return self.next(stage), count + 1
+
             carry = lax.fori_loop(unit.start, unit.stop, step, carry)
-            if not self.rank_steps:
-                return carry
-            return lax.fori_loop(0, self.rank_steps_of(unit), rank_step, carry)
+            if self.rank_steps:
+                ranks = self.of_last(unit, self.rank_steps)
+                carry = lax.fori_loop(0, ranks, rank_step, carry)
+            if self.joining_steps:
+                blocks = self.of_last(unit, self.joining_steps)
+                carry = lax.fori_loop(0, blocks, joining_step, carry)
+            return carry
 
         _, count = self.each_unit(unit, (jnp.int32(0), jnp.int32(0)))
         if tile.cluster > 1:  # outlive the last arrivals from the rest of the cluster
@@ -370,7 +439,7 @@ class _Kernel:
             pairs = lax.div(unit.stop - unit.start - 1, 2)
             acc, last = lax.fori_loop(0, pairs, pair, (acc, last))
             if self.rank_steps:
-                ranks = self.rank_steps_of(unit)
+                ranks = self.of_last(unit, self.rank_steps)
                 acc, last = lax.fori_loop(0, ranks, rank_step, (acc, last))
             acc = wgmma.drain(acc)
             plgpu.barrier_arrive(empty.at[last])
@@ -382,16 +451,19 @@ class _Kernel:
             if "bias" in refs:
                 bias = store.load_bias(refs["bias"], row, 64 * tile.blocks)
             acc, last = product(unit, stage)
-            self.leave(acc, bias, row, unit, wg)
-            return self.next(last)
+            stage = self.next(last)
+            self.leave(acc, bias, row, unit, stage, wg)
+            if self.joining_steps:
+                stage = self.after(stage, self.of_last(unit, self.joining_steps))
+            return stage
 
         self.each_unit(unit, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
-    def leave(self, acc, bias, row, unit, wg):
+    def leave(self, acc, bias, row, unit, stage, wg):
         refs, cluster = self.refs, self.tile.cluster
         if not self.shared:
-            return self.store(acc, bias, row, unit.column, wg)
+            return self.store(acc, bias, row, unit.column, stage, wg)
 
         member = jnp.int32(0)
         if cluster > 1:
@@ -410,24 +482,53 @@ class _Kernel:
                 return parts.add(acc, held, refs["partial"], refs["flags"], slot)
 
             added = lax.fori_loop(0, unit.others, add, acc)
-            self.store(added, bias, row, unit.column, wg)
+            self.store(added, bias, row, unit.column, stage, wg)
 
-    def store(self, acc, bias, row, column, wg):
-        tile = self.tile
+    def store(self, acc, bias, row, column, stage, wg):
+        tile, refs = self.tile, self.refs
+        full, empty = refs["full"], refs["empty"]
         results = [(self.out, self.activation)]
-        if "z" in self.refs:
-            results.insert(0, (self.refs["z"], None))
+        if "z" in refs:
+            results.insert(0, (refs["z"], None))
         if self.out.dtype != self.x.dtype:
             for block, (out, activation) in itertools.product(range(tile.blocks), results):
                 store.store_float32(acc, bias, out, block, row + 64 * block, column, activation)
             return
-        chunks = itertools.product(
-            range(tile.blocks), range(0, tile.tokens, tile.slot_tokens), results
-        )
-        for count, (block, first, (out, activation)) in enumerate(chunks):
-            slot = self.refs["out_smem"].at[wg, count % tile.slots]
+
+        def pass_over(others, first):
+            """The other warpgroup's stages."""
+
+            @pl.loop(0, others * self.joining_steps // CONSUMERS)
+            def _(j):
+                other = self.after(first, j)
+                plgpu.barrier_wait(full.at[other])
+                plgpu.barrier_arrive(empty.at[other])
+
+        mine = self.after(stage, wg * tile.blocks)
+        if self.joining_steps:
+            pass_over(wg, stage)
+        chunks = range(0, tile.tokens, tile.slot_tokens)
+        stores = itertools.product(range(tile.blocks), chunks, results)
+        for count, (block, first, (out, activation)) in enumerate(stores):
+            slot = refs["out_smem"].at[wg, count % tile.slots]
+            here = self.after(mine, block)
+            if self.joining_steps and first == 0 and out is results[0][0]:
+                plgpu.barrier_wait(full.at[here])
+            joining = None
+            if self.joining_steps and out is self.out:
+                joining = self.joining_of(here, row + 64 * block, column + first)
             plgpu.wait_smem_to_gmem(tile.slots - 1, wait_read_only=True)
-            store.store_transposed(acc, bias, slot, block, first, self.dtype, activation)
+            store.store_transposed(acc, bias, slot, block, first, self.dtype, activation, joining)
+            if joining is not None and first == chunks[-1]:
+                plgpu.barrier_arrive(empty.at[here])
             plgpu.commit_smem()
             target = (pl.ds(column + first, tile.slot_tokens), pl.ds(row + 64 * block, 64))
             plgpu.copy_smem_to_gmem(slot, out.at[target])
+        if self.joining_steps:
+            pass_over(CONSUMERS - 1 - wg, self.after(mine, tile.blocks))
+
+    def joining_of(self, stage, row, column):
+        sums = None
+        if "sums" in self.refs:
+            sums = (self.refs["sums"], lax.div(column, jnp.int32(self.tile.slot_tokens)), row)
+        return store.Joining(self.refs["x_smem"].at[stage], self.through, sums)

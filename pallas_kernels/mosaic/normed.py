@@ -81,7 +81,7 @@ def in_registers(g: warps.Geometry, lane: warps.Lane, shared, tokens):
     def normal(half: int, n: int, words: list) -> list:
         if half not in known:
             known[half] = [_parameters_of(g, lane, tokens, half, i) for i in range(g.norms)]
-        values = normalised(floats_of(words, g.dtype), measures[n], *known[half])
+        values = normalised(ptx.floats_of(words, g.dtype), measures[n], *known[half])
         return [ptx.pack(values[i], values[i + 1], g.dtype) for i in range(0, 8, 2)]
 
     return normal
@@ -181,22 +181,6 @@ def _of_block(block, size: int, function):
 def _share(block, size: int):
     """1 / entries of the block."""
     return _of_block(block, size, lambda entries: 1 / entries)
-
-
-def floats_of(words: list, dtype: str) -> list:
-    """Two float32 of every word of two 16-bit numbers."""
-    kind = ops.PTX_TYPE[dtype]
-    return [
-        value
-        for word in words
-        for value in ptx.asm(
-            "{ .reg .b16 l, h; mov.b32 {l, h}, $2; "
-            f"cvt.f32.{kind} $0, l; cvt.f32.{kind} $1, h; }}",
-            word,
-            results="ff",
-            pure=True,
-        )
-    ]
 
 
 def _sum(values: list):

@@ -17,8 +17,10 @@ from pallas_kernels.mosaic.two_four import as_two_four, values_of
 
 def nm_matmul(x: jax.Array, w: CompressedMatrix, out_dtype, precision, epilogue: Epilogue):
     del precision  # products of 16-bit numbers are exact in float32
-    run = batching.by_rows(functools.partial(_nm_matmul, out_dtype=out_dtype), _rows_of_matmul)
-    return run(x, w, epilogue)
+    run = functools.partial(_nm_matmul, out_dtype=out_dtype)
+    if epilogue.save_sums:  # of every member's own rows
+        return batching.one_by_one(run)(x, w, epilogue)
+    return batching.by_rows(run, _rows_of_matmul)(x, w, epilogue)
 
 
 def nm_sddmm(
@@ -39,17 +41,16 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
         zeros = jnp.zeros((*x.shape[:-1], f), jnp.float32)
         x, epilogue = epilogue.normalised(x)
         return finish(zeros, epilogue.multiplied(x), out_dtype)
+    if not _joins(epilogue, tokens, x.dtype, out_dtype):
+        return _joined_apart(x, w, epilogue, out_dtype)
     leading = x.shape[:-1]
-    w, rows, residual = as_two_four(w), x.reshape(tokens, k), epilogue.residual
+    w, rows = as_two_four(w), x.reshape(tokens, k)
     module = few_tokens if tokens <= few_tokens.FEW_TOKENS else matmul
     config = _config(module, tokens, k, f, x.dtype)
-    joined = norm = _norm_options(rows, f, config, epilogue.norm)
+    norm = _norm_options(rows, f, config, epilogue.norm)
     if not norm:
         rows, epilogue = epilogue.normalised(rows)
-    if module is few_tokens:
-        joined, residual = norm | {"save_moments": epilogue.save_moments}, None
-        if epilogue.residual is not None:
-            joined["residual"] = epilogue.residual.reshape(tokens, f)
+    options = norm | _joining_options(module, tokens, f, epilogue)
     result = module.nm_matmul(
         rows,
         w.values,
@@ -60,17 +61,51 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
         low_rank=_low_rank(rows, epilogue, **norm),
         save_preactivation=epilogue.save_preactivation,
         out_dtype=out_dtype,
-        **joined,
+        **options,
     )
-    y, *saved = (a.reshape(*leading, *a.shape[1:]) for a in jax.tree.leaves(result))
+    y, *saved = jax.tree.leaves(result)
+    sums = (saved.pop().sum(0),) if epilogue.save_sums else ()
+    y, *saved = (a.reshape(*leading, *a.shape[1:]) for a in (y, *saved))
     # In a scan that stacks y, XLA lets the kernel write into the stack, and for y's other users
     # runs it a second time. The barrier makes it copy y instead.
     y = jax.lax.optimization_barrier(y)
-    if residual is not None:
-        y = (y.astype(jnp.float32) + residual.astype(jnp.float32)).astype(out_dtype)
     if epilogue.save_moments and module is not few_tokens:
         saved.append(None)
-    return (y, *saved) if saved else y
+    return (y, *saved, *sums) if (*saved, *sums) else y
+
+
+def _joins(epilogue: Epilogue, tokens: int, dtype, out_dtype) -> bool:
+    """Whether the kernel takes what has y's shape, and the sums if they are asked for."""
+    if tokens <= few_tokens.FEW_TOKENS:
+        return epilogue.source is None and not epilogue.save_sums
+    if all(array is None for array in epilogue.joining):
+        return not epilogue.save_sums
+    return out_dtype == dtype
+
+
+def _joined_apart(x, w, epilogue: Epilogue, out_dtype):
+    """What has y's shape joins a float32 product in XLA."""
+    names = ("residual", "source", "through", "save_sums")
+    later = Epilogue(**{name: getattr(epilogue, name) for name in names})
+    result = _nm_matmul(x, w, epilogue.without_joining(), out_dtype=jnp.float32)
+    y, *saved = result if isinstance(result, tuple) else (result,)
+    if epilogue.save_preactivation:
+        saved[0] = saved[0].astype(out_dtype)
+    result = finish(y, later, out_dtype)
+    y, *sums = result if isinstance(result, tuple) else (result,)
+    return (y, *saved, *sums) if (*saved, *sums) else y
+
+
+def _joining_options(module, tokens: int, f: int, epilogue: Epilogue) -> dict[str, Any]:
+    """What has y's shape, and what is asked for of y, as the kernel takes them."""
+    residual, source = (a if a is None else a.reshape(tokens, f) for a in epilogue.joining)
+    if module is few_tokens:
+        return {"residual": residual, "save_moments": epilogue.save_moments}
+    return {
+        "joining": residual if source is None else source,
+        "through": epilogue.through,
+        "save_sums": epilogue.save_sums,
+    }
 
 
 def _config(module, tokens: int, k: int, f: int, dtype):
@@ -80,7 +115,12 @@ def _config(module, tokens: int, k: int, f: int, dtype):
         few_tokens: ("few_tokens", few_tokens.Config),
     }[module]
     entry = _measured(name, tokens, k, f, dtype)
-    return module.choose(tokens, k, f) if entry is None else make(**entry.config)
+    if entry is None:
+        return module.choose(tokens, k, f)
+    config = make(**entry.config)
+    if module is matmul and entry.tokens != tokens:
+        return matmul.suited(config, tokens, k, f)
+    return config
 
 
 def _norm_options(x, f: int, config, norm: Norm | None) -> dict[str, Any]:
@@ -127,8 +167,8 @@ def _rows_of_matmul(x, w: CompressedMatrix, epilogue: Epilogue):
     norm = jax.tree.map(lambda _: False, epilogue.norm)
     if norm is not None and norm.moments is not None:
         norm = dataclasses.replace(norm, moments=True)
-    residual = None if epilogue.residual is None else True
-    return True, (False, False), (bias, low_rank, adapter, norm, residual)
+    joining = (None if array is None else True for array in epilogue.joining)
+    return True, (False, False), (bias, low_rank, adapter, norm, *joining)
 
 
 def _low_rank(x, epilogue: Epilogue, **norm):

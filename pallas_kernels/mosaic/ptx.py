@@ -82,6 +82,22 @@ def pack(low, high, dtype: str):
     return asm(ptx, low, high, results="r", pure=True)
 
 
+def floats_of(words: list, dtype: str) -> list:
+    """Two float32 of every word of two 16-bit numbers."""
+    kind = ops.PTX_TYPE[dtype]
+    return [
+        value
+        for word in words
+        for value in asm(
+            "{ .reg .b16 l, h; mov.b32 {l, h}, $2; "
+            f"cvt.f32.{kind} $0, l; cvt.f32.{kind} $1, h; }}",
+            word,
+            results="ff",
+            pure=True,
+        )
+    ]
+
+
 def dtype_of(ref) -> str:
     element = str(ir.MemRefType(ref.type).element_type)
     return {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}[element]

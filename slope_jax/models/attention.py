@@ -213,9 +213,12 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array | Normed, context: Context, residual: Stream | None = None
+        self,
+        x: jax.Array | Normed,
+        context: Context,
+        residual: jax.Array | Stream | None = None,
     ) -> jax.Array | Stream:
-        """(B, S, hidden) to (B, S, hidden), or to the residual stream if one is given."""
+        """(B, S, hidden) to (B, S, hidden), added to the residual if one is given."""
         config, patterns = self.config, dict(self.patterns)
         heads, kv_heads = config.num_heads, config.num_kv_heads
         sections = tuple(n * config.head_dim for n in (heads, kv_heads, kv_heads))

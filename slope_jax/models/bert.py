@@ -14,6 +14,7 @@ from slope_jax.models.layers import (
     Mlp,
     check_tokens,
     embedding,
+    kept_sum,
     linear,
     norm,
     normal_init,
@@ -91,10 +92,14 @@ class BertLayer(nn.Module):
         config, patterns = self.config, self.patterns
         dropout = functools.partial(nn.Dropout, config.dropout, deterministic=self.deterministic)
         attention = Attention(config, patterns, False, normal_init, name="attention")
-        x = norm(config, "attention_norm")(x + dropout()(attention(x, context)))
         mlp = Mlp(config, patterns, "gelu", normal_init, name="mlp")
-        x = norm(config, "mlp_norm")(x + dropout()(mlp(x)))
-        return x, None
+        norms = norm(config, "attention_norm"), norm(config, "mlp_norm")
+        training = not self.deterministic
+        if not (training and config.dropout):  # the products add the residual
+            x = norms[0](kept_sum(attention(x, context, x)))
+            return norms[1](kept_sum(mlp(x, x, training=training))), None
+        x = norms[0](x + dropout()(attention(x, context)))
+        return norms[1](x + dropout()(mlp(x, training=training))), None
 
 
 class Embeddings(nn.Module):

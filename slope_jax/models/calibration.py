@@ -11,6 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from slope_jax.dense import SparseDense
+from slope_jax.matmul import Activated
 from slope_jax.models.bert import Bert
 from slope_jax.models.decoder import Decoder
 from slope_jax.models.hf_files import listed
@@ -128,7 +129,8 @@ def _recorder(sums: Sums, batch: dict) -> Callable:
         module = context.module
         # The first call has the inputs: the layer's own methods and nn.Dense's are intercepted too.
         if isinstance(module, SparseDense) and module.path not in sums:
-            sums[module.path] = _squares(args[0], batch.get("lengths"))
+            x = args[0].y if isinstance(args[0], Activated) else args[0]
+            sums[module.path] = _squares(x, batch.get("lengths"))
         return call(*args, **kwargs)
 
     return record

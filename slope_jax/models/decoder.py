@@ -16,6 +16,7 @@ from slope_jax.models.layers import (
     Mlp,
     check_tokens,
     embedding,
+    kept_sum,
     later,
     linear,
     mask_padding,
@@ -76,9 +77,12 @@ class DecoderLayer(nn.Module):
             stream = attention(later(norms[0], stream), context, stream)
             stream = mlp(later(norms[1], stream), stream)
             return stream if isinstance(x, Stream) else stream.x, None
+        training = not self.deterministic
+        if not (training and config.dropout):  # the products add the residual
+            x = kept_sum(attention(norms[0](x), context, x))
+            return mlp(norms[1](x), x, training=training), None
         x = x + dropout()(attention(norms[0](x), context))
-        x = x + dropout()(mlp(norms[1](x)))
-        return x, None
+        return x + dropout()(mlp(norms[1](x), training=training)), None
 
 
 class Embeddings(nn.Module):

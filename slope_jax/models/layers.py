@@ -5,11 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from pallas_kernels import epilogue
 from pallas_kernels.epilogue import ACTIVATIONS
-from slope_jax.dense import SparseDense, inverse_rank_normal
+from slope_jax.dense import PRODUCT, SparseDense, inverse_rank_normal
 from slope_jax.models.config import TransformerConfig
 from slope_jax.normed import Normed, Stream
 from slope_jax.policy import DENSE
@@ -55,13 +56,19 @@ def linear(
     )
 
 
+def _is_sum(primitive: jax.extend.core.Primitive, *_, **__) -> bool:
+    return primitive is jax.lax.reduce_sum_p
+
+
+# The backward pass recomputes a norm: of its arrays in float32 just the moments of the rows are kept,
+# without which a GPU's kernel would read the rows three times, one after the other.
+_recomputed = functools.partial(nn.remat, prevent_cse=False, policy=_is_sum)
+
+
 class Norm(nn.LayerNorm):
-    """LayerNorm with parameters and arithmetic in float32, returned in the dtype of its input.
+    """LayerNorm with parameters and arithmetic in float32, returned in the dtype of its input."""
 
-    The backward pass recomputes it: of its arrays in float32 none is kept, just the input.
-    """
-
-    @functools.partial(nn.remat, prevent_cse=False)
+    @_recomputed
     def __call__(self, x: jax.Array) -> jax.Array:
         return super().__call__(x.astype(jnp.float32)).astype(x.dtype)
 
@@ -69,9 +76,17 @@ class Norm(nn.LayerNorm):
 class RMSNorm(nn.RMSNorm):
     """RMSNorm, computed like `Norm`."""
 
-    @functools.partial(nn.remat, prevent_cse=False)
+    @_recomputed
     def __call__(self, x: jax.Array) -> jax.Array:
         return super().__call__(x.astype(jnp.float32)).astype(x.dtype)
+
+
+def kept_sum(x: jax.Array) -> jax.Array:
+    """x, named for policies of rematerialisation, where a product has added a residual.
+
+    Behind another operation: of a named value itself, JAX would keep a norm as well.
+    """
+    return checkpoint_name(x[None], PRODUCT)[0]
 
 
 def norm(config: TransformerConfig, name: str | None) -> Norm | RMSNorm:
@@ -181,8 +196,18 @@ class Mlp(nn.Module):
     output_init: nn.initializers.Initializer
 
     @nn.compact
-    def __call__(self, x: jax.Array | Normed, residual: Stream | None = None) -> jax.Array | Stream:
-        """(B, S, hidden) to (B, S, hidden), or to the residual stream if one is given."""
+    def __call__(
+        self,
+        x: jax.Array | Normed,
+        residual: jax.Array | Stream | None = None,
+        *,
+        training: bool = False,
+    ) -> jax.Array | Stream:
+        """(B, S, hidden) to (B, S, hidden), added to the residual if one is given.
+
+        Args:
+          training: whether gradients follow, for which the activation keeps what entered it.
+        """
         config, patterns = self.config, dict(self.patterns)
         up = linear(
             config,
@@ -198,7 +223,7 @@ class Mlp(nn.Module):
             kernel_init=self.output_init,
             name="down",
         )
-        return down(up(x), residual)
+        return down(up(x, activated=training and down.joins), residual)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=1)
@@ -220,8 +245,14 @@ class GatedMlp(nn.Module):
     output_init: nn.initializers.Initializer
 
     @nn.compact
-    def __call__(self, x: jax.Array | Normed, residual: Stream | None = None) -> jax.Array | Stream:
-        """(B, S, hidden) to (B, S, hidden), or to the residual stream if one is given."""
+    def __call__(
+        self,
+        x: jax.Array | Normed,
+        residual: jax.Array | Stream | None = None,
+        *,
+        training: bool = False,
+    ) -> jax.Array | Stream:
+        """As `Mlp`, whatever follows."""
         config, patterns = self.config, dict(self.patterns)
         gate_up = linear(
             config,

@@ -1,0 +1,298 @@
+"""What has the results' shape and joins a product: residuals, and the way back through an activation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_epilogue import ACTIVATIONS, close, formula, integers, problem
+
+from pallas_kernels import compress, decompress, kept_mask, nm_matmul
+from pallas_kernels.mosaic import support
+from slope_jax import SparseDense, masks, slope_matmul
+from slope_jax.matmul import Activated
+
+strict = pytest.mark.usefixtures("strict_dtypes")
+obstacle = support.device_obstacle()
+
+
+def needs_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(obstacle is not None, reason=str(obstacle))(test))
+
+
+needs_jax = pytest.mark.skipif(
+    support.version_obstacle() is not None, reason=str(support.version_obstacle())
+)
+
+
+@strict
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_product_goes_back_through_an_activation(name):
+    """By the formula in float64; the sums are those of the product itself."""
+    x, w, bias, *_ = problem()
+    source = jnp.float32(np.random.default_rng(0).normal(0, 2, (2, 3, 48)))
+    y, sums = nm_matmul(x, w, bias=bias, through=(name, source), save_sums=True)
+    exact = np.float64(x @ decompress(w)) + np.float64(bias)
+    exact = exact * formula(name, source)[1]
+    close(y, exact)
+    close(sums, exact.sum((0, 1)))
+
+
+@strict
+def test_sums_are_not_rounded_before():
+    """In bfloat16 each of three numbers is 256, and their sum is 771."""
+    x, w = jnp.ones((3, 8), jnp.bfloat16), jnp.full((8, 8), 64, jnp.bfloat16).at[4].set(65)
+    y, sums = nm_matmul(x, compress(w, "2:4"), save_sums=True)
+    np.testing.assert_array_equal(y, jnp.full((3, 8), 256, jnp.bfloat16))
+    np.testing.assert_array_equal(sums, jnp.full(8, 771.0))
+    assert sums.dtype == jnp.float32
+
+
+def chain(x, up, down, biases, residual, activation, *, activated, **options):
+    """Two products around an activation."""
+    h = slope_matmul(x, up, bias=biases[0], activation=activation, activated=activated, **options)
+    return slope_matmul(h, down, bias=biases[1], residual=residual, **options)
+
+
+def two_products():
+    x, up, bias, *_ = problem()
+    down = compress(integers(6, (48, 32)) / 8, "2:4")
+    return x, up, down, (bias, integers(7, (32,))), integers(8, (2, 3, 32))
+
+
+@strict
+@pytest.mark.parametrize("backward", ["double-pruned", "exact"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_of_two_products_around_an_activation(activation, backward):
+    arguments = two_products()
+    dy = integers(9, (2, 3, 32))
+
+    def call(*arguments):
+        return chain(*arguments, activation, activated=True, backward=backward)
+
+    y, back = jax.vjp(call, *arguments)
+    dx, dup, ddown, (dbias_up, dbias_down), dresidual = back(dy)
+    x, up, down, biases, residual = arguments
+    flat, dy = (np.float64(a).reshape(6, 32) for a in (x, dy))
+    dense = [np.float64(decompress(w)) for w in (up, down)]
+    turned = dense
+    if backward == "double-pruned":
+        turned = [
+            d * np.asarray(masks.double_prune(decompress(w), "2:4"))
+            for d, w in zip(dense, (up, down), strict=True)
+        ]
+    h, slope = formula(activation, flat @ dense[0] + np.float64(biases[0]))
+    dz = dy @ turned[1].T * slope
+    exact = h @ dense[1] + np.float64(biases[1]) + np.float64(residual).reshape(6, 32)
+    close(np.reshape(y, (6, 32)), exact)
+    close(np.reshape(dx, (6, 32)), dz @ turned[0].T)
+    close(decompress(up.with_values(dup.values)), flat.T @ dz * np.asarray(kept_mask(up)))
+    close(decompress(down.with_values(ddown.values)), h.T @ dy * np.asarray(kept_mask(down)))
+    close(dbias_up, dz.sum(0))
+    close(dbias_down, dy.sum(0))
+    np.testing.assert_array_equal(dresidual, dy.reshape(2, 3, 32))
+
+
+@strict
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_an_activation_handed_on_changes_no_result(activation):
+    """With and without gradients; where none is wanted nobody keeps what entered it."""
+    arguments = two_products()
+
+    def call(activated):
+        return lambda x: chain(x, *arguments[1:], activation, activated=activated)
+
+    apart = call(False)(arguments[0])
+    np.testing.assert_array_equal(call(True)(arguments[0]), apart)
+    np.testing.assert_array_equal(jax.vjp(call(True), arguments[0])[0], apart)
+
+
+@strict
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_scan_remat_and_vmap_of_what_is_handed_on(activation):
+    """Gradients are those of the same products with the activation left to JAX."""
+    _, up, down, biases, residual = two_products()
+    layers = jax.tree.map(lambda a: jnp.stack([a, -a]), (up.values, down.values, biases))
+
+    def loss(activated, x, layers):
+        def layer(x, layer):
+            up_values, down_values, biases = layer
+            weights = up.with_values(up_values), down.with_values(down_values)
+            x = chain(x, *weights, biases, residual, activation, activated=activated) / 64
+            return x, None
+
+        def one(x):
+            return jax.lax.scan(jax.checkpoint(layer), x, layers)[0].sum()
+
+        return jax.vmap(one)(x).sum()
+
+    x = integers(0, (2, 2, 3, 32))
+    found, expected = (
+        jax.jit(jax.grad(lambda *a, kind=kind: loss(kind, *a), (0, 1)))(x, layers)
+        for kind in (True, False)
+    )
+    jax.tree.map(lambda a, b: close(a, np.float64(b)), found, expected)
+
+
+@strict
+@pytest.mark.parametrize("sparsity", ["2:4", None])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_layers_hand_on_an_activation_if_they_can(sparsity, activation):
+    up = SparseDense(48, sparsity=sparsity, activation=activation)
+    down = SparseDense(32, sparsity=sparsity)
+    x = integers(0, (2, 3, 32))
+    variables = [up.init(jax.random.key(0), x), down.init(jax.random.key(1), jnp.ones((1, 48)))]
+    assert down.joins == (sparsity is not None)
+
+    def loss(activated, params, x):
+        first, second = ({**v, "params": p} for v, p in zip(variables, params, strict=True))
+        h = up.apply(first, x, activated=activated)
+        assert isinstance(h, Activated) == (activated and down.joins)
+        return jnp.square(down.apply(second, h, x)).sum()
+
+    params = [v["params"] for v in variables]
+    found, expected = (
+        jax.grad(lambda *a, kind=kind: loss(kind, *a), (0, 1))(params, x) for kind in (True, False)
+    )
+    jax.tree.map(lambda a, b: close(a, np.float64(b)), found, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"through": ("tanh", jnp.ones((2, 3, 48)))}, "'tanh'.*'gelu_tanh'"),
+        ({"through": ("relu", jnp.ones((6, 48)))}, r"through is float32\[6, 48\].*\[2, 3, 48\]"),
+        ({"through": ("relu", None)}, "through needs both"),
+        (
+            {"through": ("relu", jnp.ones((2, 3, 48))), "residual": jnp.ones((2, 3, 48))},
+            "residual and through are both given",
+        ),
+    ],
+)
+def test_bad_joinings_are_named(options, message):
+    x, w, *_ = problem()
+    with pytest.raises(ValueError, match=message):
+        nm_matmul(x, w, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activated": True}, "activated=True needs an activation"),
+        ({"activation": "relu", "residual": jnp.ones((2, 3, 48))}, "activation='relu' and a resid"),
+        ({"residual": jnp.ones((2, 3, 48), "bfloat16")}, r"residual is bfloat16.*float32"),
+    ],
+)
+def test_bad_terms_are_named(options, message):
+    x, w, *_ = problem()
+    with pytest.raises(ValueError, match=message):
+        slope_matmul(x, w, **options)
+
+
+# The kernel: 64 outputs of what joins in a stage of the ring, for one warpgroup of the two.
+
+
+def joined(shape, dtype, tile, **options):
+    from pallas_kernels.mosaic import matmul
+
+    tokens, k, f, processors = shape
+    x, w = integers(0, (tokens, k), dtype), compress(integers(1, (k, f), dtype), "2:4")
+    joining, bias = integers(2, (tokens, f), dtype), integers(3, (f,))
+    run = jax.jit(
+        lambda x, values, metadata, joining, bias: matmul.nm_matmul(
+            x,
+            values,
+            metadata,
+            tile,
+            bias=bias,
+            joining=joining,
+            processors=processors,
+            **options,
+        )
+    )
+    exact = np.float64(x) @ np.float64(decompress(w)) + np.float64(bias)
+    return run, (x, w.values, w.metadata, joining, bias), exact, np.float64(joining)
+
+
+SMALL = (1000, 200, 1032, 132), (776, 1096, 520, 8), (1, 8, 8, 132), (2500, 320, 264, 4)
+
+
+@needs_jax
+@pytest.mark.parametrize("through", [None, *ACTIVATIONS])
+def test_what_joins_lowers_for_cuda(through):
+    from pallas_kernels.mosaic import matmul
+
+    tile = dataclasses.replace(matmul.Tile(down=2), splits=8)
+    options = {"through": through, "save_sums": through is not None}
+    run, arguments, *_ = joined(SMALL[0], jnp.bfloat16, tile, **options)
+    text = run.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert "nm_matmul" in text
+
+
+def tiles():
+    if support.version_obstacle() is not None:
+        return []
+    from pallas_kernels.mosaic import matmul
+
+    return matmul.TILES
+
+
+@needs_gpu
+@pytest.mark.parametrize("tile", tiles(), ids=str)
+def test_what_joins_is_exact_on_integers(tile):
+    """With tiles that are shared or not, of clusters, in partial tiles; each row of sums is written."""
+    for shape in SMALL:
+        run, arguments, exact, joining = joined(shape, jnp.bfloat16, tile)
+        np.testing.assert_array_equal(
+            run(*arguments), jnp.asarray(exact + joining, jnp.float32).astype(jnp.bfloat16)
+        )
+        run, *_ = joined(shape, jnp.bfloat16, tile, through="relu", save_sums=True)
+        y, sums = run(*arguments)
+        exact = np.where(joining > 0, exact, 0)
+        np.testing.assert_array_equal(y, jnp.asarray(exact, jnp.float32).astype(jnp.bfloat16))
+        np.testing.assert_array_equal(np.float64(sums).sum(0), exact.sum(0))
+        again = run(*arguments)
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(again, (y, sums), strict=True))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_derivatives_are_within_a_thousandth(name, dtype):
+    """Of products with the identity, at -30 .. 30 and at NaN and the infinities."""
+    special = [0.0, -0.0, np.inf, -np.inf, np.nan]
+    source = np.concatenate([np.linspace(-30, 30, 8192 - len(special)), special])
+    source = jnp.broadcast_to(jnp.asarray(source, dtype), (128, 8192))
+    x, w = jnp.ones((128, 64), dtype), jnp.zeros((64, 8192), dtype).at[0].set(1)
+    y = nm_matmul(x, compress(w, "2:4"), through=(name, source), implementation="mosaic")
+    found, at = np.float64(y[5]), np.float64(source[5])
+    with np.errstate(invalid="ignore"):
+        exact = formula(name, np.clip(at, -20, 20))[1]  # flat beyond
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(exact) & (name != "relu"))
+    there = ~np.isnan(exact)
+    rounding = np.abs(exact) * float(jnp.finfo(dtype).eps) / 2
+    assert (np.abs(found - exact) <= 1e-3 + rounding)[there].all()
+
+
+@needs_gpu
+@pytest.mark.parametrize("tokens", [48, 300])
+def test_gradients_of_a_chain_are_those_of_xla(tokens):
+    """On integers they are exact; for few tokens the activation is differentiated apart."""
+    x = integers(0, (tokens, 136), jnp.bfloat16)
+    up, down = (
+        compress(integers(i, size), "2:4") for i, size in ((1, (136, 200)), (2, (200, 136)))
+    )
+    biases, dy = (integers(3, (200,)), integers(4, (136,))), integers(5, x.shape, x.dtype)
+    results = []
+    for implementation in ("mosaic", "xla"):
+
+        def call(x, up, down, biases, implementation=implementation):
+            options = {"activated": True, "implementation": implementation}
+            return chain(x, up, down, biases, x, "relu", **options)
+
+        y, back = jax.vjp(jax.jit(call), x, up, down, biases)
+        dx, dup, ddown, dbiases = jax.jit(back)(dy)
+        results.append((y, dx, dup.values, ddown.values, *dbiases))
+    for mosaic, xla in zip(*results, strict=True):
+        np.testing.assert_array_equal(np.float32(mosaic), np.float32(xla))
