@@ -23,6 +23,7 @@ SHAPES = [
     (2, 1, 8, 1100, 80),
     (1, 8, 4, 2080, 128),
     (16, 3, 2, 33, 96),
+    (17, 8, 1, 160, 128),
 ]
 
 
@@ -213,8 +214,11 @@ def test_the_path_says_why(monkeypatch):
 def test_bad_input_is_named():
     with pytest.raises(NotImplementedError, match="up to 128, not 136"):
         run(*problem((1, 2, 1, 64, 136)), queries=1)
-    with pytest.raises(ValueError, match="parts=3 must be 1, 2, 4 or 8"):
-        run(*problem((1, 2, 1, 64, 128)), queries=1, parts=3)
+    for cut in ((3, 8), (1, 16)):
+        with pytest.raises(
+            ValueError, match=r"cut=\(\d, \d+\) must be 1, 2, 4 or 8 CTAs.* 4 or 8 w"
+        ):
+            run(*problem((1, 2, 1, 64, 128)), queries=1, cut=cut)
 
 
 @needs_gpu
@@ -235,13 +239,13 @@ def test_its_error_is_within_twice_that_of_plain_jax(shape, dtype):
 
 
 @needs_gpu
-@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+@pytest.mark.parametrize("cut", [(1, 4), (1, 8), (2, 4), (2, 8), (4, 8), (8, 8)])
 @pytest.mark.parametrize("window", [None, 1, 100, 700])
-def test_any_number_of_parts_and_any_window_are_the_formula(parts, window):
+def test_any_cut_and_any_window_are_the_formula(cut, window):
     """To a few roundings of bfloat16 of the values, which are weighted means."""
     shape = (3, 2, 4, 1500, 128)
     arrays = problem(shape)
-    y, *_ = run(*arrays, queries=4, parts=parts, window=window)
+    y, *_ = run(*arrays, queries=4, cut=cut, window=window)
     wanted = exact(shape, *arrays, window=window)
     np.testing.assert_allclose(
         np.float64(y), wanted, rtol=0, atol=3 * 2.0**-9 * np.abs(wanted).max()

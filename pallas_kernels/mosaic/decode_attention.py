@@ -24,7 +24,6 @@ from pallas_kernels.mosaic.decode_sums import (
     KEYS,
     LOWEST,
     OTHER_KEYS,
-    WARPS,
     Geometry,
     Place,
     exp2,
@@ -34,19 +33,22 @@ from pallas_kernels.mosaic.support import attention_obstacle
 
 PROCESSORS = 132
 MOST_PARTS = 8  # CTAs of a cluster
+MOST_WARPS = 8  # for whose registers a processor has room
 
 
-def parts_of(batch: int, heads: int, slots: int) -> int:
-    """CTAs that share a head's keys: more than one where there are few heads, and keys for all.
+def cut_of(batch: int, heads: int, slots: int) -> tuple[int, int]:
+    """CTAs that share a head's keys, more than one where there are few heads, and keys for all; and
+    their warps. Where processors take several CTAs, two fit at a time: one loads while another ends.
 
-    >>> parts_of(1, 40, 528), parts_of(1, 8, 528), parts_of(16, 8, 528)
-    (2, 4, 1)
+    >>> cut_of(1, 40, 528), cut_of(1, 8, 528), cut_of(16, 8, 528), cut_of(16, 40, 528)
+    ((2, 8), (4, 8), (1, 8), (1, 4))
     """
-    most = min(MOST_PARTS, PROCESSORS // (batch * heads), slots // (KEYS * WARPS))
-    return 1 << max(0, most.bit_length() - 1)
+    most = min(MOST_PARTS, PROCESSORS // (batch * heads), slots // (KEYS * MOST_WARPS))
+    alone = batch * heads <= PROCESSORS
+    return 1 << max(0, most.bit_length() - 1), MOST_WARPS if alone else MOST_WARPS // 2
 
 
-@launch.once("columns", "queries", "window", "parts")
+@launch.once("columns", "queries", "window", "cut")
 def attend(
     query: jax.Array,
     new_key: jax.Array,
@@ -58,7 +60,7 @@ def attend(
     columns: tuple[int, int, int] = (0, 0, 0),
     queries: int,
     window: int | None = None,
-    parts: int | None = None,
+    cut: tuple[int, int] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """softmax(q @ k.T / sqrt(width)) @ v of one token a sequence, of which each sees the slots up to its own.
 
@@ -74,22 +76,23 @@ def attend(
       columns: of the first query, key and value, multiples of 8.
       queries: that share a head of keys, at most 8.
       window: slots that a token sees, its own included; None: all.
-      parts: CTAs that share a head's keys, 1, 2, 4 or 8; None: by the sizes.
+      cut: CTAs that share a head's keys, 1, 2, 4 or 8, and the warps of each, 4 or 8; None: by the
+        sizes.
 
     Returns:
       (B, heads * queries * width) in the cache's dtype, and the cache's keys and values.
 
     Raises:
       NotImplementedError: the kernel does not take such heads.
-      ValueError: parts are not those of a cluster.
+      ValueError: another cut.
     """
     batch, heads, slots, width = key.shape
     if why := attention_obstacle(str(key.dtype), width, queries):
         raise NotImplementedError(why)
-    parts = parts or parts_of(batch, heads, slots)
-    if parts not in (1, 2, 4, 8):
-        raise ValueError(f"parts={parts} must be 1, 2, 4 or 8, the CTAs of a cluster")
-    g = Geometry(queries, heads, slots, width, str(key.dtype), parts, window)
+    cut = parts, count = cut or cut_of(batch, heads, slots)
+    if parts not in (1, 2, 4, 8) or count not in (4, 8):
+        raise ValueError(f"cut={cut} must be 1, 2, 4 or 8 CTAs of a cluster, and 4 or 8 warps")
+    g = Geometry(queries, heads, slots, width, str(key.dtype), parts, count, window)
     factor = width**-0.5 * math.log2(math.e)
     clusters = {"cluster": (parts,), "cluster_names": ("part",)}
     cache = jax.new_ref(key), jax.new_ref(value)
@@ -106,7 +109,7 @@ def attend(
         grid=(heads, batch),
         grid_names=("head", "sequence"),
         **(clusters if parts > 1 else {}),
-        num_threads=WARPS // 4,
+        num_threads=g.warps // 4,
         thread_name="wg",
         scratch_types=[plgpu.SMEM((g.shared_memory,), jnp.uint8)],
         # Safe here: the inline parts hold their own barriers.
@@ -129,7 +132,7 @@ def _kernel(g: Geometry, factor: float, columns: tuple[int, int, int], refs: dic
     _place_new(g, cache, columns[1:], place, position)
 
     def fetch(number):
-        block = first + (number * g.parts + place.part) * WARPS
+        block = first + (number * g.parts + place.part) * g.warps
         return block, _load(g, cache, columns[1:], place, block, position)
 
     def turn(number, state):
@@ -160,7 +163,7 @@ def _bounds(g: Geometry, positions_ref, sequence):
     if g.window is not None:
         first = lax.div(jnp.maximum(position - (g.window - 1), 0), jnp.int32(KEYS))
     count = lax.div(position, jnp.int32(KEYS)) + 1 - first
-    in_turn = WARPS * g.parts
+    in_turn = g.warps * g.parts
     return position, first, lax.div(count + (in_turn - 1), jnp.int32(in_turn))
 
 

@@ -14,7 +14,6 @@ from jaxlib.mlir.dialects import llvm
 from pallas_kernels.mosaic import ops, ptx, warps
 from pallas_kernels.mosaic.support import MOST_QUERIES
 
-WARPS = 8
 KEYS = 16  # that a warp takes at a time
 COLUMNS = 64  # of the values that one pass of products makes
 UNIT = 512  # bytes: 16 outputs of 8 queries, a float32 four a lane
@@ -33,7 +32,7 @@ class Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """Sizes of the arrays, and in how many parts a head's keys are cut."""
+    """Sizes of the arrays, in how many parts a head's keys are cut, and the warps of a CTA."""
 
     queries: int
     heads: int
@@ -41,6 +40,7 @@ class Geometry:
     width: int
     dtype: str
     parts: int
+    warps: int
     window: int | None
 
     across = 1  # for `warps.Lane`
@@ -72,12 +72,12 @@ class Geometry:
 
     @property
     def statistics_offset(self) -> int:
-        return WARPS * self.units * UNIT
+        return self.warps * self.units * UNIT
 
     @property
     def received_offset(self) -> int:
         """Of other CTAs' sums, and behind them their statistics."""
-        return self.statistics_offset + WARPS * STATISTICS
+        return self.statistics_offset + self.warps * STATISTICS
 
     @property
     def received_statistics_offset(self) -> int:
@@ -115,7 +115,7 @@ def finish(g: Geometry, state, y_ref, shared_ref, place: Place) -> None:
         total = [ptx.over_lanes(value, OTHER_KEYS) for value in state[-2:]]
         _store_statistics(g, lane, shared, largest, total)
         ptx.asm("bar.sync 0;")
-        statistics = _load_statistics(lane, shared, g.statistics_offset, WARPS)
+        statistics = _load_statistics(lane, shared, g.statistics_offset, g.warps)
         most, total = _joined(statistics)
         factors = [exp2(llvm.fsub(largest[q], most[q])) for q in range(2)]
         _store_sums(g, lane, shared, [llvm.fmul(v, factors[j % 2]) for j, v in enumerate(sums)])
@@ -134,11 +134,11 @@ def finish(g: Geometry, state, y_ref, shared_ref, place: Place) -> None:
 
 
 def _units_of_warps(g, lane, shared):
-    for first in range(0, g.units, WARPS):
+    for first in range(0, g.units, g.warps):
         unit = ops.add(lane.warp, first)
         known = ops.less(unit, g.units)
         at = ops.mul(ptx.select(known, unit, ops.const(0)), UNIT)
-        yield unit, known, _sum(lane, ptx.sum_of(shared, at), g.units * UNIT, [None] * WARPS)
+        yield unit, known, _sum(lane, ptx.sum_of(shared, at), g.units * UNIT, [None] * g.warps)
 
 
 def _send(g, lane, shared, part, units, statistics) -> None:
@@ -164,7 +164,7 @@ def _received(g, lane, shared, part):
     most, total = _joined(statistics)
     factors = [[exp2(llvm.fsub(s[2 * q], most[q])) for q in range(2)] for s in statistics]
     units = []
-    for first in range(0, g.owned, WARPS):
+    for first in range(0, g.owned, g.warps):
         number = ops.add(lane.warp, first)
         unit = ptx.sum_of(ops.mul(number, g.parts), part)
         known = llvm.and_(ops.less(unit, g.units), ops.less(number, g.owned))
