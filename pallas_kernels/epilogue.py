@@ -63,8 +63,8 @@ class Epilogue:
     * `norm`: of x, which is multiplied in its place; or None.
     * `residual`: (..., out) with x's leading axes, in x's dtype, or None.
     * `source`: likewise, what once entered the activation `through` (for relu, or left it); or None.
-    * `save_sums`: y's sums over all its axes but the last are returned too, float32 (out,), as they
-      are before y is cast: the gradient of what was added to all rows of the source.
+    * `save_sums`: the sums of what is multiplied over all its axes but the last are returned too,
+      float32 (in,): of a gradient, that of a bias.
     """
 
     bias: jax.Array | None = None
@@ -82,7 +82,7 @@ class Epilogue:
     @property
     def is_empty(self) -> bool:
         terms = (self.bias, self.low_rank, self.adapter, self.activation, *self.joining)
-        return all(term is None for term in terms) and not self.save_sums
+        return all(term is None for term in terms)
 
     @property
     def joining(self) -> tuple[jax.Array | None, jax.Array | None]:
@@ -90,8 +90,8 @@ class Epilogue:
         return self.residual, self.source
 
     def without_joining(self) -> "Epilogue":
-        """The same without what has y's shape, and its sums."""
-        return dataclasses.replace(self, residual=None, source=None, through=None, save_sums=False)
+        """The same without what has y's shape."""
+        return dataclasses.replace(self, residual=None, source=None, through=None)
 
     def multiplied(self, x: jax.Array, precision=None) -> "Epilogue":
         """The same with the adapter's first product made: `low_rank` for `adapter`."""
@@ -112,6 +112,8 @@ class Epilogue:
         check_activation(self.activation)
         self._check_norm(x)
         self._check_joining(x, out)
+        if self.save_sums and self.norm is not None:
+            raise ValueError("save_sums=True and a norm are both given; make the norm first")
         if self.save_preactivation and self.activation is None:
             raise ValueError("save_preactivation=True needs an activation; y is what enters it")
         if self.bias is not None:
@@ -228,7 +230,7 @@ def check_activation(name: str | None) -> None:
         )
 
 
-def finish(z: jax.Array, epilogue: Epilogue, out_dtype, precision=None):
+def finish(z: jax.Array, epilogue: Epilogue, out_dtype, precision=None, *, x=None):
     """The result of a product whose float32 sum is z = x @ w, in plain JAX.
 
     Returns:
@@ -236,6 +238,7 @@ def finish(z: jax.Array, epilogue: Epilogue, out_dtype, precision=None):
 
     Args:
       epilogue: without an adapter and a norm; see `Epilogue.multiplied`, `Epilogue.normalised`.
+      x: what is multiplied, for its sums.
     """
     if epilogue.low_rank is not None:
         t, r = epilogue.low_rank
@@ -250,9 +253,14 @@ def finish(z: jax.Array, epilogue: Epilogue, out_dtype, precision=None):
         y = gradient_through(epilogue.through, epilogue.source, y)
     saved = (z.astype(out_dtype),) if epilogue.save_preactivation else ()
     saved += (None,) if epilogue.save_moments else ()
-    saved += (y.sum(range(y.ndim - 1)),) if epilogue.save_sums else ()
+    saved += (sums_of(x),) if epilogue.save_sums else ()
     y = y.astype(out_dtype)
     return (y, *saved) if saved else y
+
+
+def sums_of(x: jax.Array) -> jax.Array:
+    """Over all axes but the last, in float32."""
+    return x.astype(jnp.float32).sum(range(x.ndim - 1))
 
 
 def gradient_through(activation: str, source: jax.Array, dy: jax.Array) -> jax.Array:

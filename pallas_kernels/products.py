@@ -47,7 +47,7 @@ def nm_matmul(
         not together with a residual. In 16-bit results the kernels' derivatives may err by 1e-3.
       save_preactivation: return what enters the activation as well.
       save_moments: return y's moments as well, for a `norm` of it; None where no kernel takes them.
-      save_sums: return y's sums over its leading axes as well, float32 (out,), not rounded before.
+      save_sums: return the sums of what is multiplied over its leading axes as well, float32 (in,).
       out_dtype: dtype of y and the preactivation; None for x's.
       precision: of the products, as in `jax.lax.dot_general`.
       implementation: None for the best, or a name; `choose` tells which and why.

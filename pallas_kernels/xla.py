@@ -16,7 +16,7 @@ def nm_matmul(x: jax.Array, w: CompressedMatrix, out_dtype, precision, epilogue:
     z = jnp.matmul(
         x, compressed.decompress(w), precision=precision, preferred_element_type=jnp.float32
     )
-    return finish(z, epilogue.multiplied(x, precision), out_dtype, precision)
+    return finish(z, epilogue.multiplied(x, precision), out_dtype, precision, x=x)
 
 
 def nm_sddmm(

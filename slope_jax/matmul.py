@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import CompressedMatrix, decompress, nm_matmul, nm_sddmm, nm_transpose
-from pallas_kernels.epilogue import first_product, gradient_through
+from pallas_kernels.epilogue import first_product, gradient_through, sums_of
 
 DOUBLE_PRUNED, EXACT = "double-pruned", "exact"
 BACKWARDS = (DOUBLE_PRUNED, EXACT)
@@ -32,20 +32,18 @@ class Working(NamedTuple):
 class Activated:
     """What an activation made, for a product that takes its own gradient back through it.
 
-    The kernel that makes the gradient of y then makes that of z of it, and of a bias of z, while it
-    has the numbers at hand: no pass over memory of their own. By contract, the gradient that this y
-    receives is that of z; so nothing but `slope_matmul` and `SparseDense` may take it.
+    The kernel that makes the gradient of y then makes that of z of it while it has the numbers at
+    hand, not in a pass over memory of its own. By contract, the gradient that this y receives is that
+    of z; so nothing but `slope_matmul` and `SparseDense` may take it.
 
     Attributes:
       y: (..., features).
       z: what entered the activation, in y's dtype; None for relu, whose y says where it is flat.
-      shift: (features,) zeros, whose gradient is that of a bias of z.
       activation: a name of `slope_matmul`'s.
     """
 
     y: jax.Array
     z: jax.Array | None
-    shift: jax.Array
     activation: str = dataclasses.field(metadata={"static": True})
 
     @property
@@ -117,13 +115,13 @@ def slope_matmul(
     [[21.0, 23.0, 25.0, 27.0]]
     """
     working = Working() if working is None else working
-    through, source, shift = None, None, None
+    through, source = None, None
     if isinstance(x, Activated):
-        through, source, shift, x = x.activation, x.z, x.shift, x.y
+        through, source, x = x.activation, x.z, x.y
     check_operands(x, w, working, adapter, backward)
     _check_terms(x, w, activation, residual, activated)
     options = Options(precision, implementation, w.dtype, backward, through, activated)
-    terms = Terms(bias, adapter, residual, source, shift)
+    terms = Terms(bias, adapter, residual, source)
     y = _slope_matmul(x, w, working, terms, activation, options)
     return Activated(*y, activation) if activated else y
 
@@ -138,13 +136,12 @@ class Options(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What joins the product; what entered the activation that made x, and what shifted that."""
+    """What joins the product, and what entered the activation that made x."""
 
     bias: jax.Array | None = None
     adapter: tuple[jax.Array, jax.Array] | None = None
     residual: jax.Array | None = None
     source: jax.Array | None = None
-    shift: jax.Array | None = None
 
 
 class Saved(NamedTuple):
@@ -171,8 +168,7 @@ def _slope_matmul(x, w, working, terms, activation, options):
 
 def _handed_on(y, z, activation):
     """The arrays of an `Activated`."""
-    shift = jnp.zeros(y.shape[-1], jnp.float32)
-    return y, None if activation == "relu" else z, shift
+    return y, None if activation == "relu" else z
 
 
 def product(x, w, working, terms: Terms, activation, options, saved=NOTHING):
@@ -217,76 +213,64 @@ def backward(activation, options, residuals, dy):
     """Gradients of x, w, its copies (none) and terms."""
     precision, implementation = options.precision, options.implementation
     x, w, transpose, terms, z, t = residuals
-    dbias = None
-    if options.activated:  # of z, and of a bias of it, by the contract of `Activated`
-        dy, _, dbias = dy
+    if options.activated:  # that of z, by the contract of `Activated`
+        dy, _ = dy
         activation = None
-    dz, dbias, dadapter, low_rank = outer_gradients(
-        activation, precision, x, terms, z, t, dy, dbias
-    )
+    dz, dadapter, low_rank = outer_gradients(activation, precision, x, terms, z, t, dy)
     if options.backward == EXACT:
-        dx, dshift = _exact_dx(dz, w, x, terms, low_rank, options)
+        dx, sums = _exact_dx(dz, w, x, terms, low_rank, options), sums_of(dz)
     else:
         if transpose is None:
             transpose = nm_transpose(w, dtype=x.dtype, implementation=implementation)
         through = options.through and (options.through, _source(x, terms))
+        biased = terms.bias is not None
         dx = nm_matmul(
             dz,
             transpose,
             low_rank=low_rank,
             through=through,
-            save_sums=options.through is not None,
+            save_sums=biased,
             precision=precision,
             implementation=implementation,
         )
-        dx, dshift = dx if options.through else (dx, None)
+        dx, sums = dx if biased else (dx, None)
     dw = nm_sddmm(
         x, dz, w, out_dtype=options.dtype, precision=precision, implementation=implementation
     )
     no_gradient = np.zeros(w.metadata.shape, jax.dtypes.float0)
     dw = CompressedMatrix(dw, no_gradient, w.pattern, w.axis, w.shape)
+    dbias = None if terms.bias is None else sums.astype(terms.bias.dtype)
     dresidual = None if terms.residual is None else dy.astype(terms.residual.dtype)
-    return dx, dw, None, Terms(dbias, dadapter, dresidual, None, dshift)
+    return dx, dw, None, Terms(dbias, dadapter, dresidual)
 
 
 def _source(x, terms: Terms):
     return x if terms.source is None else terms.source
 
 
-def outer_gradients(activation, precision, x, terms: Terms, z, t, dy, dbias=None):
+def outer_gradients(activation, precision, x, terms: Terms, z, t, dy):
     """What comes before the products with the weight.
 
-    Args:
-      dbias: the sums of dy over the tokens, where they are known.
-
-    Returns the gradient of the product in x's dtype, those of bias and adapter, and the factors of
-    the low-rank term of dx.
+    Returns the gradient of the product in x's dtype, that of the adapter, and the factors of the
+    low-rank term of dx. The gradient of the bias is the first's sums.
     """
-    dz = dy.astype(jnp.float32)
-    if activation is not None:
-        dz = gradient_through(activation, z, dz)
-    if terms.bias is not None:
-        dbias = dz.sum(range(dz.ndim - 1)) if dbias is None else dbias
-        dbias = dbias.astype(terms.bias.dtype)
-    else:
-        dbias = None
+    dz = dy if activation is None else gradient_through(activation, z, dy)
     dz = dz.astype(x.dtype)
     dadapter, low_rank = None, None
     if terms.adapter is not None:
         dadapter, low_rank = _adapter_backward(x, t, dz, terms.adapter, precision)
-    return dz, dbias, dadapter, low_rank
+    return dz, dadapter, low_rank
 
 
 def _exact_dx(dz, w, x, terms, low_rank, options):
-    """By a dense product; and the gradient of the shift, where dx goes back through x's activation."""
+    """By a dense product."""
     w = decompress(w.with_values(w.values.astype(dz.dtype)))
     dx = jnp.matmul(dz, w.T, precision=options.precision)
     if low_rank is not None:
         dx = dx + jnp.matmul(*low_rank, precision=options.precision)
     if options.through is None:
-        return dx, None
-    dx = gradient_through(options.through, _source(x, terms), dx)
-    return dx.astype(x.dtype), dx.sum(range(dx.ndim - 1))
+        return dx
+    return gradient_through(options.through, _source(x, terms), dx).astype(x.dtype)
 
 
 def _adapter_backward(x, t, dz, adapter, precision):

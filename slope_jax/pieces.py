@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import CompressedMatrix, Query, choose, nm_transpose
-from pallas_kernels.epilogue import ACTIVATIONS
+from pallas_kernels.epilogue import ACTIVATIONS, sums_of
 from slope_jax import matmul
 from slope_jax.matmul import Options, Saved, Terms, Working
 
@@ -35,9 +35,8 @@ def gradients(activation, options: Options, residuals, dy):
         dx, dw, _, terms = matmul.backward(activation, options, residuals, dy)
         return dx, dw.values, terms.bias, terms.adapter
     precision = options.precision
-    dz, dbias, dadapter, low_rank = matmul.outer_gradients(
-        activation, precision, x, terms, z, t, dy
-    )
+    dz, dadapter, low_rank = matmul.outer_gradients(activation, precision, x, terms, z, t, dy)
+    dbias = None if bias is None else sums_of(dz).astype(bias.dtype)
     dx = jnp.matmul(dz, w.T, precision=precision)
     if low_rank is not None:
         dx = dx + jnp.matmul(*low_rank, precision=precision)

@@ -27,7 +27,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import frame, launch, parts, store, wgmma
+from pallas_kernels.mosaic import frame, input_sums, launch, parts, store, wgmma
 from pallas_kernels.mosaic.frame import CONSUMERS, STEP
 from pallas_kernels.mosaic.schedule import Schedule
 
@@ -78,10 +78,6 @@ class Tile:
     def grid(self, tokens: int, f: int) -> tuple[int, int]:
         """Clusters of output tiles along the outputs and the tokens."""
         return pl.cdiv(f, self.rows * self.down), pl.cdiv(tokens, self.tokens * self.across)
-
-    def chunks(self, tokens: int) -> int:
-        """Runs of `slot_tokens` in the tiles of so many tokens, those beyond the end counted."""
-        return self.grid(tokens, 1)[1] * self.across * (self.tokens // self.slot_tokens)
 
     def schedule(self, tokens: int, k: int, f: int, processors: int) -> Schedule:
         """Of pairs of stages, since the loop is unrolled by two."""
@@ -192,7 +188,7 @@ def nm_matmul(
     out_dtype=None,
     processors: int = 132,
 ):
-    """y = activation(x @ w + t @ r + bias) + joining; what enters the activation, and sums, if saved.
+    """y = activation(x @ w + t @ r + bias) + joining; what enters the activation, and x's sums, if saved.
 
     Args:
       x: (tokens, in), bfloat16 or float16; in is a multiple of 8, tokens are any number > 0.
@@ -201,8 +197,7 @@ def nm_matmul(
       joining: (tokens, out) in x's dtype, which the results then have as well.
       through: an activation, by whose derivative at `joining` the product is multiplied, in the place
         of the sum.
-      save_sums: those of y over chunks of the tokens, before it is rounded, float32 (chunks, out);
-        needs `joining`.
+      save_sums: those of x over the tokens of each tile, float32 (tiles, in).
       out_dtype: x's dtype (None) or float32.
     """
     (tokens, k), out = x.shape, values.shape[1]
@@ -218,7 +213,8 @@ def nm_matmul(
         operands["joining"] = joining
     results = {name: out_type for name in (("z", "y") if save_preactivation else ("y",))}
     if save_sums:
-        results["sums"] = jax.ShapeDtypeStruct((tile.chunks(tokens), out), jnp.float32)
+        tiles = tile.grid(tokens, out)[1] * tile.across
+        results["sums"] = jax.ShapeDtypeStruct((tiles, k), jnp.float32)
     schedule = tile.schedule(tokens, k, out, processors)
     if schedule.slots:
         part = (schedule.slots * tile.cluster, CONSUMERS, tile.rows // CONSUMERS * tile.tokens)
@@ -406,7 +402,7 @@ class _Kernel:
         full, empty = refs["full"], refs["empty"]
         mine = pl.ds(wg * tile.blocks, tile.blocks)
 
-        def issue(acc, stage, previous, *, dense=False):
+        def issue(acc, stage, previous, *, dense=False, add_up=None):
             plgpu.barrier_wait(full.at[stage])
             w, x = refs["w_smem"].at[stage, mine], refs["x_smem"].at[stage]
             if dense:
@@ -414,22 +410,26 @@ class _Kernel:
             else:
                 e = refs["e_smem"].at[stage]
                 acc = wgmma.multiply_sparse(acc, w, e, x, self.dtype, ragged=self.ragged)
+            if add_up is not None:
+                self.add_up(x, *add_up)
             wgmma.wait(1)
             if previous is not None:
                 plgpu.barrier_arrive(empty.at[previous])
             return acc
 
         def product(unit, stage):
-            acc, last = issue(None, stage, None), stage
+            acc, last = issue(None, stage, None, add_up=(unit, 0)), stage
             if self.steps % 2 == 0:
                 last = self.next(stage)
-                acc = issue(acc, last, stage)
+                acc = issue(acc, last, stage, add_up=(unit, 1))
 
-            def pair(_, state):
+            def pair(number, state):
                 acc, previous = state
                 first = self.next(previous)
                 last = self.next(first)
-                return issue(issue(acc, first, previous), last, first), last
+                step = 2 * number + (2 - self.steps % 2)
+                acc = issue(acc, first, previous, add_up=(unit, step))
+                return issue(acc, last, first, add_up=(unit, step + 1)), last
 
             def rank_step(_, state):
                 acc, previous = state
@@ -459,6 +459,18 @@ class _Kernel:
 
         self.each_unit(unit, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
+
+    def add_up(self, x, unit, number):
+        """The tokens of a step's inputs, in one of the CTAs that have these tokens."""
+        if "sums" not in self.refs:
+            return
+        step, tile = unit.start + number, self.tile
+        rows = jnp.int32(self.grid[0] * tile.down)
+
+        @pl.when(lax.rem(step, rows) == lax.div(unit.row, jnp.int32(tile.rows)))
+        def _():
+            place = lax.div(unit.column, jnp.int32(tile.tokens))
+            input_sums.store(x, self.refs["sums"], place, step)
 
     def leave(self, acc, bias, row, unit, stage, wg):
         refs, cluster = self.refs, self.tile.cluster
@@ -516,19 +528,13 @@ class _Kernel:
                 plgpu.barrier_wait(full.at[here])
             joining = None
             if self.joining_steps and out is self.out:
-                joining = self.joining_of(here, row + 64 * block, column + first)
+                joining = store.Joining(refs["x_smem"].at[here], self.through)
             plgpu.wait_smem_to_gmem(tile.slots - 1, wait_read_only=True)
             store.store_transposed(acc, bias, slot, block, first, self.dtype, activation, joining)
-            if joining is not None and first == chunks[-1]:
-                plgpu.barrier_arrive(empty.at[here])
             plgpu.commit_smem()
+            if joining is not None and first == chunks[-1]:  # all warps have read it
+                plgpu.barrier_arrive(empty.at[here])
             target = (pl.ds(column + first, tile.slot_tokens), pl.ds(row + 64 * block, 64))
             plgpu.copy_smem_to_gmem(slot, out.at[target])
         if self.joining_steps:
             pass_over(CONSUMERS - 1 - wg, self.after(mine, tile.blocks))
-
-    def joining_of(self, stage, row, column):
-        sums = None
-        if "sums" in self.refs:
-            sums = (self.refs["sums"], lax.div(column, jnp.int32(self.tile.slot_tokens)), row)
-        return store.Joining(self.refs["x_smem"].at[stage], self.through, sums)

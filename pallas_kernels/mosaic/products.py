@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import batching, tuning
 from pallas_kernels.compressed import CompressedMatrix
-from pallas_kernels.epilogue import Epilogue, Norm, finish, moments, padded_rank
+from pallas_kernels.epilogue import Epilogue, Norm, finish, moments, padded_rank, sums_of
 from pallas_kernels.mosaic import few_tokens, first_product, matmul, normed, sddmm, transpose
 from pallas_kernels.mosaic.two_four import as_two_four, values_of
 
@@ -40,7 +40,7 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
     if tokens == 0:
         zeros = jnp.zeros((*x.shape[:-1], f), jnp.float32)
         x, epilogue = epilogue.normalised(x)
-        return finish(zeros, epilogue.multiplied(x), out_dtype)
+        return finish(zeros, epilogue.multiplied(x), out_dtype, x=x)
     if not _joins(epilogue, tokens, x.dtype, out_dtype):
         return _joined_apart(x, w, epilogue, out_dtype)
     leading = x.shape[:-1]
@@ -64,7 +64,9 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
         **options,
     )
     y, *saved = jax.tree.leaves(result)
-    sums = (saved.pop().sum(0),) if epilogue.save_sums else ()
+    sums = ()
+    if epilogue.save_sums:
+        sums = (sums_of(rows if module is few_tokens else saved.pop()),)
     y, *saved = (a.reshape(*leading, *a.shape[1:]) for a in (y, *saved))
     # In a scan that stacks y, XLA lets the kernel write into the stack, and for y's other users
     # runs it a second time. The barrier makes it copy y instead.
@@ -75,25 +77,22 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
 
 
 def _joins(epilogue: Epilogue, tokens: int, dtype, out_dtype) -> bool:
-    """Whether the kernel takes what has y's shape, and the sums if they are asked for."""
+    """Whether the kernel takes what has y's shape, if anything has."""
     if tokens <= few_tokens.FEW_TOKENS:
-        return epilogue.source is None and not epilogue.save_sums
-    if all(array is None for array in epilogue.joining):
-        return not epilogue.save_sums
-    return out_dtype == dtype
+        return epilogue.source is None
+    return out_dtype == dtype or all(array is None for array in epilogue.joining)
 
 
 def _joined_apart(x, w, epilogue: Epilogue, out_dtype):
     """What has y's shape joins a float32 product in XLA."""
-    names = ("residual", "source", "through", "save_sums")
+    names = ("residual", "source", "through")
     later = Epilogue(**{name: getattr(epilogue, name) for name in names})
     result = _nm_matmul(x, w, epilogue.without_joining(), out_dtype=jnp.float32)
     y, *saved = result if isinstance(result, tuple) else (result,)
     if epilogue.save_preactivation:
         saved[0] = saved[0].astype(out_dtype)
-    result = finish(y, later, out_dtype)
-    y, *sums = result if isinstance(result, tuple) else (result,)
-    return (y, *saved, *sums) if (*saved, *sums) else y
+    y = finish(y, later, out_dtype)
+    return (y, *saved) if saved else y
 
 
 def _joining_options(module, tokens: int, f: int, epilogue: Epilogue) -> dict[str, Any]:

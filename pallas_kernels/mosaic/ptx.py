@@ -77,6 +77,10 @@ def store16(target, four, inside) -> None:
     )
 
 
+def store_float(target, value, inside) -> None:
+    asm("{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }", target, value, inside)
+
+
 def pack(low, high, dtype: str):
     ptx = f"cvt.rn.{ops.PTX_TYPE[dtype]}x2.f32 $0, $2, $1;"
     return asm(ptx, low, high, results="r", pure=True)

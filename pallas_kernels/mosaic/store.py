@@ -23,13 +23,10 @@ class Joining(NamedTuple):
 
     * `ref`: of these 64 outputs, (tokens of the tile, 64) in shared memory, as a stage of x lies.
     * `through`: the activation whose derivative there is multiplied; None: it is added.
-    * `sums`: for the sums over the tokens of what is stored: float32 (chunks of tokens, out) in global
-      memory, the row to fill, and the first output; or None.
     """
 
     ref: Any
     through: str | None
-    sums: tuple[Any, Any, Any] | None = None
 
     @property
     def combine(self) -> Callable:
@@ -55,18 +52,13 @@ def store_transposed(
 
     By stmatrix: four times fewer instructions than storing the transposed layout.
     """
-    tokens, refs, types = out_ref.shape[0], (), ()
-    if joining is not None:
-        refs, types = (joining.ref,), (plgpu.RefType(SWIZZLED),)
-        if joining.sums is not None:
-            refs, types = (*refs, *joining.sums), (*types, plgpu.RefType(), SPLAT, SPLAT)
+    tokens = out_ref.shape[0]
 
     def store(rows, out, *others):
         lane = _lane_offset()
         address = ops.add_reg(ptx.shared_address(out), lane)
         if others:
-            source = ops.add_reg(ptx.shared_address(others[0]), lane)
-        totals = [ptx.number(0.0)] * 2
+            source = ops.add_reg(ptx.shared_address(*others), lane)
         for q in range(tokens // 16):
             b = first // 8 + 2 * q
             pairs = [rows(b + n, h) for n in (0, 1) for h in (0, 1)]
@@ -75,19 +67,16 @@ def store_transposed(
                 found = ptx.floats_of(words, dtype)
                 for i, pair in enumerate(pairs):
                     pairs[i] = list(map(joining.combine, pair, found[2 * i : 2 * i + 2]))
-                    totals[i % 2] = llvm.fadd(totals[i % 2], llvm.fadd(*pairs[i]))
             ops.asm(
                 "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0], {$1,$2,$3,$4};",
                 "r,r,r,r,r",
                 ops.add(address, 2048 * q),
                 *(ops.pack(*pair, dtype) for pair in pairs),
             )
-        if others[1:]:
-            _store_sums(totals, joining.sums[0].shape[1], *others[1:])
 
-    function = FAST.get(activation)
-    out_type = plgpu.RefType(SWIZZLED)
-    _with_epilogue(acc, bias, out_ref, out_type, block, function, store, types, refs)
+    tile, function = plgpu.RefType(SWIZZLED), FAST.get(activation)
+    refs = () if joining is None else (joining.ref,)
+    _with_epilogue(acc, bias, out_ref, tile, block, function, store, [tile for _ in refs], refs)
 
 
 def _matrices(address):
@@ -99,39 +88,6 @@ def _matrices(address):
     )
 
 
-def _store_sums(totals, features: int, sums, chunk, row) -> None:
-    """Adds up what the four lanes of a row have, and stores it in the row of `chunk`."""
-    lane, feature = _lane_and_feature(row)
-    first = llvm.icmp(llvm.ICmpPredicate.eq, llvm.and_(lane, ops.const(3)), ops.const(0))
-    for h, total in enumerate(totals):
-        total = ptx.over_lanes(total, (1, 2))
-        here = ops.add(feature, 8 * h)
-        inside = llvm.and_(
-            llvm.zext(ir.IntegerType.get_signless(32), first), ops.less(here, features)
-        )
-        there = ptx.global_address(sums, chunk.registers.item(), 4 * features, ops.mul(here, 4))
-        _store_float(there, total, inside)
-
-
-def _store_float(address, value, inside) -> None:
-    ops.asm(
-        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }",
-        "l,f,r",
-        address,
-        value,
-        inside,
-    )
-
-
-def _lane_and_feature(row):
-    """This thread's lane, and the first of its two rows of accumulators, whose first is `row`."""
-    thread = llvm.and_(mutils.thread_idx(), ops.const(127))
-    lane = llvm.and_(thread, ops.const(31))
-    warp = llvm.lshr(thread, ops.const(5))
-    inside = ops.add_reg(ops.mul(warp, 16), llvm.lshr(lane, ops.const(2)))
-    return lane, ops.add_reg(row.registers.item(), inside)
-
-
 def store_float32(acc, bias, out_ref, block: int, row, column, activation) -> None:
     """As `store_transposed`, float32 and straight to the whole (tokens, out) array in memory.
 
@@ -141,7 +97,12 @@ def store_float32(acc, bias, out_ref, block: int, row, column, activation) -> No
 
     def store(rows, out, row, column):
         i64 = ir.IntegerType.get_signless(64)
-        lane, feature = _lane_and_feature(row)
+        thread = llvm.and_(mutils.thread_idx(), ops.const(127))
+        lane = llvm.and_(thread, ops.const(31))
+        warp = llvm.lshr(thread, ops.const(5))
+        feature = ops.add_reg(
+            row.registers.item(), ops.add_reg(ops.mul(warp, 16), llvm.lshr(lane, ops.const(2)))
+        )
         token = ops.add_reg(column.registers.item(), ops.mul(llvm.and_(lane, ops.const(3)), 2))
         place = ops.add_reg(ops.wide_mul(token, 4 * features), ops.wide_mul(feature, 4))
         address = ops.add_reg(llvm.ptrtoint(i64, mutils.memref_ptr(out)), place)
@@ -151,7 +112,7 @@ def store_float32(acc, bias, out_ref, block: int, row, column, activation) -> No
                 for e, value in enumerate(rows(b, h)):
                     inside = llvm.and_(feature_inside, ops.less(token, tokens - 8 * b - e))
                     there = ops.add(address, 4 * (features * (8 * b + e) + 8 * h))
-                    _store_float(there, value, inside)
+                    ptx.store_float(there, value, inside)
 
     _with_epilogue(
         acc,

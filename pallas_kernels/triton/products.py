@@ -29,7 +29,7 @@ def nm_matmul(
     dtype = out_dtype if epilogue.is_empty else jnp.float32
     run = functools.partial(_product, out_dtype=dtype, capability=capability)
     z = batching.by_rows(run, lambda x, w: (True, jax.tree.map(lambda _: False, w)))(x, w)
-    return finish(z, epilogue.multiplied(x), out_dtype)
+    return finish(z, epilogue.multiplied(x), out_dtype, x=x)
 
 
 def _product(x: jax.Array, w: CompressedMatrix, out_dtype, capability: int | None) -> jax.Array:
