@@ -156,19 +156,19 @@ def test_a_model_asks_it_for_what_xla_computes(monkeypatch, name, options):
     from pallas_kernels.mosaic import decode_attention
     from slope_jax.models import attention
 
-    model = models.build(name, num_layers=2, vocab_size=61, scan=False, **options)
+    few = {"num_layers": 2, "vocab_size": 61, "scan": False, "sparsity": ".*=dense"}
+    model = models.build(name, **few, **options)
     variables = jax.jit(model.init)(jax.random.key(0), **model.example_inputs())
     ids = jax.random.randint(jax.random.key(1), (3, 9), 0, 61)
 
     def logits():
+        run = jax.jit(functools.partial(model.apply, mutable=["cache"]))
         cache, found = models.init_cache(model.config, 3, 12), []
         places = jnp.array([[9], [5], [7]])
         for step in range(3):
             given = {"positions": places + step - 1} if step else {}
             tokens = ids[:, step : step + 1] if step else ids
-            y, updated = model.apply(
-                {**variables, "cache": cache}, tokens, mutable=["cache"], **given
-            )
+            y, updated = run({**variables, "cache": cache}, tokens, **given)
             cache = updated["cache"]
             found.append(y)
         return found

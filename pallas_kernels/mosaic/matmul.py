@@ -210,6 +210,8 @@ def nm_matmul(
     if bias is not None:
         operands["bias"] = jnp.pad(bias.astype(jnp.float32), (0, -out % (tile.rows * tile.down)))
     if joining is not None:
+        if tile.stages < tile.rows // 64:
+            raise ValueError(f"{tile}: what joins takes {tile.rows // 64} stages at a time")
         operands["joining"] = joining
     results = {name: out_type for name in (("z", "y") if save_preactivation else ("y",))}
     if save_sums:
@@ -507,18 +509,12 @@ class _Kernel:
                 store.store_float32(acc, bias, out, block, row + 64 * block, column, activation)
             return
 
-        def pass_over(others, first):
-            """The other warpgroup's stages."""
-
-            @pl.loop(0, others * self.joining_steps // CONSUMERS)
-            def _(j):
-                other = self.after(first, j)
-                plgpu.barrier_wait(full.at[other])
-                plgpu.barrier_arrive(empty.at[other])
-
         mine = self.after(stage, wg * tile.blocks)
         if self.joining_steps:
-            pass_over(wg, stage)
+            for block in range(tile.blocks):  # of the other warpgroup, which alone reads them
+                other = self.after(stage, (CONSUMERS - 1 - wg) * tile.blocks + block)
+                plgpu.barrier_wait(full.at[other])
+                plgpu.barrier_arrive(empty.at[other])
         chunks = range(0, tile.tokens, tile.slot_tokens)
         stores = itertools.product(range(tile.blocks), chunks, results)
         for count, (block, first, (out, activation)) in enumerate(stores):
@@ -536,5 +532,3 @@ class _Kernel:
                 plgpu.barrier_arrive(empty.at[here])
             target = (pl.ds(column + first, tile.slot_tokens), pl.ds(row + 64 * block, 64))
             plgpu.copy_smem_to_gmem(slot, out.at[target])
-        if self.joining_steps:
-            pass_over(CONSUMERS - 1 - wg, self.after(mine, tile.blocks))

@@ -60,9 +60,9 @@ def _is_sum(primitive: jax.extend.core.Primitive, *_, **__) -> bool:
     return primitive is jax.lax.reduce_sum_p
 
 
-# The backward pass recomputes a norm: of its arrays in float32 just the moments of the rows are kept,
-# without which a GPU's kernel would read the rows three times, one after the other.
-_recomputed = functools.partial(nn.remat, prevent_cse=False, policy=_is_sum)
+# The backward pass recomputes a norm: of its arrays in float32 just the moments of the rows are kept.
+# XLA must not see where they come from (by `prevent_cse`), or it makes fewer and slower kernels.
+_recomputed = functools.partial(nn.remat, policy=_is_sum)
 
 
 class Norm(nn.LayerNorm):
