@@ -144,9 +144,10 @@ def _classes(device: Device):
         ("sddmm", "dense x.T @ dy"),
     ):
         found = device.results(kind)
+        fewer = sorted({r["tokens"] for r in found if r["tokens"] < 8192})
         for chosen in (
             [r for r in found if r["tokens"] >= 8192],
-            [r for r in found if r["tokens"] < 8192],
+            *([r for r in found if r["tokens"] == tokens] for tokens in fewer),
         ):
             if chosen:
                 yield kind, _tokens(chosen), chosen, dense

@@ -20,8 +20,8 @@ def records(benchmark: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
 
 
 def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A table in Markdown; columns of numbers to the right."""
-    right = [all(re.match(r"[\d.]", row[i]) for row in rows) for i in range(len(header))]
+    """A table in Markdown; columns of numbers, or of none (–), to the right."""
+    right = [all(re.match(r"[\d.–]", row[i]) for row in rows) for i in range(len(header))]
     rule = tuple("---:" if number else "---" for number in right)
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
 

@@ -216,6 +216,7 @@ def joined(shape, dtype, tile, **options):
     return run, (x, w.values, w.metadata, joining, bias), exact
 
 
+# Tokens, in, out, processors.
 SMALL = (1000, 200, 1032, 132), (776, 1096, 520, 8), (1, 8, 8, 132), (2500, 320, 264, 4)
 
 
@@ -234,9 +235,9 @@ def test_what_joins_lowers_for_cuda(through):
 def tiles():
     if support.version_obstacle() is not None:
         return []
-    from pallas_kernels.mosaic import matmul
+    from pallas_kernels.mosaic import matmul_tiles
 
-    return matmul.TILES
+    return matmul_tiles.TILES
 
 
 @needs_gpu

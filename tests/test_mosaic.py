@@ -173,12 +173,12 @@ def test_kernels_lower_for_cuda_without_a_gpu(shape, dtype):
 
 @needs_jax
 def test_every_tile_lowers_and_bad_ones_are_named():
-    from pallas_kernels.mosaic import matmul
+    from pallas_kernels.mosaic import matmul, matmul_tiles
 
     x = jax.ShapeDtypeStruct((500, 256), jnp.bfloat16)
     values = jax.ShapeDtypeStruct((128, 192), jnp.bfloat16)
     metadata = jax.ShapeDtypeStruct((32, 192), jnp.uint8)
-    for tile in (*matmul.SIZES, matmul.Tile(down=2, splits=8)):
+    for tile in (*matmul_tiles.SIZES, matmul.Tile(down=2, splits=8)):
         lowered = jax.jit(matmul.nm_matmul, static_argnums=3).trace(x, values, metadata, tile)
         lowered.lower(lowering_platforms=("cuda",))
     for options, message in [
@@ -194,13 +194,13 @@ def test_every_tile_lowers_and_bad_ones_are_named():
 @pytest.mark.parametrize("processors", [132, 6])  # tiles shared by many CTAs, many tiles per CTA
 @pytest.mark.parametrize("splits", [0, 1, 8])
 def test_every_tile_is_exact_on_integers_and_equal_on_repeats(splits, processors):
-    from pallas_kernels.mosaic import matmul
+    from pallas_kernels.mosaic import matmul, matmul_tiles
 
     x, t, r = integers(0, (1300, 1416)), integers(1, (1300, 40)), integers(2, (40, 1096))
     w, bias = compress(integers(3, (1416, 1096)), "2:4"), integers(4, (1096,), jnp.float32)
     exact = np.asarray(x, np.float32) @ np.asarray(decompress(w), np.float32)
     exact += np.asarray(t, np.float32) @ np.asarray(r, np.float32) + np.asarray(bias)
-    for size in matmul.SIZES:
+    for size in matmul_tiles.SIZES:
         tile = dataclasses.replace(size, splits=splits)
         run = jax.jit(
             functools.partial(

@@ -1,0 +1,140 @@
+"""How `nm_matmul` is cut into tiles, and which cut is the fastest, by an estimate."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax.experimental.pallas as pl
+
+from pallas_kernels.mosaic import frame
+from pallas_kernels.mosaic.frame import CONSUMERS, STEP
+from pallas_kernels.mosaic.schedule import Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """How the product is cut: a CTA takes 128 * blocks outputs x `tokens` tokens at a time.
+
+    `stages` deep, leaving through `slots` buffers of `slot_tokens` tokens per warpgroup; output
+    tiles are visited in snakes `snake` wide along the outputs (0) or the tokens (1). A cluster of
+    CTAs, `down` along the outputs and `across` along the tokens, loads together what its CTAs share.
+    At most `splits` clusters share a tile of the last wave; 0 for an even share for all (`Schedule`).
+    """
+
+    blocks: int = 2
+    tokens: int = 192
+    stages: int = 4
+    slot_tokens: int = 96
+    slots: int = 2
+    minor: int = 0
+    snake: int = 16
+    down: int = 1
+    across: int = 1
+    splits: int = 1
+
+    def __post_init__(self):
+        if self.tokens % 8 or not 8 <= self.tokens <= 256:
+            raise ValueError(f"{self}: tokens must be a multiple of 8 up to 256")
+        if self.tokens % self.slot_tokens or self.slot_tokens % 16:
+            raise ValueError(f"{self}: slot_tokens must be a multiple of 16 that divides tokens")
+        frame.check_shared_memory(self)
+
+    @property
+    def rows(self) -> int:
+        return 64 * self.blocks * CONSUMERS
+
+    @property
+    def cluster(self) -> int:
+        return self.down * self.across
+
+    @property
+    def loads(self) -> int:
+        """Copies that fill a stage."""
+        return 1 + self.rows // 64 + self.rows // 128
+
+    def grid(self, tokens: int, f: int) -> tuple[int, int]:
+        """Clusters of output tiles along the outputs and the tokens."""
+        return pl.cdiv(f, self.rows * self.down), pl.cdiv(tokens, self.tokens * self.across)
+
+    def schedule(self, tokens: int, k: int, f: int, processors: int) -> Schedule:
+        """Of pairs of stages, since the loop is unrolled by two."""
+        tiles, steps = math.prod(self.grid(tokens, f)), pl.cdiv(k, 2 * STEP)
+        return Schedule(tiles, steps, self.splits, processors // self.cluster)
+
+    @property
+    def shared_memory(self) -> int:
+        stage = self.tokens * STEP * 2 + self.rows * (STEP + 8)
+        return self.stages * stage + CONSUMERS * self.slots * self.slot_tokens * 128
+
+
+class Pace(NamedTuple):
+    """Microseconds: of a stage where power bounds all, at the highest clock, and of an epilogue."""
+
+    stage: float
+    fastest: float
+    epilogue: float
+
+
+# Of an H100 under sustained load, from some 100 times of 17 shapes, and at the highest clock of an H200,
+# from 40 times of shapes that leave processors idle or are short. They only rank tiles.
+SIZES = {
+    Tile(): Pace(0.740, 0.62, 1.5),
+    Tile(down=2): Pace(0.730, 0.62, 1.5),
+    Tile(tokens=128, slot_tokens=64, stages=5): Pace(0.543, 0.46, 0.7),
+    Tile(tokens=128, slot_tokens=64, stages=5, across=2): Pace(0.505, 0.46, 0.7),
+    Tile(blocks=1, tokens=256, slot_tokens=64): Pace(0.565, 0.42, 0.7),
+    Tile(blocks=1, tokens=256, slot_tokens=64, down=2): Pace(0.500, 0.39, 0.7),
+    Tile(blocks=1, stages=5): Pace(0.420, 0.321, 0.7),
+    Tile(blocks=1, tokens=128, slot_tokens=64, stages=6): Pace(0.350, 0.237, 0.5),
+}
+SHARERS = (1, 8)  # of a tile of the last wave, at most
+TILES = tuple(dataclasses.replace(tile, splits=n) for tile in SIZES for n in SHARERS)
+IDLE = 0.4  # of a busy processor's power: what idle ones leave makes the others faster
+FAR_SHORTER = 0.9  # estimates are off by 2 to 5 %
+LAUNCH = 3.0  # microseconds until the first stage
+SHARING = 10.0  # microseconds that parts of 256 x 192 outputs take on their way
+
+
+def choose(tokens: int, k: int, f: int, *, processors: int = 132) -> Tile:
+    """The tile with the shortest estimate: full waves at small outputs, the fewest bytes per
+    product at large ones.
+
+    >>> choose(65536, 4096, 14336).tokens, choose(2048, 768, 768).tokens
+    (192, 128)
+    """
+    return candidates(tokens, k, f, processors=processors)[0]
+
+
+def candidates(tokens: int, k: int, f: int, *, processors: int = 132) -> list[Tile]:
+    """All tiles worth timing, the shortest estimate first."""
+    plans = {tile: tile.schedule(tokens, k, f, processors) for tile in TILES}
+    differ = [tile for tile, plan in plans.items() if tile.splits == 1 or plan.slots]
+    return sorted(differ, key=lambda tile: estimate(tile, plans[tile], pl.cdiv(k, STEP)))
+
+
+def suited(tile: Tile, tokens: int, k: int, f: int, *, processors: int = 132) -> Tile:
+    """A tile that was measured with other tokens, unless another one is by far the shorter estimate.
+
+    >>> suited(Tile(), 2048, 768, 2304) == Tile(), suited(Tile(), 1024, 768, 2304).rows  # 99, 54 tiles
+    (True, 128)
+    """
+    if dataclasses.replace(tile, splits=1) not in SIZES:
+        return tile
+
+    def microseconds(tile: Tile) -> float:
+        plan = tile.schedule(tokens, k, f, processors)
+        return estimate(tile, plan, pl.cdiv(k, STEP))
+
+    other = choose(tokens, k, f, processors=processors)
+    return other if microseconds(other) < FAR_SHORTER * microseconds(tile) else tile
+
+
+def estimate(tile: Tile, plan: Schedule, stages: int) -> float:
+    """Microseconds of a product of so many stages a tile, to rank tiles by."""
+    pace = SIZES[dataclasses.replace(tile, splits=1)]
+    work = plan.tiles / plan.processors
+    longest = plan.waves + (plan.share / plan.steps if plan.left else 0)
+    sharing = SHARING * tile.rows * tile.tokens / (256 * 192) if plan.slots else 0
+    power = pace.stage * stages * (work + IDLE * (longest - work)) + IDLE * LAUNCH
+    clock = pace.fastest * stages * longest + LAUNCH
+    return max(power, clock) + pace.epilogue * (plan.waves + bool(plan.left)) + sharing
