@@ -43,6 +43,9 @@ class SparseDense(nn.Dense):
     which is not differentiated: pass it beside `params`. The backward pass is the double-pruned one
     of `slope_matmul`.
 
+    Of two layers around an activation, `down(up(x, activated=down.joins))` is `down(up(x))` with a
+    shorter backward pass: the second one's kernel takes the gradient back through the activation.
+
     Where the collection `working` is given as well, its copies of the kernel are multiplied, and the
     kernel gets the gradient. See `slope_jax.working_copies`.
 
@@ -277,7 +280,7 @@ class SparseDense(nn.Dense):
             self.param(ADAPTER_R, self.adapter_r_init, (rank, self.features), self.param_dtype),
         )
 
-    def _check(self, inputs: jax.Array) -> None:
+    def _check(self, inputs: jax.Array | Activated) -> None:
         where = self._where()
         rank = self.adapter_rank
         if rank < 0 or rank > min(inputs.shape[-1], self.features):
@@ -292,6 +295,11 @@ class SparseDense(nn.Dense):
             )
         check_activation(self.activation)
         check_backward(self.backward)
+        if isinstance(inputs, Activated) and not self.joins:
+            raise ValueError(
+                f"{where}: what an activation hands on needs a layer whose `joins` is true, one that"
+                " is sparse and not cut by a mesh; call up(x, activated=down.joins)"
+            )
         if self.pattern is None:
             return
         self.pattern.check_divides(inputs.shape[-1], f"{where}: input axis")

@@ -101,8 +101,8 @@ def slope_matmul(
         product. For comparisons: it is what the second pruning approximates.
 
     Returns:
-      (..., out) in x's dtype, or an `Activated` of it. Gradients are in the dtypes of their operands; that of w comes
-      straight from float32 accumulators.
+      (..., out) in x's dtype, or an `Activated` of it. Gradients are in the dtypes of their
+      operands; that of w comes straight from float32 accumulators.
 
     Raises:
       ValueError: shapes or dtypes do not fit, the activation or `backward` is unknown, or what is
@@ -120,7 +120,8 @@ def slope_matmul(
         through, source, x = x.activation, x.z, x.y
     check_operands(x, w, working, adapter, backward)
     _check_terms(x, w, activation, residual, activated)
-    options = Options(precision, implementation, w.dtype, backward, through, activated)
+    added = residual is not None
+    options = Options(precision, implementation, w.dtype, backward, through, activated, added)
     terms = Terms(bias, adapter, residual, source)
     y = _slope_matmul(x, w, working, terms, activation, options)
     return Activated(*y, activation) if activated else y
@@ -133,6 +134,7 @@ class Options(NamedTuple):
     backward: str
     through: str | None = None  # the activation that made x, where dx is to go back through it
     activated: bool = False
+    added: bool = False  # to a residual
 
 
 class Terms(NamedTuple):
@@ -203,9 +205,7 @@ def _forward(x, w, working, terms, activation, options):
         w = w.with_values(working.values)
     out = _handed_on(y, z, activation) if options.activated else y
     entered = y if activation == "relu" else z
-    # A residual is only known to be there, by an array of nothing in its dtype.
-    there = None if terms.residual is None else jnp.zeros((0,), terms.residual.dtype)
-    terms = terms._replace(residual=there)
+    terms = terms._replace(residual=None)
     return out, (x, w, working.transpose, terms, None if options.activated else entered, t)
 
 
@@ -240,8 +240,7 @@ def backward(activation, options, residuals, dy):
     no_gradient = np.zeros(w.metadata.shape, jax.dtypes.float0)
     dw = CompressedMatrix(dw, no_gradient, w.pattern, w.axis, w.shape)
     dbias = None if terms.bias is None else sums.astype(terms.bias.dtype)
-    dresidual = None if terms.residual is None else dy.astype(terms.residual.dtype)
-    return dx, dw, None, Terms(dbias, dadapter, dresidual)
+    return dx, dw, None, Terms(dbias, dadapter, dy if options.added else None)
 
 
 def _source(x, terms: Terms):

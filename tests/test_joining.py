@@ -177,6 +177,14 @@ def test_bad_joinings_are_named(options, message):
         nm_matmul(x, w, **options)
 
 
+def test_a_dense_layer_refuses_what_is_handed_on():
+    up, down = SparseDense(48, activation="relu"), SparseDense(32, sparsity=None)
+    x = integers(0, (2, 3, 32))
+    h = up.apply(up.init(jax.random.key(0), x), x, activated=True)
+    with pytest.raises(ValueError, match=r"needs a layer whose `joins` is true.*=down\.joins"):
+        down.init(jax.random.key(1), h)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
