@@ -90,8 +90,9 @@ class Epilogue:
         return self.residual, self.source
 
     def without_joining(self) -> "Epilogue":
-        """The same without what has y's shape."""
-        return dataclasses.replace(self, residual=None, source=None, through=None)
+        """The same without what has y's shape, and moments, which are of both together."""
+        nothing = {"residual": None, "source": None, "through": None, "save_moments": False}
+        return dataclasses.replace(self, **nothing)
 
     def multiplied(self, x: jax.Array, precision=None) -> "Epilogue":
         """The same with the adapter's first product made: `low_rank` for `adapter`."""

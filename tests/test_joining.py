@@ -240,6 +240,39 @@ def test_what_joins_lowers_for_cuda(through):
     assert "nm_matmul" in text
 
 
+@needs_jax
+def test_tiles_that_cannot_join_are_named():
+    from pallas_kernels.mosaic import matmul
+
+    tile = matmul.Tile(tokens=208, slot_tokens=208, stages=3, slots=1)
+    for options in ({}, {"save_sums": True}):
+        run, arguments, *_ = joined(SMALL[0], jnp.bfloat16, tile, **options)
+        message = "multiple of 32" if options else "takes 4 stages at a time"
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(run, *arguments[:3], None if options else arguments[3], arguments[4])
+
+
+@needs_jax
+@pytest.mark.parametrize("tokens", [48, 300])
+def test_what_is_saved_comes_in_order_whatever_joins_apart(tokens):
+    """y, what enters the activation, moments that nobody takes, and sums of what is multiplied."""
+    from pallas_kernels.epilogue import Epilogue
+    from pallas_kernels.mosaic import products
+
+    arrays = [jax.ShapeDtypeStruct((tokens, n), jnp.bfloat16) for n in (136, 200)]
+    w = jax.eval_shape(lambda: compress(integers(1, (136, 200), jnp.bfloat16), "2:4"))
+    saved = {"save_preactivation": True, "save_moments": True, "save_sums": True}
+
+    def run(x, source, w):
+        epilogue = Epilogue(source=source, through="relu", activation="silu", **saved)
+        return products.nm_matmul(x, w, jnp.dtype("bfloat16"), None, epilogue)
+
+    y, z, moments, sums = jax.eval_shape(run, *arrays, w)
+    assert moments is None
+    assert (y.shape, y.dtype, z.shape, z.dtype) == 2 * ((tokens, 200), jnp.bfloat16)
+    assert (sums.shape, sums.dtype) == ((136,), jnp.float32)
+
+
 def tiles():
     if support.version_obstacle() is not None:
         return []

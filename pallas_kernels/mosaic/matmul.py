@@ -87,6 +87,8 @@ def nm_matmul(
         operands["joining"] = joining
     results = {name: out_type for name in (("z", "y") if save_preactivation else ("y",))}
     if save_sums:
+        if tile.tokens % input_sums.LANES:
+            raise ValueError(f"{tile}: sums need tokens that are a multiple of {input_sums.LANES}")
         tiles = tile.grid(tokens, out)[1] * tile.across
         results["sums"] = jax.ShapeDtypeStruct((tiles, k), jnp.float32)
     schedule = tile.schedule(tokens, k, out, processors)

@@ -89,8 +89,8 @@ def _joined_apart(x, w, epilogue: Epilogue, out_dtype):
     later = Epilogue(**{name: getattr(epilogue, name) for name in names})
     result = _nm_matmul(x, w, epilogue.without_joining(), out_dtype=jnp.float32)
     y, *saved = result if isinstance(result, tuple) else (result,)
-    if epilogue.save_preactivation:
-        saved[0] = saved[0].astype(out_dtype)
+    sums = [saved.pop()] if epilogue.save_sums else []
+    saved = [z.astype(out_dtype) for z in saved] + [None] * epilogue.save_moments + sums
     y = finish(y, later, out_dtype)
     return (y, *saved) if saved else y
 
