@@ -10,7 +10,7 @@ import jax
 
 from benchmarks import peers, problems
 from benchmarks.problems import Case, Problem, Variant
-from pallas_kernels import candidates, choose, device_time, samples, tuning
+from pallas_kernels import choose, device_time, samples, tuning
 from pallas_kernels.mosaic import support
 
 PEER_TOKENS = (8192,)
@@ -252,17 +252,14 @@ def named(problem: Problem) -> dict[str, Any]:
 
 
 def configuration(problem: Problem) -> dict[str, int]:
-    """The kernel's configuration for a problem: the measured one, else that of its rule."""
-    tokens, (k, f) = problem.tokens, problem.size
-    op = support.kernel_of(problem.op, tokens)
+    """What the kernel runs by for a problem."""
+    from pallas_kernels.mosaic import products  # needs a newer JAX than the package does
+
+    op = support.kernel_of(problem.op, problem.tokens)
     if op not in tuning.OPS:
         return {}
-    device = jax.devices()[0]
-    capability = getattr(device, "compute_capability", None)
-    entry = tuning.best(op, tokens, k, f, problem.source, device.device_kind, capability)
-    if entry is not None:
-        return entry.config
-    return dataclasses.asdict(candidates.kernel(op).choose(tokens, k, f))
+    found = products.configuration(op, problem.tokens, *problem.size, problem.source)
+    return dataclasses.asdict(found)
 
 
 def rounded(value: Any) -> Any:

@@ -155,7 +155,10 @@ def _summary(rows: list[dict[str, Any]], weighed: list[dict[str, Any]]) -> str:
     known = list(dict.fromkeys((r["phase"], r["batch"], r["prompt"]) for r in rows))
     works = [work for work in IMPORTANT if work in known] or known
     header = ("model", "rank", *(_title(work) for work in works), "weights")
-    ratios = {(row["model"], row["rank"]): f"{row['ratio']:.3f}" for row in weighed}
+    ratios = {  # a device's allocator rounds, now and then one side alone
+        (row["model"], row["rank"]): f"{max(row['ratio'], row['shape_ratio']):.3f}"
+        for row in weighed
+    }
     lines: dict[tuple[str, int], dict[tuple, str]] = {}
     for row in rows:
         cells = lines.setdefault((row["model"], row["rank"]), {})
@@ -165,6 +168,7 @@ def _summary(rows: list[dict[str, Any]], weighed: list[dict[str, Any]]) -> str:
         [
             (model, f"{rank}", *(cells.get(w, "–") for w in works), ratios.get((model, rank), "–"))
             for (model, rank), cells in lines.items()
+            if not cells.keys().isdisjoint(works)
         ],
     )
     return "\n\n".join([table, *_noise(rows)])

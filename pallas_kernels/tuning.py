@@ -5,8 +5,9 @@ An entry says which configuration of a kernel is the fastest for a shape, what i
 the dense product takes in the same run. Devices of one compute capability share their entries; of
 one shape a device's own counts. An entry of T tokens stands for half to twice as many,
 [T / 2, 2 T]; the largest T of a shape for any more. Where two would do, the nearer one by ratio
-counts, and of equally near ones the larger. Other sizes have no entry: kernels then choose a
-configuration by rule, and `verdict` goes by the nearest shape.
+counts, and of equally near ones the larger. Where its tile of `nm_matmul` suits other tokens by far
+the worse, that of the rule runs (`matmul_tiles.suited`). Other sizes have no entry: kernels then choose
+a configuration by rule, and `verdict` goes by the nearest shape.
 """
 
 import dataclasses

@@ -120,7 +120,8 @@ class SparseDense(nn.Dense):
         """(..., in) to (..., features), with the residual (..., features) added if there is one.
 
         With a stream as the residual, or the norm of an array that is not made yet, the product
-        joins them in one kernel where it can, and has no gradient; a stream gives a stream.
+        joins them in one kernel where it can, and has no gradient; a stream gives a stream. What is
+        returned has the layer's dtype, whatever that of the residual is.
 
         Args:
           activated: hand on an `Activated` for another layer that `joins`, if this one does.
@@ -131,6 +132,7 @@ class SparseDense(nn.Dense):
         if not isinstance(inputs, Activated):
             inputs = jnp.asarray(inputs)
         self._check(inputs)
+        self._check_handing_on(inputs, residual, activated)
         if self.joins and (norm is not None or stream is not None):
             return self._joined(inputs, norm, stream)
         added = residual if stream is None else stream.x
@@ -143,13 +145,12 @@ class SparseDense(nn.Dense):
             y, added = self._sparse(inputs, added), None  # the sum, for the caller to name
         else:
             y = checkpoint_name(self._sparse(inputs), PRODUCT)
-        y = y if added is None else added + y
+        y = y if added is None else added.astype(y.dtype) + y
         return y if stream is None else Stream(y)
 
     def _joined(
-        self, inputs: jax.Array | Activated, norm: Norm | None, residual: Stream | None
+        self, inputs: jax.Array, norm: Norm | None, residual: Stream | None
     ) -> jax.Array | Stream:
-        inputs = inputs.y if isinstance(inputs, Activated) else inputs
         kernel, working = self._kernel(inputs.shape[-1]), self._working()
         bias, adapter = self._terms(inputs.shape[-1])
         inputs, *_ = self.promote_dtype(inputs, kernel.values, bias, dtype=self.dtype)
@@ -161,7 +162,7 @@ class SparseDense(nn.Dense):
             activation=self.activation,
             adapter=None if adapter is None else tuple(a.astype(inputs.dtype) for a in adapter),
             norm=norm,
-            residual=None if residual is None else residual.x,
+            residual=None if residual is None else residual.x.astype(inputs.dtype),
             save_moments=residual is not None,
             precision=self.precision,
             implementation=self.implementation,
@@ -208,6 +209,7 @@ class SparseDense(nn.Dense):
                 sharded_matmul, cut=cut_of(self.path), sections=self.sections
             )
         else:
+            residual = None if residual is None else residual.astype(x.dtype)
             matmul = functools.partial(slope_matmul, residual=residual, activated=activated)
         return matmul(
             inputs,
@@ -237,7 +239,8 @@ class SparseDense(nn.Dense):
 
     def _is_sharded(self) -> bool:
         plain = self.dot_general is None and self.dot_general_cls is None and not self.simulated
-        return plain and active_mesh() is not None and not self.is_initializing()
+        initializing = self.scope is not None and self.is_initializing()
+        return plain and active_mesh() is not None and not initializing
 
     def _working(self) -> Working | None:
         return self.get_variable(WORKING, "kernel")
@@ -295,11 +298,6 @@ class SparseDense(nn.Dense):
             )
         check_activation(self.activation)
         check_backward(self.backward)
-        if isinstance(inputs, Activated) and not self.joins:
-            raise ValueError(
-                f"{where}: what an activation hands on needs a layer whose `joins` is true, one that"
-                " is sparse and not cut by a mesh; call up(x, activated=down.joins)"
-            )
         if self.pattern is None:
             return
         self.pattern.check_divides(inputs.shape[-1], f"{where}: input axis")
@@ -307,6 +305,25 @@ class SparseDense(nn.Dense):
         if self.dot_general is not None or self.dot_general_cls is not None:
             raise ValueError(
                 f"{where}: dot_general does not apply to a compressed kernel; use sparsity=None"
+            )
+
+    def _check_handing_on(self, inputs, residual, activated: bool) -> None:
+        where = self._where()
+        if activated and self.activation is None:
+            raise ValueError(f"{where}: activated=True needs an activation to hand on")
+        if activated and residual is not None:
+            raise ValueError(f"{where}: activated=True hands on no sum; add the residual later")
+        if not isinstance(inputs, Activated):
+            return
+        if not self.joins:
+            raise ValueError(
+                f"{where}: what an activation hands on needs a layer whose `joins` is true, one that"
+                " is sparse and not cut by a mesh; call up(x, activated=down.joins)"
+            )
+        if isinstance(residual, Stream):
+            raise ValueError(
+                f"{where}: a stream is added without gradients, which what an activation hands on is"
+                " for; call up(x), or give the residual as an array"
             )
 
     def _where(self) -> str:

@@ -118,6 +118,7 @@ def slope_matmul(
     through, source = None, None
     if isinstance(x, Activated):
         through, source, x = x.activation, x.z, x.y
+        _check_activated(through, source, x)
     check_operands(x, w, working, adapter, backward)
     _check_terms(x, w, activation, residual, activated)
     added = residual is not None
@@ -251,7 +252,7 @@ def outer_gradients(activation, precision, x, terms: Terms, z, t, dy):
     """What comes before the products with the weight.
 
     Returns the gradient of the product in x's dtype, that of the adapter, and the factors of the
-    low-rank term of dx. The gradient of the bias is the first's sums.
+    low-rank term of dx. The gradient of the bias is the first's sums, rounded as it is.
     """
     dz = dy if activation is None else gradient_through(activation, z, dy)
     dz = dz.astype(x.dtype)
@@ -291,7 +292,8 @@ def _adapter_backward(x, t, dz, adapter, precision):
     return (over_tokens(x, dt, adapter[0]), over_tokens(t, dz, adapter[1])), (dt, left.T)
 
 
-# Where a layer is rematerialised, its first pass then runs `product` without the preactivation.
+# Where a layer is rematerialised, its first pass then runs `product` without the preactivation, but for
+# an `Activated`, whose z is a result.
 _slope_matmul.defvjp(_forward, backward, optimize_remat=True)
 
 
@@ -302,6 +304,19 @@ def check_operands(x, w, working: Working, adapter, backward: str) -> None:
     _check_adapter(adapter, w.shape)
     _check_working(working, x, w)
     check_backward(backward)
+
+
+def _check_activated(activation: str, z, y) -> None:
+    if (z is None) != (activation == "relu"):
+        raise ValueError(
+            f"an Activated of {activation!r} has {'no' if z is None else 'a'} z; relu's has none, and"
+            " those of others have what entered the activation"
+        )
+    if z is not None and (z.shape, z.dtype) != (y.shape, y.dtype):
+        raise ValueError(
+            f"an Activated has z {z.dtype}{list(z.shape)}; it must be as y is,"
+            f" {y.dtype}{list(y.shape)}"
+        )
 
 
 def _check_terms(x, w, activation: str | None, residual, activated: bool) -> None:

@@ -9,10 +9,12 @@ import pytest
 from test_epilogue import ACTIVATIONS, close, formula, integers, problem
 
 from pallas_kernels import compress, decompress, kept_mask, nm_matmul
+from pallas_kernels.epilogue import ACTIVATIONS as ACTIVATION
 from pallas_kernels.epilogue import Norm
 from pallas_kernels.mosaic import support
 from slope_jax import SparseDense, masks, slope_matmul
 from slope_jax.matmul import Activated
+from slope_jax.normed import Stream
 
 strict = pytest.mark.usefixtures("strict_dtypes")
 obstacle = support.device_obstacle()
@@ -50,8 +52,12 @@ def test_sums_are_in_float32():
 
 
 def chain(x, up, down, biases, residual, activation, *, activated, **options):
-    """Two products around an activation."""
-    h = slope_matmul(x, up, bias=biases[0], activation=activation, activated=activated, **options)
+    """Two products around an activation, which is handed on, or JAX's own."""
+    if activated:
+        given = {"activation": activation, "activated": True}
+        h = slope_matmul(x, up, bias=biases[0], **given, **options)
+    else:
+        h = ACTIVATION[activation](slope_matmul(x, up, bias=biases[0], **options))
     return slope_matmul(h, down, bias=biases[1], residual=residual, **options)
 
 
@@ -97,7 +103,7 @@ def test_gradients_of_two_products_around_an_activation(activation, backward):
 @strict
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_an_activation_handed_on_changes_no_result(activation):
-    """With and without gradients; where none is wanted nobody keeps what entered it."""
+    """With and without gradients."""
     arguments = two_products()
 
     def call(activated):
@@ -177,12 +183,42 @@ def test_bad_joinings_are_named(options, message):
         nm_matmul(x, w, **options)
 
 
-def test_a_dense_layer_refuses_what_is_handed_on():
-    up, down = SparseDense(48, activation="relu"), SparseDense(32, sparsity=None)
-    x = integers(0, (2, 3, 32))
-    h = up.apply(up.init(jax.random.key(0), x), x, activated=True)
-    with pytest.raises(ValueError, match=r"needs a layer whose `joins` is true.*=down\.joins"):
-        down.init(jax.random.key(1), h)
+H = Activated(jnp.ones((2, 3, 32)), None, "relu")
+
+
+@pytest.mark.parametrize(
+    ("layer", "arguments", "message"),
+    [
+        ({"sparsity": None}, (H,), r"needs a layer whose `joins` is true.*=down\.joins"),
+        ({}, (H, Stream(jnp.ones((2, 3, 8)))), "a stream is added without gradients"),
+        ({}, (H.y, None, True), "activated=True needs an activation"),
+        ({"activation": "relu"}, (H.y, jnp.ones((2, 3, 8)), True), "hands on no sum"),
+    ],
+)
+def test_what_cannot_be_handed_on_is_named(layer, arguments, message):
+    inputs, residual, activated = (*arguments, None, None)[:3]
+    with pytest.raises(ValueError, match=message):
+        SparseDense(8, **layer).init(jax.random.key(0), inputs, residual, activated=bool(activated))
+
+
+@pytest.mark.parametrize("sparsity", ["2:4", None])
+def test_a_residual_of_another_dtype_takes_the_layers(sparsity):
+    layer = SparseDense(8, sparsity=sparsity, dtype=jnp.bfloat16)
+    x, residual = integers(0, (3, 32)), integers(1, (3, 8))
+    variables = layer.init(jax.random.key(0), x)
+    y, gradient = jax.value_and_grad(
+        lambda residual: layer.apply(variables, x, residual).astype(jnp.float32).sum()
+    )(residual)
+    assert layer.apply(variables, x, residual).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(gradient, jnp.ones((3, 8)))
+    assert np.isfinite(y)
+
+
+def test_a_layer_on_a_mesh_does_not_join():
+    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1])
+    assert SparseDense(8).joins
+    with jax.set_mesh(mesh):
+        assert not SparseDense(8).joins
 
 
 @pytest.mark.parametrize(
@@ -199,29 +235,47 @@ def test_bad_terms_are_named(options, message):
         slope_matmul(x, w, **options)
 
 
+@pytest.mark.parametrize(
+    ("activation", "z", "message"),
+    [
+        ("gelu", None, "of 'gelu' has no z"),
+        ("relu", jnp.ones((2, 3, 32)), "of 'relu' has a z; relu's has none"),
+        ("silu", jnp.ones((6, 32)), r"z float32\[6, 32\]; it must be as y is, float32\[2, 3, 32\]"),
+    ],
+)
+def test_a_wrong_activated_is_named(activation, z, message):
+    x, w, *_ = problem()
+    with pytest.raises(ValueError, match=message):
+        slope_matmul(Activated(x, z, activation), w)
+
+
 # The kernel: 64 outputs of what joins in a stage of the ring, for one warpgroup of the two.
 
 
 def joined(shape, dtype, tile, **options):
+    """A product with a bias, ranks of part of two stages, and what joins; its arguments, and its sum."""
     from pallas_kernels.mosaic import matmul
 
     tokens, k, f, processors = shape
     x, w = integers(0, (tokens, k), dtype), compress(integers(1, (k, f), dtype), "2:4")
     joining, bias = integers(2, (tokens, f), dtype), integers(3, (f,))
+    low_rank = integers(4, (tokens, 40), dtype), integers(5, (40, f), dtype)
     run = jax.jit(
-        lambda x, values, metadata, joining, bias: matmul.nm_matmul(
+        lambda x, values, metadata, joining, bias, low_rank: matmul.nm_matmul(
             x,
             values,
             metadata,
             tile,
             bias=bias,
+            low_rank=low_rank,
             joining=joining,
             processors=processors,
             **options,
         )
     )
     exact = np.float64(x) @ np.float64(decompress(w)) + np.float64(bias)
-    return run, (x, w.values, w.metadata, joining, bias), exact
+    exact = exact + np.float64(low_rank[0]) @ np.float64(low_rank[1])
+    return run, (x, w.values, w.metadata, joining, bias, low_rank), exact
 
 
 # Tokens, in, out, processors.
@@ -248,8 +302,17 @@ def test_tiles_that_cannot_join_are_named():
     for options in ({}, {"save_sums": True}):
         run, arguments, *_ = joined(SMALL[0], jnp.bfloat16, tile, **options)
         message = "multiple of 32" if options else "takes 4 stages at a time"
+        given = (*arguments[:3], None if options else arguments[3], *arguments[4:])
         with pytest.raises(ValueError, match=message):
-            jax.eval_shape(run, *arguments[:3], None if options else arguments[3], arguments[4])
+            jax.eval_shape(run, *given)
+    for options, message in (
+        ({"out_dtype": jnp.float32}, "results in x's bfloat16, not float32"),
+        ({"through": "relu"}, "needs joining"),
+    ):
+        run, arguments, *_ = joined(SMALL[0], jnp.bfloat16, matmul.Tile(), **options)
+        given = (*arguments[:3], None if "through" in options else arguments[3], *arguments[4:])
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(run, *given)
 
 
 @needs_jax
@@ -298,6 +361,12 @@ def test_what_joins_is_exact_on_integers(tile):
         np.testing.assert_array_equal(np.float64(sums).sum(0), np.float64(arguments[0]).sum(0))
         again = run(*arguments)
         assert all(a.tobytes() == b.tobytes() for a, b in zip(again, (y, sums), strict=True))
+        options = {"activation": "relu", "save_preactivation": True}
+        run, _, exact = joined(shape, jnp.bfloat16, tile, **options)
+        y, z = run(*arguments)
+        np.testing.assert_array_equal(z, jnp.asarray(exact, jnp.float32).astype(jnp.bfloat16))
+        exact = jnp.asarray(np.maximum(exact, 0) + joining, jnp.float32)
+        np.testing.assert_array_equal(y, exact.astype(jnp.bfloat16))
 
 
 @needs_gpu

@@ -1,6 +1,7 @@
 """What the models share: configuration, names, stacks, counts."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -285,16 +286,21 @@ def test_remat_does_not_change_gradients():
 @pytest.mark.parametrize(
     ("name", "mlp"), [("gpt2-nano", [64, 64]), ("llama-nano", [64, 128])], ids=["gpt2", "llama"]
 )
-def test_what_the_backward_pass_keeps(name, mlp):
-    """Widths of what a layer keeps for every token, all in the compute dtype: norms keep nothing."""
+@pytest.mark.parametrize("deterministic", [True, False], ids=["evaluated", "trained"])
+def test_what_the_backward_pass_keeps(name, mlp, deterministic):
+    """Widths of what a layer keeps for every token, all in the compute dtype.
+
+    Of norms two moments of a row in float32 are kept, of LLaMA's one.
+    """
 
     def widths(remat):
         overrides = ONE_STACK | ({"num_kv_heads": 2} if name.startswith("llama") else {})
-        model = small(name, dtype="bfloat16", remat=remat, **overrides)
+        model = small(name, dtype="bfloat16", remat=remat, dropout=0.0, **overrides)
         variables = dict(zeros(model))
 
         def residuals(params):
-            return jax.vjp(lambda p: model.apply(variables | {"params": p}, IDS), params)[1]
+            call = functools.partial(model.apply, deterministic=deterministic)
+            return jax.vjp(lambda p: call(variables | {"params": p}, IDS), params)[1]
 
         kept = jax.tree.leaves(jax.eval_shape(residuals, variables["params"]))
         shapes = [(tuple(n for n in leaf.shape if n > 1), leaf.dtype.name) for leaf in kept]
@@ -304,6 +310,9 @@ def test_what_the_backward_pass_keeps(name, mlp):
             if shape[:3] == (2, *IDS.shape) and len(shape) == 4
         ]
         assert {dtype for _, dtype in of_tokens} == {"bfloat16"}
+        moments = [shape for shape in shapes if shape == ((2, *IDS.shape), "float32")]
+        each = 1 if name.startswith("llama") else 2
+        assert len(moments) == (0 if remat else 2 * each)
         return sorted(width for width, _ in of_tokens)
 
     qkv = 64 if name.startswith("llama") else 96

@@ -67,7 +67,7 @@ def test_a_tile_measured_with_other_tokens_leaves_no_wave_nearly_empty(tokens, m
 
     measured = tuning.Entry("", "", 2048, (768, 2304), dataclasses.asdict(matmul.Tile()), 1, 2)
     monkeypatch.setattr(products, "_measured", lambda *_: measured)
-    tile = products._config(matmul, tokens, 768, 2304, jnp.bfloat16)
+    tile = products.configuration("nm_matmul", tokens, 768, 2304, jnp.bfloat16)
     assert (tile == matmul.Tile()) == (tokens == 2048)
     plan = tile.schedule(tokens, 768, 2304, 132)
     assert plan.waves == 0 or plan.left >= plan.processors / 2

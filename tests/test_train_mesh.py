@@ -80,14 +80,12 @@ def test_a_run_on_a_mesh_is_that_of_one_device_and_goes_on_anywhere(folder):
     assert f"Going on after step {JOIN}" in text
     assert "adapters of rank 8 join 6 linears" in text
 
-    # On one device from where adapters join, and up to there.
+    # On one device from where adapters join; steps up to there are compared below.
     alone = make_config("gpt2-nano", **options(folder, run_dir=str(folder / "alone")))
     code, text = run(alone)
     assert code == Exit.DONE
     assert f"Going on after step {JOIN}" in text
-    first = make_config("gpt2-nano", **options(folder, run_dir=str(folder / "first")))
-    assert run(first, stop_at=JOIN)[0] == Exit.UNFINISHED
-    ours, expected = losses(path), losses(folder / "alone") | losses(folder / "first")
+    ours, expected = losses(path), losses(folder / "alone")
     assert ours.keys() == expected.keys() == set(range(1, STEPS + 1))
     np.testing.assert_allclose([ours[s] for s in expected], list(expected.values()), rtol=1e-5)
 

@@ -4,6 +4,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.mosaic.gpu import utils as mutils
 
 CONSUMERS = 2  # warpgroups
 STEP = 64  # of the contracted axis per stage
@@ -39,6 +40,16 @@ def run(produce, consume) -> None:
     def _consumer():
         plgpu.set_max_registers(240, action="increase")
         consume(wg)
+
+
+def meet() -> None:
+    """The threads of a warpgroup wait for each other: one of them may then speak for all."""
+
+    @plgpu.inline_mgpu()
+    def body(ctx):
+        mutils.warpgroup_barrier()
+
+    body()
 
 
 def next_stage(stage, stages: int):

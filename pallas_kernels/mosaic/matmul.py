@@ -81,9 +81,13 @@ def nm_matmul(
         operands |= {"t": low_rank[0], "r": low_rank[1]}
     if bias is not None:
         operands["bias"] = jnp.pad(bias.astype(jnp.float32), (0, -out % (tile.rows * tile.down)))
+    if through is not None and joining is None:
+        raise ValueError(f"through={through!r} needs joining: what entered the activation")
     if joining is not None:
         if tile.stages < tile.rows // 64:
             raise ValueError(f"{tile}: what joins takes {tile.rows // 64} stages at a time")
+        if out_type.dtype != x.dtype:
+            raise ValueError(f"what joins needs results in x's {x.dtype}, not {out_type.dtype}")
         operands["joining"] = joining
     results = {name: out_type for name in (("z", "y") if save_preactivation else ("y",))}
     if save_sums:
@@ -385,9 +389,13 @@ class _Kernel:
 
         mine = self.after(stage, wg * tile.blocks)
         if self.joining_steps:
-            for block in range(tile.blocks):  # of the other warpgroup, which alone reads them
-                other = self.after(stage, (CONSUMERS - 1 - wg) * tile.blocks + block)
+            # The other warpgroup's, which alone reads them.
+            first = self.after(stage, (CONSUMERS - 1 - wg) * tile.blocks)
+            others = [self.after(first, block) for block in range(tile.blocks)]
+            for other in others:
                 plgpu.barrier_wait(full.at[other])
+            frame.meet()  # in a cluster one warp's arrival is that of all
+            for other in others:
                 plgpu.barrier_arrive(empty.at[other])
         chunks = range(0, tile.tokens, tile.slot_tokens)
         stores = itertools.product(range(tile.blocks), chunks, results)

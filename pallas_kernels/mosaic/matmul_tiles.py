@@ -90,7 +90,7 @@ SIZES = {
 SHARERS = (1, 8)  # of a tile of the last wave, at most
 TILES = tuple(dataclasses.replace(tile, splits=n) for tile in SIZES for n in SHARERS)
 IDLE = 0.4  # of a busy processor's power: what idle ones leave makes the others faster
-FAR_SHORTER = 0.9  # estimates are off by 2 to 5 %
+FAR_SHORTER = 0.9
 LAUNCH = 3.0  # microseconds until the first stage
 SHARING = 10.0  # microseconds that parts of 256 x 192 outputs take on their way
 
@@ -112,21 +112,31 @@ def candidates(tokens: int, k: int, f: int, *, processors: int = 132) -> list[Ti
     return sorted(differ, key=lambda tile: estimate(tile, plans[tile], pl.cdiv(k, STEP)))
 
 
-def suited(tile: Tile, tokens: int, k: int, f: int, *, processors: int = 132) -> Tile:
-    """A tile that was measured with other tokens, unless another one is by far the shorter estimate.
+def suited(
+    tile: Tile, measured: int, tokens: int, k: int, f: int, *, processors: int = 132
+) -> Tile:
+    """A tile that was measured to be the best for other tokens, unless another is by far the better one.
 
-    >>> suited(Tile(), 2048, 768, 2304) == Tile(), suited(Tile(), 1024, 768, 2304).rows  # 99, 54 tiles
-    (True, 128)
+    Estimates of two tiles are off from each other by up to a tenth. By how much one was wrong for the
+    number of tokens that was `measured`, where the other was not the better one, it is taken to be wrong
+    here.
+
+    >>> suited(Tile(), 2048, 2000, 768, 2304) == Tile()  # 99 tiles
+    True
+    >>> suited(Tile(), 2048, 1024, 768, 2304).rows  # 54 tiles
+    128
     """
     if dataclasses.replace(tile, splits=1) not in SIZES:
         return tile
-
-    def microseconds(tile: Tile) -> float:
-        plan = tile.schedule(tokens, k, f, processors)
-        return estimate(tile, plan, pl.cdiv(k, STEP))
-
     other = choose(tokens, k, f, processors=processors)
-    return other if microseconds(other) < FAR_SHORTER * microseconds(tile) else tile
+
+    def ratio(tokens: int) -> float:
+        plans = (t.schedule(tokens, k, f, processors) for t in (other, tile))
+        stages = pl.cdiv(k, STEP)
+        ours, theirs = (estimate(t, p, stages) for t, p in zip((other, tile), plans, strict=True))
+        return ours / theirs
+
+    return other if ratio(tokens) < FAR_SHORTER * min(1, ratio(measured)) else tile
 
 
 def estimate(tile: Tile, plan: Schedule, stages: int) -> float:

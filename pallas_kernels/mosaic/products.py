@@ -12,6 +12,7 @@ from pallas_kernels import batching, tuning
 from pallas_kernels.compressed import CompressedMatrix
 from pallas_kernels.epilogue import Epilogue, Norm, finish, moments, padded_rank, sums_of
 from pallas_kernels.mosaic import few_tokens, first_product, matmul, normed, sddmm, transpose
+from pallas_kernels.mosaic.support import kernel_of
 from pallas_kernels.mosaic.two_four import as_two_four, values_of
 
 
@@ -45,8 +46,9 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
         return _joined_apart(x, w, epilogue, out_dtype)
     leading = x.shape[:-1]
     w, rows = as_two_four(w), x.reshape(tokens, k)
-    module = few_tokens if tokens <= few_tokens.FEW_TOKENS else matmul
-    config = _config(module, tokens, k, f, x.dtype)
+    op = kernel_of("nm_matmul", tokens)
+    module = {"nm_matmul": matmul, "few_tokens": few_tokens}[op]
+    config = configuration(op, tokens, k, f, x.dtype)
     norm = _norm_options(rows, f, config, epilogue.norm)
     if not norm:
         rows, epilogue = epilogue.normalised(rows)
@@ -107,19 +109,22 @@ def _joining_options(module, tokens: int, f: int, epilogue: Epilogue) -> dict[st
     }
 
 
-def _config(module, tokens: int, k: int, f: int, dtype):
-    """What was measured to be the best for this shape, or what the kernel's rule says."""
-    name, make = {
-        matmul: ("nm_matmul", matmul.Tile),
-        few_tokens: ("few_tokens", few_tokens.Config),
-    }[module]
-    entry = _measured(name, tokens, k, f, dtype)
+def configuration(op: str, tokens: int, k: int, f: int, dtype):
+    """What a kernel runs by: what was measured to be the best for such a shape, or what its rule says.
+
+    Args:
+      op: "nm_matmul", "few_tokens" or "nm_sddmm".
+    """
+    module, make = {
+        "nm_matmul": (matmul, matmul.Tile),
+        "few_tokens": (few_tokens, few_tokens.Config),
+        "nm_sddmm": (sddmm, sddmm.Tile),
+    }[op]
+    entry = _measured(op, tokens, k, f, dtype)
     if entry is None:
         return module.choose(tokens, k, f)
     config = make(**entry.config)
-    if module is matmul and entry.tokens != tokens:
-        return matmul.suited(config, tokens, k, f)
-    return config
+    return matmul.suited(config, entry.tokens, tokens, k, f) if module is matmul else config
 
 
 def _norm_options(x, f: int, config, norm: Norm | None) -> dict[str, Any]:
@@ -148,8 +153,7 @@ def _nm_sddmm(x, dy, w, into, *, out_dtype):
     if tokens == 0:
         none = jnp.zeros((w.pattern.kept(k), f), out_dtype)
         return none if into is None else into.astype(out_dtype)
-    entry = _measured("nm_sddmm", tokens, k, f, x.dtype)
-    tile = sddmm.choose(tokens, k, f) if entry is None else sddmm.Tile(**entry.config)
+    tile = configuration("nm_sddmm", tokens, k, f, x.dtype)
     flat_x, flat_dy = x.reshape(tokens, k), dy.reshape(tokens, f)
     metadata = as_two_four(w).metadata
     if 2 * w.n == w.m:  # values are where those of 2:4 are

@@ -50,7 +50,7 @@ def store_transposed(
 ) -> None:
     """out_ref (tokens, 64) = activation(acc + bias)[64 * block :][:64, first:][:, :tokens].T.
 
-    By stmatrix: four times fewer instructions than storing the transposed layout.
+    Combined with rows `first` on of what joins, if anything does. By stmatrix: four times fewer instructions than storing the transposed layout.
     """
     tokens = out_ref.shape[0]
 

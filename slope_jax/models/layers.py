@@ -1,6 +1,7 @@
 """The pieces all models are made of: linears by pattern, embeddings, norm, vocabulary logits."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ def linear(
     )
 
 
-def _is_sum(primitive: jax.extend.core.Primitive, *_, **__) -> bool:
+def _is_sum(primitive: Any, *_, **__) -> bool:
     return primitive is jax.lax.reduce_sum_p
 
 
