@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from test_epilogue import ACTIVATIONS, close, formula, integers, problem
 
-from pallas_kernels import compress, decompress, kept_mask, nm_matmul
+from pallas_kernels import compress, decompress, kept_mask, nm_matmul, nm_transpose
 from pallas_kernels.epilogue import ACTIVATIONS as ACTIVATION
 from pallas_kernels.epilogue import Norm
 from pallas_kernels.mosaic import support
-from slope_jax import SparseDense, masks, slope_matmul
+from slope_jax import SparseDense, Working, masks, slope_matmul
 from slope_jax.matmul import Activated
 from slope_jax.normed import Stream
 
@@ -136,6 +136,35 @@ def test_scan_remat_and_vmap_of_what_is_handed_on(activation):
     x = integers(0, (2, 2, 3, 32))
     found, expected = (
         jax.jit(jax.grad(lambda *a, kind=kind: loss(kind, *a), (0, 1)))(x, layers)
+        for kind in (True, False)
+    )
+    jax.tree.map(lambda a, b: close(a, np.float64(b)), found, expected)
+
+
+@strict
+def test_adapters_and_working_copies_with_what_is_handed_on():
+    """Gradients are those with the activation left to JAX, of every operand."""
+    x, up, down, biases, residual = two_products()
+    adapters = [
+        (integers(i, (size, 4)) / 8, integers(i + 1, (4, other)) / 8)
+        for i, (size, other) in ((10, (32, 48)), (12, (48, 32)))
+    ]
+    copies = [Working(w.values, nm_transpose(w)) for w in (up, down)]
+
+    def loss(activated, x, values, biases, adapters, residual):
+        weights = up.with_values(values[0]), down.with_values(values[1])
+        given = [{"bias": b, "adapter": a} for b, a in zip(biases, adapters, strict=True)]
+        first = {"working": copies[0], **given[0]}
+        if activated:
+            h = slope_matmul(x, weights[0], activation="gelu", activated=True, **first)
+        else:
+            h = ACTIVATION["gelu"](slope_matmul(x, weights[0], **first))
+        second = {"working": copies[1], **given[1], "residual": residual}
+        return jnp.square(slope_matmul(h, weights[1], **second)).sum()
+
+    arguments = (x, (up.values, down.values), biases, adapters, residual)
+    found, expected = (
+        jax.jit(jax.grad(lambda *a, kind=kind: loss(kind, *a), range(5)))(*arguments)
         for kind in (True, False)
     )
     jax.tree.map(lambda a, b: close(a, np.float64(b)), found, expected)
