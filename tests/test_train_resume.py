@@ -102,6 +102,10 @@ def test_resumed_run_equals_the_uninterrupted_one(folder, whole):
         code, text = run(config_of_part, stop_at=stop)
         assert code == Exit.UNFINISHED
         assert f"saved after step {stop} of {TOTAL}" in text
+        if stop == JOIN:  # as if a process had gone on and been killed before it saved
+            with (resumed / "metrics.jsonl").open("a") as lines:
+                lines.write(f'{{"step": {JOIN}, "eval_loss": 1.0}}\n')
+                lines.write(f'{{"step": {JOIN + 1}, "loss": 1.0}}\n')
     code, text = run(again)
     assert code == Exit.DONE
     assert f"Going on after step {JOIN + 1}" in text

@@ -220,6 +220,7 @@ class _Job:
             self.writer = MetricsWriter(
                 self.folder,
                 step=self.step,
+                evaluated=any(x["step"] == self.step for x in self.history["evals"]),
                 tensorboard=self.config.tensorboard,
                 active=is_first(),
             )

@@ -20,16 +20,26 @@ class MetricsWriter:
       run_dir: the run's folder.
       step: completed steps that the run goes on from; later lines, which belong to work that was
         lost, are removed, and TensorBoard is told to forget them.
+      evaluated: whether the checkpoint knows of an evaluation after `step`; if not, one that is told
+        of was made after the checkpoint, and is removed too.
       tensorboard: also write RUN/tensorboard.
       active: False writes nothing at all, for all but one of a run's processes.
     """
 
-    def __init__(self, run_dir: pathlib.Path, *, step: int, tensorboard: bool, active: bool = True):
+    def __init__(
+        self,
+        run_dir: pathlib.Path,
+        *,
+        step: int,
+        evaluated: bool = True,
+        tensorboard: bool,
+        active: bool = True,
+    ):
         self.path = run_dir / METRICS_FILE
         self._file = self._events = None
         if not active:
             return
-        truncate(self.path, step)
+        truncate(self.path, step, evaluated)
         self._file = self.path.open("a", encoding="utf-8")
         self._events = _Events(run_dir / "tensorboard", step) if tensorboard else None
 
@@ -64,11 +74,18 @@ class MetricsWriter:
             self._events.close()
 
 
-def truncate(path: pathlib.Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl after `step`, and a last line that was cut off."""
+def truncate(path: pathlib.Path, step: int, evaluated: bool = True) -> None:
+    """Drop the lines of metrics.jsonl after `step`, unless `evaluated` the evaluation there as well, and
+    a last line that was cut off."""
     if not path.exists():
         return
-    kept = [line for line in read(path) if line["step"] <= step]
+
+    def is_lost(line: dict[str, Any]) -> bool:
+        return line["step"] > step or (
+            line["step"] == step and "eval_loss" in line and not evaluated
+        )
+
+    kept = [line for line in read(path) if not is_lost(line)]
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
