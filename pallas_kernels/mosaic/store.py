@@ -50,7 +50,8 @@ def store_transposed(
 ) -> None:
     """out_ref (tokens, 64) = activation(acc + bias)[64 * block :][:64, first:][:, :tokens].T.
 
-    Combined with rows `first` on of what joins, if anything does. By stmatrix: four times fewer instructions than storing the transposed layout.
+    Combined with rows `first` on of what joins, if anything does. By stmatrix: four times fewer
+    instructions than storing the transposed layout.
     """
     tokens = out_ref.shape[0]
 
@@ -128,8 +129,11 @@ def store_float32(acc, bias, out_ref, block: int, row, column, activation) -> No
 
 
 def _with_epilogue(acc, bias, out_ref, out_type, block, function, store, types=(), others=()):
-    """Calls `store`, with out_ref and others, in a thread's terms: rows(b, h) is the pair of neighbouring tokens, finished,
-    of columns 8 * b on and of the thread's row (h = 0) or the one 8 below (h = 1)."""
+    """Calls `store`, with out_ref and others, in a thread's terms.
+
+    rows(b, h) is the pair of neighbouring tokens, with bias and activation, of columns 8 * b on and
+    of the thread's row (h = 0) or the one 8 below (h = 1).
+    """
     extra = () if bias is None else (bias,)
 
     @plgpu.inline_mgpu(arg_types=(ACC, *(BIAS for _ in extra), out_type, *types))
