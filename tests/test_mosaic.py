@@ -73,6 +73,19 @@ def test_a_tile_measured_with_other_tokens_leaves_no_wave_nearly_empty(tokens, m
     assert plan.waves == 0 or plan.left >= plan.processors / 2
 
 
+@needs_jax
+def test_no_estimate_overrules_a_tile_where_it_was_measured():
+    from pallas_kernels import tuning
+    from pallas_kernels.mosaic import matmul
+
+    tables = [tuning.load(name) for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200")]
+    entries = [e for table in tables for e in table.entries if e.op == "nm_matmul"]
+    assert len(entries) > 100
+    for entry in entries:
+        tile = matmul.Tile(**entry.config)
+        assert matmul.suited(tile, entry.tokens, entry.tokens, *entry.size) == tile
+
+
 def integers(seed, shape, dtype=jnp.bfloat16):
     return jax.random.randint(jax.random.key(seed), shape, -4, 5).astype(dtype)
 
