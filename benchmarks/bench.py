@@ -18,6 +18,7 @@ COOL_TOKENS = 8192  # and these kinds and sizes: also in bursts after a pause
 COOL_KINDS = ("matmul", "epilogue")
 COOL = {(768, 3072), (3072, 768), (1024, 1024), (1600, 6400), (4096, 4096), (4096, 16384)}
 COOL_ROUNDS = 3
+NAMED = ("kind", "op", "names", "tokens", "in", "out", "dtype", "epilogue", "rank")
 WITH_KERNEL = ("sparse", "float32", "bare", "whole")  # variants
 THREADS = 16
 # Of preheating: after the pause in which a batch is made ready, before each other problem, and
@@ -73,10 +74,36 @@ class Bench:
             finally:
                 ready.calls.clear()
             first = FIRST_SECONDS
-            found |= self._beside(ready.problem)
             self.seen.add(ready.problem)
             self.results.append(found)
             yield line(found)
+
+    def with_peer(self) -> list[dict[str, Any]]:
+        """The results that the peer's numbers belong beside."""
+        if self.peer is None:
+            return []
+        return [
+            found
+            for found in self.results
+            if found["kind"] == "matmul" and found["tokens"] in self.peer_tokens
+            if not all(name.endswith(" dx") for name in found["names"])
+        ]
+
+    def beside(self, found: dict[str, Any]) -> str:
+        """Adds the peer's numbers to a result; a line to read.
+
+        For when all else is timed: seconds of another library's work between two of a problem's
+        turns leave the card in another state for each of them.
+        """
+        if not self.peer.alive:
+            return f"{line(found)}; without the peer, whose process has ended"
+        try:
+            numbers = self.peer.measure(found["tokens"], (found["in"], found["out"]))
+        except RuntimeError as error:
+            self._failed(found, error)
+            return f"{line(found)}; {error}"
+        found |= {name: rounded(value) for name, value in numbers.items()}
+        return line(found)
 
     def _timed(self, ready: Ready, first: float) -> dict[str, Any]:
         times = device_time.measure(
@@ -124,27 +151,15 @@ class Bench:
                 self._fail(problem, error)
         return ready
 
-    def _beside(self, problem: Problem) -> dict[str, Any]:
-        """The peer's numbers, where it is asked for."""
-        if self.peer is None or problem.kind != "matmul" or problem.tokens not in self.peer_tokens:
-            return {}
-        if all(name.endswith(" dx") for name in problem.names):
-            return {}
-        try:
-            found = self.peer.measure(problem.tokens, problem.size)
-        except RuntimeError as error:
-            self._fail(problem, error)
-            if not self.peer.alive:
-                print("the rest is measured without the peer", file=sys.stderr)
-                self.peer = None
-            return {}
-        return {name: rounded(value) for name, value in found.items()}
-
     def _fail(self, problem: Problem, error: Exception) -> None:
         self.seen.add(problem)
+        self._failed(named(problem), error)
+
+    def _failed(self, what: dict[str, Any], error: Exception) -> None:
         text = f"{type(error).__name__}: {error}"
-        self.failed.append({**named(problem), "error": text[:500]})
-        print(f"failed: {problem}: {text[:300]}", file=sys.stderr)
+        named_fields = {name: what[name] for name in NAMED}
+        self.failed.append({**named_fields, "error": text[:500]})
+        print(f"failed: {named_fields}: {text[:300]}", file=sys.stderr)
 
 
 def _ready(problem: Problem, case: Case, compiled: dict, check) -> Ready:

@@ -107,8 +107,16 @@ def main() -> None:
             done += len(batch)
             bar.update(task, completed=done)
             path = _write(record, bench, listed, arguments.results)
+        beside = bench.with_peer()
+        for found in bar.track(beside, description="cuSPARSELt") if beside else ():
+            if time.monotonic() > stop:
+                break
+            bar.console.print(bench.beside(found), highlight=False, soft_wrap=True)
+            path = _write(record, bench, listed, arguments.results)
     if peer is not None:
         peer.close()
+    if without := sum(found["peer_us"] is None for found in bench.with_peer()):
+        print(f"{without} results without the peer's numbers")
     if path is not None:
         print(path.name, end=": ")
     print(

@@ -1,7 +1,7 @@
 """cuSPARSELt's 2:4 product beside PyTorch's dense one, in a process of its own.
 
 `Peer` starts ``python -m benchmarks.peers`` and asks it for one shape at a time, so that it is
-measured on the same machine in the same run, between the shapes of the benchmark. PyTorch and JAX
+measured on the same machine in the same run, when the benchmark's own shapes are done. PyTorch and JAX
 in one process would fight for the device's memory. Requests and replies are lines of JSON on stdin
 and stdout. Preheating and turns are as in `pallas_kernels.device_time.sustained`; the times are of
 CUDA graphs of many calls.

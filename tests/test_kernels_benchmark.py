@@ -213,6 +213,41 @@ def test_the_peer_needs_pytorch(monkeypatch):
         peers.Peer()
 
 
+class FakePeer:
+    """Knows every product but the wide one, at which its process ends."""
+
+    alive = True
+
+    def measure(self, tokens, size):
+        if size == (768, 3072):
+            self.alive = False
+            raise RuntimeError("cuSPARSELt: no algorithm")
+        return {"peer_us": 2.004, "peer_dense_us": 3.0, "peer_layout": "y"}
+
+
+def test_the_peer_is_measured_beside_forward_products_of_its_numbers_of_tokens():
+    bench = Bench("xla", peer=FakePeer(), peer_tokens=(2048,))
+    bench.results += [
+        made("matmul", 2048, (768, 768), 1.5, names=["bert-base out", "bert-base out dx"]),
+        made("matmul", 2048, (3072, 768), 1.5, names=["bert-base up dx"]),
+        made("matmul", 8192, (768, 768), 1.5),
+        made("epilogue", 2048, (768, 768), 1.5),
+        made("matmul", 2048, (768, 3072), 1.5),
+        made("matmul", 2048, (768, 2304), 1.5),
+    ]
+    asked = bench.with_peer()
+    assert [(r["in"], r["out"]) for r in asked] == [(768, 768), (768, 3072), (768, 2304)]
+    texts = [bench.beside(found) for found in asked]
+    assert asked[0] | {"peer_us": 2.0, "peer_dense_us": 3.0, "peer_layout": "y"} == asked[0]
+    assert "no algorithm" in texts[1]
+    assert "ended" in texts[2]
+    assert [r["peer_us"] for r in bench.results] == [2.0, None, None, None, None, None]
+    (failure,) = bench.failed
+    assert (failure["in"], failure["out"], failure["error"]) == (
+        768, 3072, "RuntimeError: cuSPARSELt: no algorithm"
+    )  # fmt: skip
+
+
 def made(kind, tokens, size, speedup, path="mosaic: x", **more):
     times = {"sparse": 10.0, "dense": 10.0 * speedup, "copy": 8.0}
     found = result(Problem(kind, tokens, size, ("bert-base up",)), "xla", {

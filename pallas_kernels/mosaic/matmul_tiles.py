@@ -75,24 +75,31 @@ class Pace(NamedTuple):
     epilogue: float
 
 
-# Of an H100 under sustained load, from some 100 times of 17 shapes, and at the highest clock of an H200,
-# from 40 times of shapes that leave processors idle or are short. They only rank tiles.
+# Of an H100 under sustained load, from some 100 times of 17 shapes, and at the highest clock, from 40 times
+# of an H200 and 90 of an H100, of shapes that leave processors idle or are short. They only rank tiles.
 SIZES = {
     Tile(): Pace(0.740, 0.62, 1.5),
     Tile(down=2): Pace(0.730, 0.62, 1.5),
-    Tile(tokens=128, slot_tokens=64, stages=5): Pace(0.543, 0.46, 0.7),
-    Tile(tokens=128, slot_tokens=64, stages=5, across=2): Pace(0.505, 0.46, 0.7),
-    Tile(blocks=1, tokens=256, slot_tokens=64): Pace(0.565, 0.42, 0.7),
-    Tile(blocks=1, tokens=256, slot_tokens=64, down=2): Pace(0.500, 0.39, 0.7),
+    Tile(tokens=160, slot_tokens=80): Pace(0.630, 0.51, 1.3),
+    Tile(tokens=128, slot_tokens=64, stages=5): Pace(0.543, 0.45, 0.7),
+    Tile(tokens=128, slot_tokens=64, stages=5, across=2): Pace(0.505, 0.45, 0.7),
+    Tile(blocks=1, tokens=256, slot_tokens=64): Pace(0.565, 0.40, 0.7),
+    Tile(blocks=1, tokens=256, slot_tokens=64, down=2): Pace(0.500, 0.40, 0.7),
     Tile(blocks=1, stages=5): Pace(0.420, 0.321, 0.7),
+    Tile(blocks=1, tokens=160, slot_tokens=80, stages=5): Pace(0.385, 0.285, 0.6),
     Tile(blocks=1, tokens=128, slot_tokens=64, stages=6): Pace(0.350, 0.237, 0.5),
+    Tile(blocks=1, tokens=96, slot_tokens=96, stages=6): Pace(0.290, 0.208, 0.5),
+    Tile(blocks=1, tokens=64, slot_tokens=64, stages=8): Pace(0.195, 0.163, 0.4),
+    Tile(blocks=1, tokens=32, slot_tokens=32, stages=8): Pace(0.180, 0.150, 0.1),
 }
 SHARERS = (1, 8)  # of a tile of the last wave, at most
 TILES = tuple(dataclasses.replace(tile, splits=n) for tile in SIZES for n in SHARERS)
 IDLE = 0.4  # of a busy processor's power: what idle ones leave makes the others faster
 FAR_SHORTER = 0.9
-LAUNCH = 3.0  # microseconds until the first stage
-SHARING = 10.0  # microseconds that parts of 256 x 192 outputs take on their way
+# Microseconds, of which the second each is of 128 x 128 outputs: until the first stage, and what each part
+# takes on its way. Flags for the parts take as long, however many these are.
+LAUNCH, PART = (1.7, 0.4), (0.15, 0.65)
+FLAGS = 3.5
 
 
 def choose(tokens: int, k: int, f: int, *, processors: int = 132) -> Tile:
@@ -100,7 +107,7 @@ def choose(tokens: int, k: int, f: int, *, processors: int = 132) -> Tile:
     product at large ones.
 
     >>> choose(65536, 4096, 14336).tokens, choose(2048, 768, 768).tokens
-    (192, 128)
+    (192, 96)
     """
     return candidates(tokens, k, f, processors=processors)[0]
 
@@ -141,10 +148,11 @@ def suited(
 
 def estimate(tile: Tile, plan: Schedule, stages: int) -> float:
     """Microseconds of a product of so many stages a tile, to rank tiles by."""
-    pace = SIZES[dataclasses.replace(tile, splits=1)]
+    pace, area = SIZES[dataclasses.replace(tile, splits=1)], tile.rows * tile.tokens / 128**2
+    launch, part = (once + each * area for once, each in (LAUNCH, PART))
     work = plan.tiles / plan.processors
     longest = plan.waves + (plan.share / plan.steps if plan.left else 0)
-    sharing = SHARING * tile.rows * tile.tokens / (256 * 192) if plan.slots else 0
-    power = pace.stage * stages * (work + IDLE * (longest - work)) + IDLE * LAUNCH
-    clock = pace.fastest * stages * longest + LAUNCH
+    sharing = FLAGS + part * (plan.sharers - 1) if plan.slots else 0
+    power = pace.stage * stages * (work + IDLE * (longest - work)) + IDLE * launch
+    clock = pace.fastest * stages * longest + launch
     return max(power, clock) + pace.epilogue * (plan.waves + bool(plan.left)) + sharing
