@@ -120,21 +120,19 @@ def tiles():
 @pytest.mark.parametrize("tile", tiles(), ids=str)
 def test_what_joins_is_exact_on_integers(tile):
     """With tiles that are shared or not, of clusters, in partial tiles; every sum is written, once."""
-    for shape in SMALL:
-        run, arguments, exact = joined(shape, jnp.bfloat16, tile)
+    # One that cuts tiles everywhere, with parts of them shared or many for each CTA; and another one.
+    for shape in SMALL[::3] if tile.splits == 1 else SMALL[1:3]:
+        options = {"through": "relu", "save_sums": True}
+        run, arguments, exact = joined(shape, jnp.bfloat16, tile, **options)
         joining = np.float64(arguments[3])
-        np.testing.assert_array_equal(
-            run(*arguments), jnp.asarray(exact + joining, jnp.float32).astype(jnp.bfloat16)
-        )
-        run, *_ = joined(shape, jnp.bfloat16, tile, through="relu", save_sums=True)
         y, sums = run(*arguments)
-        exact = np.where(joining > 0, exact, 0)
-        np.testing.assert_array_equal(y, jnp.asarray(exact, jnp.float32).astype(jnp.bfloat16))
+        passed = jnp.asarray(np.where(joining > 0, exact, 0), jnp.float32)
+        np.testing.assert_array_equal(y, passed.astype(jnp.bfloat16))
         np.testing.assert_array_equal(np.float64(sums).sum(0), np.float64(arguments[0]).sum(0))
         again = run(*arguments)
         assert all(a.tobytes() == b.tobytes() for a, b in zip(again, (y, sums), strict=True))
         options = {"activation": "relu", "save_preactivation": True}
-        run, _, exact = joined(shape, jnp.bfloat16, tile, **options)
+        run, *_ = joined(shape, jnp.bfloat16, tile, **options)
         y, z = run(*arguments)
         np.testing.assert_array_equal(z, jnp.asarray(exact, jnp.float32).astype(jnp.bfloat16))
         exact = jnp.asarray(np.maximum(exact, 0) + joining, jnp.float32)

@@ -110,7 +110,7 @@ def test_schedules_that_cannot_be_are_named():
 @pytest.mark.parametrize("shape", [(1, 8, 8), (8192, 768, 3072), (8192, 4096, 14336)])
 def test_candidates_are_distinct_and_survive_a_json_file(shape):
     found = candidates(*shape)
-    assert 1 <= len(found) == len(set(found)) <= 16
+    assert 1 <= len(found) == len(set(found)) <= 24
     for tile in found:
         assert Tile(**dataclasses.asdict(tile)) == tile
         assert all(type(n) is int for n in dataclasses.asdict(tile).values())

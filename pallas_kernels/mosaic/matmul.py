@@ -126,7 +126,7 @@ def nm_matmul(
     kernel = launch.kernel(
         body,
         out_type=list(results.values()),
-        grid=(processors // tile.cluster,),
+        grid=(schedule.processors,),
         grid_names=("grid",),
         **cluster,
         scratch_types=list(scratch.values()),

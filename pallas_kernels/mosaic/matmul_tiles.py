@@ -59,7 +59,7 @@ class Tile:
     def schedule(self, tokens: int, k: int, f: int, processors: int) -> Schedule:
         """Of pairs of stages, since the loop is unrolled by two."""
         tiles, steps = math.prod(self.grid(tokens, f)), pl.cdiv(k, 2 * STEP)
-        return Schedule(tiles, steps, self.splits, processors // self.cluster)
+        return Schedule(tiles, steps, self.splits, frame.clusters(processors, self.cluster))
 
     @property
     def shared_memory(self) -> int:

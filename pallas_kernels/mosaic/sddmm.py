@@ -95,7 +95,7 @@ def nm_sddmm(
     kernel = launch.kernel(
         body,
         out_type=tuple(results.values()),
-        grid=(processors // tile.cluster,),
+        grid=(schedule.processors,),
         grid_names=("grid",),
         **cluster,
         scratch_types=scratch,

@@ -54,7 +54,7 @@ class Tile:
 
     def schedule(self, tokens: int, k: int, f: int, processors: int) -> Schedule:
         tiles, steps = math.prod(self.grid(k, f)), pl.cdiv(tokens, STEP)
-        return Schedule(tiles, steps, self.splits, processors // self.cluster)
+        return Schedule(tiles, steps, self.splits, frame.clusters(processors, self.cluster))
 
     @property
     def boxes(self) -> tuple[int, int]:
@@ -70,18 +70,21 @@ class Tile:
 MEASURED = ((2, 192, 4), (1, 256, 4), (2, 128, 4), (1, 192, 5), (1, 128, 6))
 # Right, and not timed yet: for the tuner.
 UNTIMED = ((2, 160, 4), (1, 224, 4), (1, 160, 5), (1, 96, 6))
-CLUSTERS = ((1, 1), (2, 1), (1, 2))  # larger ones do not fill 132 processors
+CLUSTERS = ((1, 1), (2, 1), (1, 2))
 TILES = tuple(
     Tile(blocks, columns, stages, down, across)
     for (blocks, columns, stages), (down, across) in itertools.product(MEASURED + UNTIMED, CLUSTERS)
 )
-MOST_CANDIDATES, MOST_OF_A_SIZE = 16, 4
+# Larger clusters do not fill 132 processors. These gain where their tiles are 120: 768 x 3072 and 3072 x 768.
+TILES += (Tile(1, 160, 5, down=4), Tile(1, 160, 5, down=2, across=2))
+MOST_CANDIDATES, MOST_OF_A_SIZE = 24, 4
 
 # Of an H100, fitted to some 40 times under sustained load. A CTA runs at `CLOCK` or at what the L2
 # cache delivers to all; the whole no faster than the power allows, as if at `SUSTAINED`. In GHz,
 # microseconds and bytes per microsecond.
 CLOCK, SUSTAINED, LOAD_BYTES = 1.75, 1.42, 11.8e6
-IDLE_POWER, MULTICAST = 0.4, 0.85  # of what busy CTAs draw, of the loads without multicast
+IDLE_POWER = 0.4  # of what busy CTAs draw
+MULTICAST = {1: 1.0, 2: 0.85, 4: 0.75}  # of the loads without it, by the size of a cluster
 LAUNCH, CLEAR_FLAGS = 3.5, 1.0
 # Of 128 x 128 outputs: the epilogue, leaving a part, adding one.
 EPILOGUE, LEAVE, ADD = 0.8, 1.2, 0.5
@@ -92,7 +95,7 @@ def estimate(tokens: int, k: int, f: int, tile: Tile, processors: int = 132) -> 
     plan = tile.schedule(tokens, k, f, processors)
     area = tile.rows * tile.columns / 128**2
     cycles = 512 * area  # of a stage
-    loads = sum(tile.boxes) * (1.0 if tile.cluster == 1 else MULTICAST)
+    loads = sum(tile.boxes) * MULTICAST[tile.cluster]
 
     def stage(active: int) -> float:
         delivery = active * tile.cluster * loads * 64 * STEP * 2 / LOAD_BYTES
@@ -151,8 +154,8 @@ def candidates(tokens: int, k: int, f: int, *, processors: int = 132) -> list[Ti
     return [tile for turn in turns for tile in turn][:MOST_CANDIDATES]
 
 
-def _size(tile: Tile) -> tuple[int, int, int]:
-    return tile.blocks, tile.columns, tile.stages
+def _size(tile: Tile) -> tuple[int, int, int, bool]:
+    return tile.blocks, tile.columns, tile.stages, tile.cluster > 2
 
 
 def choose(tokens: int, k: int, f: int, *, processors: int = 132) -> Tile:
@@ -163,4 +166,4 @@ def choose(tokens: int, k: int, f: int, *, processors: int = 132) -> Tile:
     True
     """
     measured = ranked(tokens, k, f, processors)
-    return next(tile for tile in measured if _size(tile) in MEASURED)
+    return next(tile for tile in measured if _size(tile) in {(*size, False) for size in MEASURED})
