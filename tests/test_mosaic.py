@@ -73,6 +73,31 @@ def test_a_tile_measured_with_other_tokens_leaves_no_wave_nearly_empty(tokens, m
     assert plan.waves == 0 or plan.left >= plan.processors / 2
 
 
+# Microseconds on an H100, by (outputs, tokens) of a tile; each with the better number of sharers.
+MEASURED = {
+    (128, 768, 2304): {(128, 32): 4.1, (128, 64): 4.4, (128, 96): 5.6, (128, 128): 5.2},
+    (128, 1600, 1600): {(128, 32): 6.3, (128, 64): 6.7, (128, 96): 10.6},
+    (128, 4096, 1024): {(128, 32): 7.8, (128, 64): 10.8, (128, 96): 12.9, (128, 128): 13.7},
+    (1024, 1024, 1024): {(128, 64): 5.0, (128, 96): 5.8, (128, 128): 6.4, (128, 192): 7.9},
+    (1024, 1280, 1280): {(128, 64): 8.8, (128, 96): 6.7, (128, 128): 7.3, (128, 192): 9.3},
+    (1024, 768, 2304): {(128, 96): 8.1, (128, 160): 6.8, (128, 192): 7.5, (128, 256): 7.9},
+    (1024, 3072, 768): {(128, 64): 10.2, (128, 96): 11.5, (128, 128): 12.8, (128, 160): 14.7},
+    (1024, 4096, 4096): {(128, 256): 30.2, (256, 128): 31.9, (256, 160): 36.7, (256, 192): 41.8},
+    (2048, 2560, 2560): {(256, 160): 25.0, (256, 192): 28.5},
+    (2048, 5120, 5120): {(256, 160): 103.1, (128, 256): 109.8, (256, 192): 113.8},
+    (2048, 20480, 5120): {(128, 256): 412.9, (256, 160): 435.8, (256, 192): 455.6},
+}
+
+
+@needs_jax
+@pytest.mark.parametrize("shape", MEASURED, ids=str)
+def test_the_rule_takes_a_tile_that_was_measured_to_be_about_the_best(shape):
+    from pallas_kernels.mosaic import matmul
+
+    times, tile = MEASURED[shape], matmul.choose(*shape)
+    assert times[tile.rows, tile.tokens] <= 1.05 * min(times.values())
+
+
 @needs_jax
 def test_no_estimate_overrules_a_tile_where_it_was_measured():
     from pallas_kernels import tuning
