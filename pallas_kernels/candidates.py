@@ -58,6 +58,8 @@ def _nm_matmul() -> Kernel:
         return matmul.nm_matmul(x, values, metadata, matmul.Tile(**config), **options)
 
     def cases(config: Config, tokens: int):
+        if config.get("along", 1) > 1:  # for few tiles, of many stages
+            return [(1, 1032, 8, {}), (70, 2056, 264, {})]
         return [
             (1, 8, 8, {}),
             # partial tiles in every direction, many for each of 4 CTAs

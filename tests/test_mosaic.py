@@ -222,10 +222,32 @@ def test_every_tile_lowers_and_bad_ones_are_named():
     for options, message in [
         ({"tokens": 100}, "multiple of 8"),
         ({"slot_tokens": 80}, "divides tokens"),
+        ({"slots": 3}, "divide the 4 times"),
+        ({"along": 2, "splits": 8, "stages": 2}, "shares nothing else"),
         ({"stages": 6}, "bytes"),
     ]:
         with pytest.raises(ValueError, match=message):
             matmul.Tile(**options)
+
+
+@needs_jax
+def test_a_tile_that_a_cluster_shares_needs_few_tiles_of_many_stages():
+    from pallas_kernels.mosaic import matmul
+
+    tile = matmul.Tile(blocks=1, tokens=32, slot_tokens=16, along=4)
+
+    def product(tokens, k):
+        x = jax.ShapeDtypeStruct((tokens, k), jnp.bfloat16)
+        w = jax.eval_shape(lambda: compress(jnp.zeros((k, 768), jnp.bfloat16), "2:4"))
+        return jax.eval_shape(
+            functools.partial(matmul.nm_matmul, tile=tile), x, w.values, w.metadata
+        )
+
+    assert product(160, 512).shape == (160, 768)  # 30 tiles, of 4 pairs of stages
+    for tokens, k, message in ((161, 512, "there are 36 of 4"), (160, 384, "there are 30 of 3")):
+        with pytest.raises(ValueError, match=f"at most 30 tiles, of 4 pairs.*{message}"):
+            product(tokens, k)
+        assert matmul.suited(tile, 160, tokens, k, 768).along != 4
 
 
 @needs_gpu

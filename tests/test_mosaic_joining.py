@@ -52,6 +52,10 @@ def joined(shape, dtype, tile, **options):
 
 # Tokens, in, out, processors.
 SMALL = (1000, 200, 1032, 132), (776, 1096, 520, 8), (1, 8, 8, 132), (2500, 320, 264, 4)
+TOGETHER = (
+    (70, 2056, 264, 132),
+    (1, 1032, 8, 132),
+)  # one tile for each cluster, and 9 pairs of stages or more
 
 
 @needs_jax
@@ -59,9 +63,11 @@ SMALL = (1000, 200, 1032, 132), (776, 1096, 520, 8), (1, 8, 8, 132), (2500, 320,
 def test_what_joins_lowers_for_cuda(through):
     from pallas_kernels.mosaic import matmul
 
-    tile = dataclasses.replace(matmul.Tile(down=2), splits=8)
+    clusters = dataclasses.replace(matmul.Tile(down=2), splits=8), SMALL[0]
+    together = matmul.Tile(blocks=1, tokens=32, slot_tokens=16, along=4), TOGETHER[0]
+    tile, shape = together if through == "relu" else clusters
     options = {"through": through, "save_sums": through is not None}
-    run, arguments, *_ = joined(SMALL[0], jnp.bfloat16, tile, **options)
+    run, arguments, *_ = joined(shape, jnp.bfloat16, tile, **options)
     text = run.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     assert "nm_matmul" in text
 
@@ -121,7 +127,8 @@ def tiles():
 def test_what_joins_is_exact_on_integers(tile):
     """With tiles that are shared or not, of clusters, in partial tiles; every sum is written, once."""
     # One that cuts tiles everywhere, with parts of them shared or many for each CTA; and another one.
-    for shape in SMALL[::3] if tile.splits == 1 else SMALL[1:3]:
+    shapes = SMALL[::3] if tile.splits == 1 else SMALL[1:3]
+    for shape in shapes if tile.along == 1 else TOGETHER:
         options = {"through": "relu", "save_sums": True}
         run, arguments, exact = joined(shape, jnp.bfloat16, tile, **options)
         joining = np.float64(arguments[3])

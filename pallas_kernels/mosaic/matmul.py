@@ -25,7 +25,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import frame, input_sums, launch, parts, store, wgmma
+from pallas_kernels.mosaic import exchange, frame, input_sums, launch, parts, store, wgmma
 from pallas_kernels.mosaic.frame import CONSUMERS, STEP
 from pallas_kernels.mosaic.matmul_tiles import Tile, candidates, choose, suited
 from pallas_kernels.mosaic.schedule import Schedule
@@ -96,12 +96,19 @@ def nm_matmul(
         tiles = tile.grid(tokens, out)[1] * tile.across
         results["sums"] = jax.ShapeDtypeStruct((tiles, k), jnp.float32)
     schedule = tile.schedule(tokens, k, out, processors)
+    if not tile.fits(schedule):
+        raise ValueError(
+            f"{tile}: needs at most {schedule.processors} tiles, of {tile.along} pairs of stages or more;"
+            f" there are {schedule.tiles} of {schedule.steps}"
+        )
     if schedule.slots:
         part = (schedule.slots * tile.cluster, CONSUMERS, tile.rows // CONSUMERS * tile.tokens)
         results["partial"] = jax.ShapeDtypeStruct(part, jnp.float32)
     blocked = functools.partial(plgpu.SMEM, dtype=x.dtype, transforms=wgmma.SWIZZLED)
     empty, cluster = plgpu.Barrier, {}
-    if tile.cluster > 1:
+    if tile.along > 1:
+        cluster = {"cluster": (tile.along,), "cluster_names": ("along",)}
+    elif tile.cluster > 1:
         empty = functools.partial(plgpu.ClusterBarrier, collective_axes=("down", "across"))
         cluster = {"cluster": (tile.down, tile.across), "cluster_names": ("down", "across")}
     scratch = {
@@ -116,11 +123,15 @@ def nm_matmul(
         "full": plgpu.Barrier(num_arrivals=tile.loads, num_barriers=tile.stages),
         "empty": empty(num_arrivals=CONSUMERS, num_barriers=tile.stages),
     }
+    if tile.along > 1:
+        scratch["exchange"] = plgpu.SMEM((exchange.nbytes(*tile.parts),), jnp.uint8)
 
     def body(*refs):
         names = (*operands, *results, *scratch)
         refs = dict(zip(names, refs, strict=True))
         halves = _Kernel(tile, schedule, activation, through, refs)
+        if tile.along > 1:
+            exchange.prepare(refs["exchange"], *tile.parts)
         frame.run(halves.produce, halves.consume)
 
     kernel = launch.kernel(
@@ -169,13 +180,14 @@ class _Kernel:
         tokens, k = self.x.shape
         f = self.w.shape[1]
         self.grid = tile.grid(tokens, f)
-        self.shared = schedule.slots > 0
+        self.together, self.multicast = tile.along > 1, tile.down * tile.across > 1
+        self.shared = schedule.slots > 0 or self.together
         # A unit of a shared tile is of whole pairs; a stage beyond the end reads zeros.
         self.steps = 2 * schedule.steps if self.shared else pl.cdiv(k, STEP)
         self.rank_steps = pl.cdiv(refs["r"].shape[0], RANKS) if "r" in refs else 0
         self.joining_steps = tile.rows // 64 if "joining" in refs else 0
         self.ragged = k != self.steps * STEP or f % (tile.rows * tile.down) > 0
-        if self.shared:
+        if schedule.slots:
             flags = plgpu.SemaphoreType.REGULAR((CONSUMERS * schedule.slots * tile.cluster,))
             refs["flags"] = pl.get_global(flags)
 
@@ -186,9 +198,15 @@ class _Kernel:
         def unit(number, carry):
             index, start, stop, slot, others = schedule.unit(processor, number)
             row, column = plgpu.planar_snake(index, self.grid, tile.minor, tile.snake)
-            if tile.cluster > 1:
+            if self.multicast:
                 row = row * tile.down + lax.axis_index("down")
                 column = column * tile.across + lax.axis_index("across")
+            if self.together:
+                rank = lax.axis_index("along")
+                start, stop = (
+                    lax.div((rank + i) * schedule.steps, jnp.int32(tile.along)) for i in (0, 1)
+                )
+                slot = rank - 1  # the first one finishes the tile
             start, stop = (2 * start, 2 * stop) if self.shared else (0, self.steps)
             place = row * tile.rows, column * tile.tokens
             return body(Unit(index, *place, start, stop, slot, others), carry)
@@ -270,7 +288,7 @@ class _Kernel:
             return carry
 
         _, count = self.each_unit(unit, (jnp.int32(0), jnp.int32(0)))
-        if tile.cluster > 1:  # outlive the last arrivals from the rest of the cluster
+        if self.multicast:  # outlive the last arrivals from the rest of the cluster
             for stage in range(tile.stages):
 
                 @pl.when(count > stage)
@@ -356,6 +374,8 @@ class _Kernel:
         refs, cluster = self.refs, self.tile.cluster
         if not self.shared:
             return self.store(acc, bias, row, unit.column, stage, wg)
+        if self.together:
+            return self.bring_together(acc, bias, row, unit, stage, wg)
 
         member = jnp.int32(0)
         if cluster > 1:
@@ -374,6 +394,18 @@ class _Kernel:
                 return parts.add(acc, held, refs["partial"], refs["flags"], slot)
 
             added = lax.fori_loop(0, unit.others, add, acc)
+            self.store(added, bias, row, unit.column, stage, wg)
+
+    def bring_together(self, acc, bias, row, unit, stage, wg):
+        held, place = wgmma.registers(acc), self.refs["exchange"]
+
+        @pl.when(unit.slot >= 0)
+        def _():
+            exchange.send(acc, held, place, unit.slot)
+
+        @pl.when(unit.slot < 0)
+        def _():
+            added = exchange.receive(acc, held, place, self.tile.along - 1)
             self.store(added, bias, row, unit.column, stage, wg)
 
     def store(self, acc, bias, row, column, stage, wg):

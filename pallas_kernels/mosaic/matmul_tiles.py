@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax.experimental.pallas as pl
 
-from pallas_kernels.mosaic import frame
+from pallas_kernels.mosaic import exchange, frame
 from pallas_kernels.mosaic.frame import CONSUMERS, STEP
 from pallas_kernels.mosaic.schedule import Schedule
 
@@ -19,6 +19,7 @@ class Tile:
     tiles are visited in snakes `snake` wide along the outputs (0) or the tokens (1). A cluster of
     CTAs, `down` along the outputs and `across` along the tokens, loads together what its CTAs share.
     At most `splits` clusters share a tile of the last wave; 0 for an even share for all (`Schedule`).
+    Or the CTAs of a cluster, `along` the inputs, share one tile, and have no other.
     """
 
     blocks: int = 2
@@ -31,12 +32,18 @@ class Tile:
     down: int = 1
     across: int = 1
     splits: int = 1
+    along: int = 1
 
     def __post_init__(self):
         if self.tokens % 8 or not 8 <= self.tokens <= 256:
             raise ValueError(f"{self}: tokens must be a multiple of 8 up to 256")
         if self.tokens % self.slot_tokens or self.slot_tokens % 16:
             raise ValueError(f"{self}: slot_tokens must be a multiple of 16 that divides tokens")
+        # Each tile begins with the first slot, which must then be the one that was filled longest ago.
+        if (stores := self.blocks * self.tokens // self.slot_tokens) % self.slots:
+            raise ValueError(f"{self}: slots must divide the {stores} times that a tile fills one")
+        if self.along > 1 and (self.down, self.across, self.splits) != (1, 1, 1):
+            raise ValueError(f"{self}: who shares tiles along the inputs shares nothing else")
         frame.check_shared_memory(self)
 
     @property
@@ -45,7 +52,12 @@ class Tile:
 
     @property
     def cluster(self) -> int:
-        return self.down * self.across
+        return self.down * self.across * self.along
+
+    @property
+    def parts(self) -> tuple[int, int]:
+        """Parts of a tile that leave other CTAs of the cluster for the first, and float32 numbers in each."""
+        return self.along - 1, self.rows * self.tokens
 
     @property
     def loads(self) -> int:
@@ -61,10 +73,15 @@ class Tile:
         tiles, steps = math.prod(self.grid(tokens, f)), pl.cdiv(k, 2 * STEP)
         return Schedule(tiles, steps, self.splits, frame.clusters(processors, self.cluster))
 
+    def fits(self, plan: Schedule) -> bool:
+        """Whether each cluster that shares a tile has one, and each of its CTAs a part of it."""
+        return self.along == 1 or (plan.tiles <= plan.processors and plan.steps >= self.along)
+
     @property
     def shared_memory(self) -> int:
         stage = self.tokens * STEP * 2 + self.rows * (STEP + 8)
-        return self.stages * stage + CONSUMERS * self.slots * self.slot_tokens * 128
+        slots = CONSUMERS * self.slots * self.slot_tokens * 128
+        return self.stages * stage + slots + exchange.nbytes(*self.parts)
 
 
 class Pace(NamedTuple):
@@ -88,18 +105,33 @@ SIZES = {
     Tile(blocks=1, stages=5): Pace(0.420, 0.321, 0.7),
     Tile(blocks=1, tokens=160, slot_tokens=80, stages=5): Pace(0.385, 0.285, 0.6),
     Tile(blocks=1, tokens=128, slot_tokens=64, stages=6): Pace(0.350, 0.237, 0.5),
-    Tile(blocks=1, tokens=96, slot_tokens=96, stages=6): Pace(0.290, 0.208, 0.5),
-    Tile(blocks=1, tokens=64, slot_tokens=64, stages=8): Pace(0.195, 0.163, 0.4),
-    Tile(blocks=1, tokens=32, slot_tokens=32, stages=8): Pace(0.180, 0.150, 0.1),
+    Tile(blocks=1, tokens=96, slot_tokens=48, stages=6): Pace(0.290, 0.208, 0.5),
+    Tile(blocks=1, tokens=64, slot_tokens=32, stages=8): Pace(0.195, 0.163, 0.4),
+    Tile(blocks=1, tokens=32, slot_tokens=16, stages=8): Pace(0.180, 0.150, 0.1),
 }
 SHARERS = (1, 8)  # of a tile of the last wave, at most
-TILES = tuple(dataclasses.replace(tile, splits=n) for tile in SIZES for n in SHARERS)
+# Of tiles of 128 outputs x so many tokens: how many CTAs of a cluster may share one, and the stages that
+# each of them then has room for.
+ALONG = {
+    32: {2: 8, 3: 8, 4: 8, 5: 8, 6: 6, 8: 6},
+    64: {2: 8, 3: 8, 4: 6, 5: 4},
+    96: {2: 6, 3: 4},
+    128: {2: 5},
+}
+TOGETHER = {
+    dataclasses.replace(tile, along=along, stages=stages): pace
+    for tile, pace in SIZES.items()
+    if tile.blocks == 1
+    for along, stages in ALONG.get(tile.tokens, {}).items()
+}
+PACES = SIZES | TOGETHER
+TILES = (*(dataclasses.replace(tile, splits=n) for tile in SIZES for n in SHARERS), *TOGETHER)
 IDLE = 0.4  # of a busy processor's power: what idle ones leave makes the others faster
 FAR_SHORTER = 0.9
 # Microseconds, of which the second each is of 128 x 128 outputs: until the first stage, and what each part
-# takes on its way. Flags for the parts take as long, however many these are.
-LAUNCH, PART = (1.7, 0.4), (0.15, 0.65)
-FLAGS = 3.5
+# takes on its way through global memory, and through a cluster. Flags take as long for any number of parts.
+LAUNCH, PART, SENT = (1.7, 0.4), (0.15, 0.65), (0.1, 0.3)
+FLAGS, EXCHANGE = 3.5, 0.8
 
 
 def choose(tokens: int, k: int, f: int, *, processors: int = 132) -> Tile:
@@ -115,7 +147,9 @@ def choose(tokens: int, k: int, f: int, *, processors: int = 132) -> Tile:
 def candidates(tokens: int, k: int, f: int, *, processors: int = 132) -> list[Tile]:
     """All tiles worth timing, the shortest estimate first."""
     plans = {tile: tile.schedule(tokens, k, f, processors) for tile in TILES}
-    differ = [tile for tile, plan in plans.items() if tile.splits == 1 or plan.slots]
+    differ = [
+        tile for tile, plan in plans.items() if tile.fits(plan) and (tile.splits == 1 or plan.slots)
+    ]
     return sorted(differ, key=lambda tile: estimate(tile, plans[tile], pl.cdiv(k, STEP)))
 
 
@@ -133,9 +167,11 @@ def suited(
     >>> suited(Tile(), 2048, 1024, 768, 2304).rows  # 54 tiles
     128
     """
-    if dataclasses.replace(tile, splits=1) not in SIZES:
-        return tile
     other = choose(tokens, k, f, processors=processors)
+    if not tile.fits(tile.schedule(tokens, k, f, processors)):
+        return other
+    if dataclasses.replace(tile, splits=1) not in PACES:
+        return tile
 
     def ratio(tokens: int) -> float:
         plans = (t.schedule(tokens, k, f, processors) for t in (other, tile))
@@ -148,11 +184,14 @@ def suited(
 
 def estimate(tile: Tile, plan: Schedule, stages: int) -> float:
     """Microseconds of a product of so many stages a tile, to rank tiles by."""
-    pace, area = SIZES[dataclasses.replace(tile, splits=1)], tile.rows * tile.tokens / 128**2
-    launch, part = (once + each * area for once, each in (LAUNCH, PART))
+    pace, area = PACES[dataclasses.replace(tile, splits=1)], tile.rows * tile.tokens / 128**2
+    launch, part, sent = (once + each * area for once, each in (LAUNCH, PART, SENT))
     work = plan.tiles / plan.processors
     longest = plan.waves + (plan.share / plan.steps if plan.left else 0)
     sharing = FLAGS + part * (plan.sharers - 1) if plan.slots else 0
+    if tile.along > 1:
+        longest = pl.cdiv(plan.steps, tile.along) / plan.steps
+        work, sharing = work * longest, EXCHANGE + sent * (tile.along - 1)
     power = pace.stage * stages * (work + IDLE * (longest - work)) + IDLE * launch
     clock = pace.fastest * stages * longest + launch
     return max(power, clock) + pace.epilogue * (plan.waves + bool(plan.left)) + sharing
