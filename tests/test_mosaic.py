@@ -73,11 +73,14 @@ def test_a_tile_measured_with_other_tokens_leaves_no_wave_nearly_empty(tokens, m
     assert plan.waves == 0 or plan.left >= plan.processors / 2
 
 
-# Microseconds on an H100, by (outputs, tokens) of a tile; each with the better number of sharers.
+# Microseconds on an H100, by (outputs, tokens) of a tile, and by how many CTAs of a cluster shared it.
 MEASURED = {
     (128, 768, 2304): {(128, 32): 4.1, (128, 64): 4.4, (128, 96): 5.6, (128, 128): 5.2},
-    (128, 1600, 1600): {(128, 32): 6.3, (128, 64): 6.7, (128, 96): 10.6},
-    (128, 4096, 1024): {(128, 32): 7.8, (128, 64): 10.8, (128, 96): 12.9, (128, 128): 13.7},
+    (128, 1600, 1600): {(128, 32): 6.1, (128, 32, 2): 5.9, (128, 64): 7.0, (128, 64, 3): 5.9},
+    (128, 2304, 768): {(128, 32): 7.0, (128, 32, 3): 5.3, (128, 32, 4): 5.5},
+    (128, 4096, 1024): {(128, 32): 7.7, (128, 32, 3): 6.8, (128, 64): 10.8, (128, 64, 3): 7.7},
+    (256, 4096, 1024): {(128, 32): 8.9, (128, 32, 2): 9.1, (128, 64, 2): 9.3, (128, 64, 3): 8.6},
+    (512, 3072, 768): {(128, 32): 9.0, (128, 64): 10.0, (128, 64, 2): 8.4},
     (1024, 1024, 1024): {(128, 64): 5.0, (128, 96): 5.8, (128, 128): 6.4, (128, 192): 7.9},
     (1024, 1280, 1280): {(128, 64): 8.8, (128, 96): 6.7, (128, 128): 7.3, (128, 192): 9.3},
     (1024, 768, 2304): {(128, 96): 8.1, (128, 160): 6.8, (128, 192): 7.5, (128, 256): 7.9},
@@ -95,7 +98,8 @@ def test_the_rule_takes_a_tile_that_was_measured_to_be_about_the_best(shape):
     from pallas_kernels.mosaic import matmul
 
     times, tile = MEASURED[shape], matmul.choose(*shape)
-    assert times[tile.rows, tile.tokens] <= 1.05 * min(times.values())
+    name = (tile.rows, tile.tokens, tile.along)
+    assert times[name if tile.along > 1 else name[:2]] <= 1.05 * min(times.values())
 
 
 @needs_jax

@@ -110,19 +110,13 @@ SIZES = {
     Tile(blocks=1, tokens=32, slot_tokens=16, stages=8): Pace(0.180, 0.150, 0.1),
 }
 SHARERS = (1, 8)  # of a tile of the last wave, at most
-# Of tiles of 128 outputs x so many tokens: how many CTAs of a cluster may share one, and the stages that
-# each of them then has room for.
-ALONG = {
-    32: {2: 8, 3: 8, 4: 8, 5: 8, 6: 6, 8: 6},
-    64: {2: 8, 3: 8, 4: 6, 5: 4},
-    96: {2: 6, 3: 4},
-    128: {2: 5},
-}
+# Of tiles of 128 outputs x so many tokens: how many CTAs of a cluster may share one. More of them, or larger
+# tiles, gained nothing.
+ALONG = {32: (2, 3, 4), 64: (2, 3)}
 TOGETHER = {
-    dataclasses.replace(tile, along=along, stages=stages): pace
+    dataclasses.replace(tile, along=along): pace
     for tile, pace in SIZES.items()
-    if tile.blocks == 1
-    for along, stages in ALONG.get(tile.tokens, {}).items()
+    for along in ALONG.get(tile.tokens, ())
 }
 PACES = SIZES | TOGETHER
 TILES = (*(dataclasses.replace(tile, splits=n) for tile in SIZES for n in SHARERS), *TOGETHER)
@@ -130,8 +124,8 @@ IDLE = 0.4  # of a busy processor's power: what idle ones leave makes the others
 FAR_SHORTER = 0.9
 # Microseconds, of which the second each is of 128 x 128 outputs: until the first stage, and what each part
 # takes on its way through global memory, and through a cluster. Flags take as long for any number of parts.
-LAUNCH, PART, SENT = (1.7, 0.4), (0.15, 0.65), (0.1, 0.3)
-FLAGS, EXCHANGE = 3.5, 0.8
+LAUNCH, PART, SENT = (1.7, 0.4), (0.15, 0.65), (0.2, 0.3)
+FLAGS, EXCHANGE = 3.5, 1.4
 
 
 def choose(tokens: int, k: int, f: int, *, processors: int = 132) -> Tile:
