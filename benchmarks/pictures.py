@@ -32,7 +32,7 @@ def names(device: Device) -> dict[str, str]:
         found["Speed-up over dense, all shapes sorted"] = f"speedup-{device.slug}.svg"
     if device.results("matmul"):
         found["Roofline of nm_matmul"] = f"roofline-{device.slug}.svg"
-    if any(r["peer_us"] for r in device.results("matmul")):
+    if device.beside_peer():
         found["nm_matmul beside cuSPARSELt"] = f"peers-{device.slug}.svg"
     return found
 
@@ -117,7 +117,7 @@ def _roofline(pyplot, device: Device):
 
 
 def _peers(pyplot, device: Device):
-    rows = [r for r in device.results("matmul") if r["peer_us"]]
+    rows = device.beside_peer()
     rows.sort(key=lambda r: (r["in"] * r["out"], r["in"], r["tokens"]))
     places = range(len(rows))
     figure, axis = pyplot.subplots(figsize=(8, 3.6))

@@ -36,6 +36,11 @@ class Device:
     def results(self, kind: str) -> list[dict[str, Any]]:
         return [r for record in self.records for r in record["results"] if r["kind"] == kind]
 
+    def beside_peer(self) -> list[dict[str, Any]]:
+        """Products with cuSPARSELt's numbers; also those measured anew since without it ("beside")."""
+        kept = (r for record in self.records for r in record.get("beside", ()))
+        return [r for r in (*self.results("matmul"), *kept) if r["peer_us"]]
+
 
 def devices(folder: Path = RESULTS) -> list[Device]:
     """The devices that there are records of, by name.
@@ -50,14 +55,18 @@ def devices(folder: Path = RESULTS) -> list[Device]:
     for device in made:
         seen: set[tuple] = set()
         for r in (r for kind in TITLES for r in device.results(kind)):
-            key = tuple(r[name] for name in (*KEY, "kind"))
+            key = _key(r)
             if key in seen:
                 raise ValueError(f"{device.name}: two records hold {dict(zip(KEY, key))}")  # noqa: B905
             seen.add(key)
     return made
 
 
-KEY = ("tokens", "in", "out", "dtype", "epilogue", "rank")
+KEY = ("tokens", "in", "out", "dtype", "epilogue", "rank", "kind")
+
+
+def _key(r: dict[str, Any]) -> tuple:
+    return tuple(r.get(name) for name in KEY)
 
 
 def summary(folder: Path = RESULTS) -> str:
@@ -199,7 +208,7 @@ def _bandwidth(device: Device) -> str:
 
 
 def _beside(device: Device) -> str:
-    found = [r for r in device.results("matmul") if r["peer_us"]]
+    found = device.beside_peer()
     if not found:
         return ""
     ratios = [_over_peer(r) for r in found]
@@ -298,7 +307,7 @@ def _transposes(rows: list[dict[str, Any]]) -> str:
 
 
 def _peers(device: Device) -> str:
-    rows = [r for r in device.results("matmul") if r["peer_us"]]
+    rows = device.beside_peer()
     if not rows:
         return ""
     header = ("tokens x in x out", "dense", "nm_matmul", "PyTorch's dense", "cuSPARSELt", "ratio")
@@ -320,8 +329,10 @@ def _peers(device: Device) -> str:
 
 def _left_out(device: Device) -> str:
     lines = []
+    measured = {_key(r) for kind in TITLES for r in device.results(kind)}
     for record in device.records:
-        left, failed = record.get("left_out", []), record.get("failed", [])
+        left = [r for r in record.get("left_out", []) if _key(r) not in measured]
+        failed = record.get("failed", [])
         if left:
             lines.append(
                 f"Left out for want of time: {len(left)} products of `{record['command']}`."

@@ -278,7 +278,10 @@ def folder(tmp_path):
         "command": "python -m benchmarks.kernels",
         "results": results,
         "failed": [],
-        "left_out": [{"kind": "sddmm"}],
+        "left_out": [
+            {"kind": "sddmm"},
+            made("matmul", 2048, (768, 768), 1.0),
+        ],  # the second is there
     }
     (tmp_path / "kernels-a.json").write_text(json.dumps(record))
     return tmp_path
@@ -319,6 +322,16 @@ def test_a_product_in_two_records_is_an_error(folder):
     (folder / "kernels-b.json").write_text((folder / "kernels-a.json").read_text())
     with pytest.raises(ValueError, match=r"two records hold .*768"):
         report_kernels.devices(folder)
+
+
+def test_products_measured_anew_without_the_peer_still_stand_beside_it(folder):
+    record = json.loads((folder / "kernels-a.json").read_text())
+    record["beside"] = [made("matmul", 8192, (768, 2304), 3.0, peer_us=4.0, peer_dense_us=6.0)]
+    (folder / "kernels-a.json").write_text(json.dumps(record))
+    text = report_kernels.full(folder)
+    assert "1 / 1.63 of the time of cuSPARSELt" in text  # 2 and 3, each against 1.5
+    assert row(text, "8192 x 768 x 2304")[-1] == "2.00"
+    assert row(text, "nm_matmul", "8,192 to 65,536")[2] == "2"
 
 
 def test_without_a_record_the_command_is_named(tmp_path):
