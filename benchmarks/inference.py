@@ -298,7 +298,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add_arguments(parser)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each variant")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each variant")
     parser.add_argument("--seconds", type=float, default=0.1, help="of a turn")
     arguments = parser.parse_args()
     if not arguments.batches and not arguments.prompts:
