@@ -38,8 +38,9 @@ class Device:
 
     def beside_peer(self) -> list[dict[str, Any]]:
         """Products with cuSPARSELt's numbers; also those measured anew since without it ("beside")."""
-        kept = (r for record in self.records for r in record.get("beside", ()))
-        return [r for r in (*self.results("matmul"), *kept) if r["peer_us"]]
+        found = {_key(r): r for record in self.records for r in record.get("beside", ())}
+        found |= {_key(r): r for r in self.results("matmul") if r["peer_us"]}
+        return list(found.values())
 
 
 def devices(folder: Path = RESULTS) -> list[Device]:

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.record import RESULTS
 from pallas_kernels import Pattern, Query, choose, compress, nm_matmul, nm_sddmm, nm_transpose
+from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.mosaic import support
 from slope_jax import SparseDense
 
@@ -106,10 +107,36 @@ def test_a_layer_is_differentiated(hopper, tokens):
 
 
 @needs_jax
+@pytest.mark.parametrize("processors", [78, 132])
+def test_kernels_are_laid_out_for_the_devices_processors(hopper, processors, monkeypatch):
+    from pallas_kernels.mosaic import products
+
+    monkeypatch.setattr(Device, "core_count", processors, raising=False)
+    seen = []
+    for module in (products.matmul, products.sddmm):
+        name = f"nm_{module.__name__.rpartition('.')[2]}"
+        whole = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, whole=whole, **kw: (seen.append(kw), whole(*args, **kw))[1]
+        )
+    w = jax.eval_shape(lambda w: compress(w, "2:4"), jnp.ones((520, 776), jnp.bfloat16))
+    x, dy = (jax.ShapeDtypeStruct((3000, n), jnp.bfloat16) for n in (520, 776))
+
+    def both(x, dy, w):
+        y = products.nm_matmul(x, w, x.dtype, None, Epilogue())
+        return y, products.nm_sddmm(x, dy, w, jnp.dtype("float32"), None)
+
+    jaxpr = str(jax.make_jaxpr(both)(x, dy, w))
+    assert [kw["processors"] for kw in seen] == [processors, processors]
+    assert products.configuration("nm_matmul", 3000, 520, 776, x.dtype).cluster <= processors
+    assert "nm_matmul" in jaxpr
+
+
+@needs_jax
 def test_a_buffer_reaches_the_kernel(monkeypatch):
     from pallas_kernels.mosaic import products
 
-    def stub(x, dy, metadata, tile, *, out_dtype, into=None):
+    def stub(x, dy, metadata, tile, *, out_dtype, processors, into=None):
         return jnp.zeros((x.shape[1] // 2, dy.shape[1]), out_dtype) + (0 if into is None else into)
 
     monkeypatch.setattr(products.sddmm, "nm_sddmm", stub)

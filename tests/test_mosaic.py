@@ -217,16 +217,19 @@ def test_kernels_lower_for_cuda_without_a_gpu(shape, dtype):
 def test_every_tile_lowers_and_bad_ones_are_named():
     from pallas_kernels.mosaic import matmul, matmul_tiles
 
-    x = jax.ShapeDtypeStruct((500, 256), jnp.bfloat16)
-    values = jax.ShapeDtypeStruct((128, 192), jnp.bfloat16)
-    metadata = jax.ShapeDtypeStruct((32, 192), jnp.uint8)
-    for tile in (*matmul_tiles.SIZES, matmul.Tile(down=2, splits=8)):
+    x = jax.ShapeDtypeStruct((200, 576), jnp.bfloat16)
+    values = jax.ShapeDtypeStruct((288, 192), jnp.bfloat16)
+    metadata = jax.ShapeDtypeStruct((72, 192), jnp.uint8)
+    for tile in (*matmul_tiles.PACES, matmul.Tile(down=2, splits=8)):
         lowered = jax.jit(matmul.nm_matmul, static_argnums=3).trace(x, values, metadata, tile)
         lowered.lower(lowering_platforms=("cuda",))
     for options, message in [
         ({"tokens": 100}, "multiple of 8"),
         ({"slot_tokens": 80}, "divides tokens"),
         ({"slots": 3}, "divide the 4 times"),
+        ({"slots": 0}, "at least one slot"),
+        ({"along": 0}, "1 to 8 CTAs"),
+        ({"down": 3, "across": 3}, "1 to 8 CTAs"),
         ({"along": 2, "splits": 8, "stages": 2}, "shares nothing else"),
         ({"stages": 6}, "bytes"),
     ]:
@@ -254,16 +257,27 @@ def test_a_tile_that_a_cluster_shares_needs_few_tiles_of_many_stages():
         assert matmul.suited(tile, 160, tokens, k, 768).along != 4
 
 
+@needs_jax
+def test_every_tile_is_shared_in_a_test():
+    from pallas_kernels.mosaic import matmul_tiles
+
+    for size in matmul_tiles.SIZES:
+        tiles = [dataclasses.replace(size, splits=splits) for splits in (0, 8)]
+        plans = [tile.schedule(1372, 1416, 1096, count) for tile in tiles for count in (132, 6)]
+        assert any(plan.slots for plan in plans), size
+
+
 @needs_gpu
 @pytest.mark.parametrize("processors", [132, 6])  # tiles shared by many CTAs, many tiles per CTA
 @pytest.mark.parametrize("splits", [0, 1, 8])
 def test_every_tile_is_exact_on_integers_and_equal_on_repeats(splits, processors):
     from pallas_kernels.mosaic import matmul, matmul_tiles
 
-    x, t, r = integers(0, (1300, 1416)), integers(1, (1300, 40)), integers(2, (40, 1096))
+    x, t, r = integers(0, (1372, 1416)), integers(1, (1372, 40)), integers(2, (40, 1096))
     w, bias = compress(integers(3, (1416, 1096)), "2:4"), integers(4, (1096,), jnp.float32)
     exact = np.asarray(x, np.float32) @ np.asarray(decompress(w), np.float32)
     exact += np.asarray(t, np.float32) @ np.asarray(r, np.float32) + np.asarray(bias)
+    saves = processors == 132  # a tile leaves in twice as many pieces then
     for size in matmul_tiles.SIZES:
         tile = dataclasses.replace(size, splits=splits)
         run = jax.jit(
@@ -272,13 +286,15 @@ def test_every_tile_is_exact_on_integers_and_equal_on_repeats(splits, processors
                 tile=tile,
                 processors=processors,
                 activation="relu",
-                save_preactivation=True,
+                save_preactivation=saves,
             )
         )
         for _ in range(3):
-            y, z = run(x, w.values, w.metadata, bias=bias, low_rank=(t, r))
+            y, *z = jax.tree.leaves(run(x, w.values, w.metadata, bias=bias, low_rank=(t, r)))
             np.testing.assert_array_equal(y, np.maximum(exact, 0).astype(jnp.bfloat16), str(tile))
-            np.testing.assert_array_equal(z, exact.astype(jnp.bfloat16), str(tile))
+            for array in z:
+                np.testing.assert_array_equal(array, exact.astype(jnp.bfloat16), str(tile))
+            assert len(z) == saves
 
 
 @needs_gpu

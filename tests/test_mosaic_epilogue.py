@@ -25,7 +25,8 @@ needs_jax = pytest.mark.skipif(
 )
 
 # tokens, in, out, rank: partial tiles, ranks of part of a stage, of several, and not of 8
-SHAPES = [(300, 136, 200, 8), (1000, 776, 1000, 12), (700, 320, 1032, 72)]
+# The last one is for tiles that the CTAs of a cluster share.
+SHAPES = [(300, 136, 200, 8), (1000, 776, 1000, 12), (700, 320, 1032, 72), (70, 2056, 264, 12)]
 
 
 def integers(seed, shape, dtype=jnp.bfloat16):

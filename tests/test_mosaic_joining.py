@@ -122,13 +122,29 @@ def tiles():
     return matmul_tiles.TILES
 
 
+def shapes_for(tile):
+    """Two that cut tiles everywhere; of tiles that may be shared, all at which some are."""
+    if tile.along > 1:
+        return TOGETHER
+    if tile.splits == 1:
+        return SMALL[::3]
+    shared = (tile.schedule(*shape).slots for shape in SMALL)
+    return [shape for shape, slots in zip(SMALL, shared, strict=True) if slots]
+
+
+@needs_jax
+@pytest.mark.parametrize("tile", tiles(), ids=str)
+def test_every_tile_is_tried_where_it_is_cut_and_shared(tile):
+    shapes = shapes_for(tile)
+    assert shapes
+    assert tile.splits == 1 or all(tile.schedule(*shape).slots for shape in shapes)
+
+
 @needs_gpu
 @pytest.mark.parametrize("tile", tiles(), ids=str)
 def test_what_joins_is_exact_on_integers(tile):
     """With tiles that are shared or not, of clusters, in partial tiles; every sum is written, once."""
-    # One that cuts tiles everywhere, with parts of them shared or many for each CTA; and another one.
-    shapes = SMALL[::3] if tile.splits == 1 else SMALL[1:3]
-    for shape in shapes if tile.along == 1 else TOGETHER:
+    for shape in shapes_for(tile):
         options = {"through": "relu", "save_sums": True}
         run, arguments, exact = joined(shape, jnp.bfloat16, tile, **options)
         joining = np.float64(arguments[3])

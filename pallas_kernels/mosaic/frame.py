@@ -25,10 +25,10 @@ def check_shared_memory(tile) -> None:
 
 
 def clusters(processors: int, size: int) -> int:
-    """How many clusters of so many CTAs run at once, each CTA on a processor of its own.
+    """About how many clusters of so many CTAs run at once, each CTA on a processor of its own.
 
     A cluster lies in one of the GPU's groups of processors. Of an H100's 132, 30 clusters of four found
-    room together, and 32 did not; of two, all 66 do.
+    room together, and 32 did not; of two, all 66 do. Other sizes are a guess by these.
 
     >>> clusters(132, 2), clusters(132, 4)
     (66, 30)

@@ -9,6 +9,9 @@ a stage is released one step late, and the loop is unrolled by two: wgmma.sp rea
 registers asynchronously, and a loop of one step would reload them under the group in flight.
 Ragged sizes are left to TMA, which fills loads with zeros and clips stores.
 
+Where that would leave most processors without a tile, the CTAs of a cluster share one along the inputs
+(`exchange`), and have no other.
+
 A low-rank product t @ r joins the accumulator in further stages of 32 ranks: r (32 x rows) lies as
 values do, and t as x does, only that the instruction is the dense one. What joins the results, a
 residual or the argument of an activation, comes through the ring as well, 64 outputs a stage, in the
@@ -71,6 +74,10 @@ def nm_matmul(
         of the sum.
       save_sums: those of x over the tokens of each tile, float32 (tiles, in).
       out_dtype: x's dtype (None) or float32.
+      processors: of the device; a CTA is put on each.
+
+    Raises:
+      ValueError: the tile does not fit the product, or what joins does not go with the rest.
     """
     (tokens, k), out = x.shape, values.shape[1]
     if out % 16:  # the rows of an array for TMA are multiples of 16 bytes

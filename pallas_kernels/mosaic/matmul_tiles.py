@@ -37,11 +37,15 @@ class Tile:
     def __post_init__(self):
         if self.tokens % 8 or not 8 <= self.tokens <= 256:
             raise ValueError(f"{self}: tokens must be a multiple of 8 up to 256")
+        if self.slots < 1:
+            raise ValueError(f"{self}: a tile leaves through at least one slot")
         if self.tokens % self.slot_tokens or self.slot_tokens % 16:
             raise ValueError(f"{self}: slot_tokens must be a multiple of 16 that divides tokens")
         # Each tile begins with the first slot, which must then be the one that was filled longest ago.
         if (stores := self.blocks * self.tokens // self.slot_tokens) % self.slots:
             raise ValueError(f"{self}: slots must divide the {stores} times that a tile fills one")
+        if min(self.down, self.across, self.along) < 1 or self.cluster > 8:
+            raise ValueError(f"{self}: a cluster has 1 to 8 CTAs")
         if self.along > 1 and (self.down, self.across, self.splits) != (1, 1, 1):
             raise ValueError(f"{self}: who shares tiles along the inputs shares nothing else")
         frame.check_shared_memory(self)
@@ -140,7 +144,8 @@ def choose(tokens: int, k: int, f: int, *, processors: int = 132) -> Tile:
 
 def candidates(tokens: int, k: int, f: int, *, processors: int = 132) -> list[Tile]:
     """All tiles worth timing, the shortest estimate first."""
-    plans = {tile: tile.schedule(tokens, k, f, processors) for tile in TILES}
+    possible = (tile for tile in TILES if tile.cluster <= processors)
+    plans = {tile: tile.schedule(tokens, k, f, processors) for tile in possible}
     differ = [
         tile for tile, plan in plans.items() if tile.fits(plan) and (tile.splits == 1 or plan.slots)
     ]
@@ -168,7 +173,9 @@ def suited(
         return tile
 
     def ratio(tokens: int) -> float:
-        plans = (t.schedule(tokens, k, f, processors) for t in (other, tile))
+        plans = [t.schedule(tokens, k, f, processors) for t in (other, tile)]
+        if not other.fits(plans[0]):
+            return 1.0
         stages = pl.cdiv(k, STEP)
         ours, theirs = (estimate(t, p, stages) for t, p in zip((other, tile), plans, strict=True))
         return ours / theirs

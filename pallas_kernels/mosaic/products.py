@@ -12,7 +12,7 @@ from pallas_kernels import batching, tuning
 from pallas_kernels.compressed import CompressedMatrix
 from pallas_kernels.epilogue import Epilogue, Norm, finish, moments, padded_rank, sums_of
 from pallas_kernels.mosaic import few_tokens, first_product, matmul, normed, sddmm, transpose
-from pallas_kernels.mosaic.support import kernel_of
+from pallas_kernels.mosaic.support import kernel_of, processors
 from pallas_kernels.mosaic.two_four import as_two_four, values_of
 
 
@@ -52,7 +52,7 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
     norm = _norm_options(rows, f, config, epilogue.norm)
     if not norm:
         rows, epilogue = epilogue.normalised(rows)
-    options = norm | _joining_options(module, tokens, f, epilogue)
+    options = norm | _joining_options(module, tokens, f, epilogue) | _where(module)
     result = module.nm_matmul(
         rows,
         w.values,
@@ -122,9 +122,16 @@ def configuration(op: str, tokens: int, k: int, f: int, dtype):
     }[op]
     entry = _measured(op, tokens, k, f, dtype)
     if entry is None:
-        return module.choose(tokens, k, f)
+        return module.choose(tokens, k, f, **_where(module))
     config = make(**entry.config)
-    return matmul.suited(config, entry.tokens, tokens, k, f) if module is matmul else config
+    if module is not matmul:
+        return config
+    return matmul.suited(config, entry.tokens, tokens, k, f, **_where(module))
+
+
+def _where(module) -> dict[str, int]:
+    """The device's processors, for kernels that are laid out for them."""
+    return {} if module is few_tokens else {"processors": processors()}
 
 
 def _norm_options(x, f: int, config, norm: Norm | None) -> dict[str, Any]:
@@ -156,10 +163,11 @@ def _nm_sddmm(x, dy, w, into, *, out_dtype):
     tile = configuration("nm_sddmm", tokens, k, f, x.dtype)
     flat_x, flat_dy = x.reshape(tokens, k), dy.reshape(tokens, f)
     metadata = as_two_four(w).metadata
+    run = functools.partial(sddmm.nm_sddmm, tile=tile, **_where(sddmm))
     if 2 * w.n == w.m:  # values are where those of 2:4 are
-        return sddmm.nm_sddmm(flat_x, flat_dy, metadata, tile, out_dtype=out_dtype, into=into)
+        return run(flat_x, flat_dy, metadata, out_dtype=out_dtype, into=into)
     exact = jnp.float32 if into is not None else out_dtype
-    dw = values_of(sddmm.nm_sddmm(flat_x, flat_dy, metadata, tile, out_dtype=exact), w)
+    dw = values_of(run(flat_x, flat_dy, metadata, out_dtype=exact), w)
     return dw if into is None else (dw + into.astype(exact)).astype(out_dtype)
 
 

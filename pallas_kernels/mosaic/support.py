@@ -20,6 +20,16 @@ def kernel_of(op: str, tokens: int) -> str:
     return "few_tokens" if op == "nm_matmul" and tokens <= FEW_TOKENS else op
 
 
+PROCESSORS = 132  # of an H100 SXM, an H200 and a GH200
+
+
+def processors(device: jax.Device | None = None) -> int:
+    """Streaming multiprocessors of a GPU, for kernels that put one CTA on each; without a GPU, an H100's."""
+    device = device or jax.devices()[0]
+    known = getattr(device, "core_count", None) if device.platform == "gpu" else None
+    return known or PROCESSORS
+
+
 def device_obstacle(device: jax.Device | None = None) -> str | None:
     """Why this machine, or one device of it, cannot run the kernels, or None."""
     device = device or jax.devices()[0]
