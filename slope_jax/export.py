@@ -16,7 +16,7 @@ from jax import export as jax_export
 from pallas_kernels.files import new_folder
 from slope_jax.models.cache import CACHE, init_cache
 from slope_jax.models.decoder import Decoder
-from slope_jax.prompts import checked_prompts
+from slope_jax.prompts import checked_prompts, is_integer
 
 ABOUT_FILE, PREFILL_FILE, DECODE_FILE = "exported.json", "prefill.jax", "decode.jax"
 _FILES = {"prefill": PREFILL_FILE, "decode": DECODE_FILE}
@@ -66,9 +66,9 @@ class Exported:
                 f"prompts are {list(np.shape(prompts))}; what was exported reads"
                 f" {[self.batch, self.prompt]}"
             )
-        if not 1 <= count <= self.slots - self.prompt + 1:
+        if not is_integer(count) or not 1 <= count <= self.slots - self.prompt + 1:
             raise ValueError(
-                f"count={count} must lie between 1 and {self.slots - self.prompt + 1}, for the"
+                f"count={count} must be an integer between 1 and {self.slots - self.prompt + 1}, for the"
                 f" cache has {self.slots} slots"
             )
         prompts, lengths = checked_prompts(prompts, lengths, self.vocab_size)
@@ -105,7 +105,7 @@ def export(
       platforms: of "cpu", "cuda", "rocm", "tpu"; None: the one that JAX runs on.
 
     Raises:
-      ValueError: sizes out of range, or an unknown platform.
+      ValueError: not a decoder, sizes out of range, or an unknown platform.
       NotImplementedError: a platform that JAX does not run on is asked for, and the model keeps to
         what is chosen for the device at hand, see above.
 
@@ -116,11 +116,14 @@ def export(
     >>> made.greedy(variables, jnp.array([[3, 1, 4, 1]]), 3).shape
     (1, 3)
     """
+    if not isinstance(model, Decoder):
+        raise ValueError(f"{type(model).__name__} has no prefill and decode; export a decoder")
+    sizes = (batch, prompt, max_new_tokens)
     slots, most = prompt + max_new_tokens - 1, model.config.max_positions
-    if min(batch, prompt, max_new_tokens) < 1 or slots >= most:
+    if not all(map(is_integer, sizes)) or min(sizes) < 1 or slots >= most:
         raise ValueError(
-            f"batch={batch}, prompt={prompt}, max_new_tokens={max_new_tokens}: each must be 1 or"
-            f" more, and the last two together at most max_positions={most}"
+            f"batch={batch}, prompt={prompt}, max_new_tokens={max_new_tokens}: each must be an integer"
+            f" of 1 or more, and the last two together at most max_positions={most}"
         )
     here = jax_export.default_export_platform()
     platforms = (platforms,) if isinstance(platforms, str) else tuple(platforms or (here,))

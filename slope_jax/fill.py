@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slope_jax.models.bert import Bert
+from slope_jax.prompts import checked_prompts, is_integer
 
 
 class Filling(NamedTuple):
@@ -45,7 +46,8 @@ def fill_masks(
       top: candidates.
 
     Raises:
-      ValueError: not a BERT, nothing is masked, or `top` exceeds the vocabulary.
+      ValueError: not a BERT, ids, lengths or `top` out of range or of another kind, or nothing is
+        masked.
 
     >>> from slope_jax.models import build
     >>> model = build("bert-tiny", vocab_size=64)
@@ -55,12 +57,11 @@ def fill_masks(
     """
     if not isinstance(model, Bert):
         raise ValueError(f"{type(model).__name__} fills no masks; use a BERT, or generate")
-    if not 1 <= top <= model.config.vocab_size:
-        raise ValueError(f"top={top} must lie between 1 and {model.config.vocab_size} tokens")
-    ids = np.asarray(input_ids)
-    valid = np.ones(ids.shape, bool)
-    if lengths is not None:
-        valid = np.arange(ids.shape[1])[None] < np.asarray(lengths)[:, None]
+    size = model.config.vocab_size
+    if not is_integer(top) or not 1 <= top <= size:
+        raise ValueError(f"top={top!r} must be an integer between 1 and {size} tokens")
+    ids, lengths = checked_prompts(input_ids, lengths, size, "input_ids")
+    valid = np.arange(ids.shape[1])[None] < lengths[:, None]
     positions = np.argwhere((ids == mask_token) & valid)
     if not len(positions):
         raise ValueError(f"no token is {mask_token}, the mask; nothing to fill in {ids.shape}")

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ class Generation(NamedTuple):
     """What `generate` returns.
 
     Attributes:
-      tokens: int32 (B, max_new_tokens); behind the end of a row, `end_token`.
+      tokens: int32 (B, max_new_tokens); behind the end of a row, the first `end_token`.
       lengths: int32 (B,), new tokens of each row, its end token included.
     """
 
@@ -84,7 +84,7 @@ def generate(
     *,
     max_new_tokens: int,
     lengths: jax.Array | None = None,
-    end_token: int | None = None,
+    end_token: int | Sequence[int] | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -98,7 +98,8 @@ def generate(
       prompts: (B, P) integers, right-padded with anything.
       max_new_tokens: tokens to add to each row.
       lengths: (B,) integers in 1 .. P, valid tokens of each prompt; None: all P.
-      end_token: ends a row, and the loop as soon as all rows have ended; None: nothing does.
+      end_token: an id, or several, any of which ends a row, and the loop as soon as all rows have
+        ended; None: nothing does.
       temperature: 0 takes the likeliest token; above it, logits are divided by it and sampled.
       top_k: sample from the k likeliest tokens only.
       top_p: sample from the fewest tokens that hold this probability together, in (0, 1].
@@ -138,7 +139,7 @@ def stream(
     max_new_tokens: int,
     chunk: int = 8,
     lengths: jax.Array | None = None,
-    end_token: int | None = None,
+    end_token: int | Sequence[int] | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -199,7 +200,7 @@ class _How(NamedTuple):
 
     model: Decoder
     max_new_tokens: int
-    end_token: int | None
+    end_tokens: tuple[int, ...]
     greedy: bool
     top_k: int | None
 
@@ -229,11 +230,7 @@ def _prepared(
     vocab_size = model.config.vocab_size
     prompts, lengths = checked_prompts(prompts, lengths, vocab_size)
     _check_room(prompts.shape[1], max_new_tokens, model.config.max_positions)
-    if end_token is not None and not (is_integer(end_token) and 0 <= end_token < vocab_size):
-        raise ValueError(
-            f"end_token={end_token!r} must be an integer between 0 and {vocab_size - 1}"
-            " (vocab_size-1), or None"
-        )
+    ends = _checked_ends(end_token, vocab_size)
     _check_sampling(vocab_size, temperature, top_k, top_p, key)
     given = _Given(
         variables,
@@ -242,7 +239,7 @@ def _prepared(
         np.float32(temperature) if temperature else None,
         None if top_p is None else np.float32(top_p),
     )
-    return _How(model, max_new_tokens, end_token, temperature == 0, top_k), given, prompts
+    return _How(model, max_new_tokens, ends, not temperature, top_k), given, prompts
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -260,9 +257,9 @@ def _start(
 
     A program of its own to take them out of the loop would take a tenth of the time to the first token.
     """
-    (batch, width), end = prompts.shape, how.end_token
+    batch, width = prompts.shape
     zeros = jnp.zeros((batch,), jnp.int32)
-    tokens = jnp.full((batch, how.max_new_tokens), 0 if end is None else end, jnp.int32)
+    tokens = jnp.full((batch, how.max_new_tokens), (*how.end_tokens, 0)[0], jnp.int32)
     # The last token is never read.
     cache = init_cache(how.model.config, batch, width + how.max_new_tokens - 1)
     logits, cache = _run(how, given, cache, prompts, logits_at=(given.lengths - 1)[:, None])
@@ -310,9 +307,9 @@ def _add(how: _How, given: _Given, loop: _Loop, logits, cache) -> _Loop:
         step_key = jax.random.fold_in(given.key, loop.step)
         token = jax.random.categorical(step_key, kept).astype(jnp.int32)
     ended = loop.ended
-    if how.end_token is not None:
-        token = jnp.where(ended, jnp.int32(how.end_token), token)
-        ended = ended | (token == how.end_token)
+    if how.end_tokens:
+        token = jnp.where(ended, jnp.int32(how.end_tokens[0]), token)
+        ended = ended | jnp.isin(token, jnp.array(how.end_tokens, jnp.int32))
     grown = loop.lengths + (~loop.ended).astype(jnp.int32)
     return _Loop(loop.step + 1, cache, loop.tokens.at[:, loop.step].set(token), grown, ended)
 
@@ -333,6 +330,17 @@ def _likely(logits: jax.Array, top_k: int | None, top_p: jax.Array | None) -> ja
     return jnp.full_like(logits, -jnp.inf).at[rows, tokens].set(falling, unique_indices=True)
 
 
+def _checked_ends(end_token: Any, vocab_size: int) -> tuple[int, ...]:
+    several = isinstance(end_token, Sequence | np.ndarray) and not isinstance(end_token, str)
+    ends = tuple(end_token) if several else () if end_token is None else (end_token,)
+    if (several and not ends) or not all(is_integer(e) and 0 <= e < vocab_size for e in ends):
+        raise ValueError(
+            f"end_token={end_token!r} must be an integer between 0 and {vocab_size - 1}"
+            " (vocab_size-1), several of them, or None"
+        )
+    return tuple(int(end) for end in ends)
+
+
 def _check_room(width: int, max_new_tokens, most: int) -> None:
     if not is_integer(max_new_tokens) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens!r} must be a positive integer")
@@ -344,13 +352,24 @@ def _check_room(width: int, max_new_tokens, most: int) -> None:
 
 
 def _check_sampling(vocab_size: int, temperature, top_k, top_p, key) -> None:
-    if not (temperature >= 0 and math.isfinite(temperature)):
+    if not _is_number(temperature):
+        raise ValueError(f"temperature={temperature!r} must be a number; 0 is greedy")
+    if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature} must not be negative or infinite; 0 is greedy")
     if top_k is not None and not (is_integer(top_k) and 1 <= top_k <= vocab_size):
         raise ValueError(f"top_k={top_k!r} must be an integer between 1 and {vocab_size} tokens")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be a probability in (0, 1]")
+    if top_p is not None and (not _is_number(top_p) or not 0 < top_p <= 1):
+        raise ValueError(f"top_p={top_p!r} must be a probability in (0, 1]")
     if temperature and key is None:
         raise ValueError(f"temperature={temperature} samples; pass key=jax.random.key(seed)")
     if not temperature and (top_k is not None or top_p is not None):
         raise ValueError("top_k and top_p choose what is sampled; set a temperature above 0")
+    if key is not None and not isinstance(key, jax.Array | np.ndarray):
+        raise ValueError(f"key={key!r} is no key; pass key=jax.random.key({key!r})")
+
+
+def _is_number(value: Any) -> bool:
+    """A number of Python or NumPy, or an array of one."""
+    return (
+        isinstance(value, float | int | np.number | np.ndarray | jax.Array) and np.ndim(value) == 0
+    )

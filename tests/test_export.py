@@ -40,6 +40,8 @@ def test_what_is_loaded_gives_the_tokens_of_generate(made, tmp_path):
         loaded.greedy(variables, prompts[:1], 7)
     with pytest.raises(ValueError, match="between 1 and 7"):
         loaded.greedy(variables, prompts, 8)
+    with pytest.raises(ValueError, match="count=2.0 must be an integer between 1 and 7"):
+        loaded.greedy(variables, prompts, 2.0)
     with pytest.raises(ValueError, match=r"lengths=\[7, 3\]; .* 2 integers in 1 .. 6"):
         loaded.greedy(variables, prompts, 7, [7, 3])
     with pytest.raises(ValueError, match=r"prompts\[1, 3\]=-1 is no token: .* 0 and 60"):
@@ -81,6 +83,10 @@ def test_what_is_chosen_for_the_device_at_hand_is_refused_for_others(made):
         export.export(model, variables, **sizes, platforms=["gpu"])
     with pytest.raises(ValueError, match="max_positions=16"):
         export.export(model, variables, batch=1, prompt=14, max_new_tokens=4)
+    with pytest.raises(ValueError, match=r"batch=1\.0, .*: each must be an integer of 1 or more"):
+        export.export(model, variables, batch=1.0, prompt=4, max_new_tokens=2)
+    with pytest.raises(ValueError, match="Bert has no prefill and decode; export a decoder"):
+        export.export(models.build("bert-tiny"), {}, **sizes)
 
 
 @pytest.mark.parametrize(

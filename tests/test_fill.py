@@ -19,9 +19,7 @@ def test_candidates_are_the_largest_of_the_softmax_of_each_row_alone():
     lengths = np.array([9, 6, 4])
     ids[0, [2, 7]] = ids[1, 3] = ids[2, 6] = MASK  # the last one is padding
     logits_of = jax.jit(lambda ids: model.apply(variables, ids).mlm_logits)
-    found = fill_masks(
-        model, variables, jnp.asarray(ids), MASK, lengths=jnp.asarray(lengths), top=3
-    )
+    found = fill_masks(model, variables, jnp.asarray(ids), MASK, lengths=lengths.tolist(), top=3)
     assert found.positions.tolist() == [[0, 2], [0, 7], [1, 3]]
     for (row, place), tokens, shares in zip(*found, strict=True):
         alone = jnp.asarray(ids[row : row + 1, : lengths[row]])
@@ -32,14 +30,24 @@ def test_candidates_are_the_largest_of_the_softmax_of_each_row_alone():
 
 
 @pytest.mark.parametrize(
-    ("name", "ids", "top", "message"),
+    ("ids", "options", "message"),
     [
-        ("gpt2-nano", [[4]], 5, "fills no masks"),
-        ("bert-tiny", [[5, 6]], 5, "no token is 4"),
-        ("bert-tiny", [[4]], 99, "top=99 must lie between 1 and 61"),
+        ([[5, 6]], {}, "no token is 4"),
+        ([[4]], {"top": 99}, "top=99 must be an integer between 1 and 61"),
+        ([[4]], {"top": 2.5}, "top=2.5 must be an integer"),
+        ([[4, 61]], {}, r"input_ids\[0, 1\]=61 is no token: ids must lie between 0 and 60"),
+        ([[4, -1]], {}, r"input_ids\[0, 1\]=-1 is no token"),
+        ([4], {}, r"input_ids are int64\[1\]; they must be integers \(batch, tokens\)"),
+        ([[4], [4, 5]], {}, "input_ids have rows of different lengths"),
+        ([[4, 5]], {"lengths": [3]}, r"lengths=\[3\]; for input_ids of \[1, 2\]"),
     ],
 )
-def test_bad_input_is_named(name, ids, top, message):
-    model = models.build(name, vocab_size=61)
+def test_bad_input_is_named(ids, options, message):
+    model = models.build("bert-tiny", vocab_size=61)
     with pytest.raises(ValueError, match=message):
-        fill_masks(model, {}, jnp.asarray(ids), MASK, top=top)
+        fill_masks(model, {}, ids, MASK, **options)
+
+
+def test_a_decoder_fills_no_masks():
+    with pytest.raises(ValueError, match="GPT2 fills no masks; use a BERT, or generate"):
+        fill_masks(models.build("gpt2-nano", vocab_size=61), {}, [[4]], MASK)

@@ -148,6 +148,34 @@ def test_an_end_token_ends_its_row():
     assert got.lengths[0] <= 3
 
 
+def test_any_of_several_end_tokens_ends_a_row():
+    model, variables = made("opt-nano")
+    options = {"lengths": LENGTHS, "max_new_tokens": 6}
+    free = np.asarray(generate(model, variables, PROMPTS, **options).tokens)
+    ends = [int(free[0, 2]), int(free[1, 4])]
+    got = generate(model, variables, PROMPTS, end_token=np.array(ends), **options)
+    pieces = stream(model, variables, PROMPTS, end_token=ends, chunk=2, **options)
+    streamed = np.concatenate(list(pieces), axis=1)
+    for row, expected in enumerate(free):
+        hits = np.flatnonzero(np.isin(expected, ends))
+        length = hits[0] + 1 if len(hits) else 6
+        assert got.lengths[row] == length
+        expected = np.where(np.arange(6) < length, expected, ends[0])
+        np.testing.assert_array_equal(got.tokens[row], expected)
+        np.testing.assert_array_equal(streamed[row], expected[: streamed.shape[1]])
+    assert got.lengths[1] <= 5
+
+
+def test_a_temperature_may_be_an_array():
+    model, variables = made("opt-nano")
+    options = {"max_new_tokens": 3, "key": jax.random.key(1)}
+    expected = generate(model, variables, PROMPTS, temperature=1.5, **options).tokens
+    found = generate(model, variables, PROMPTS, temperature=jnp.float32(1.5), **options).tokens
+    np.testing.assert_array_equal(found, expected)
+    greedy = generate(model, variables, PROMPTS, temperature=jnp.float32(0), **options).tokens
+    np.testing.assert_array_equal(greedy, generate(model, variables, PROMPTS, **options).tokens)
+
+
 def test_sampling_follows_the_distribution():
     model, variables = made("opt-nano")
     count = 2048
@@ -229,6 +257,13 @@ def test_prompts_may_be_traced():
         ({"max_new_tokens": 2.0}, "max_new_tokens=2.0 must be a positive integer"),
         ({"end_token": 61}, r"end_token=61 must be an integer between 0 and 60"),
         ({"end_token": -1}, "end_token=-1 must be"),
+        ({"end_token": [3, 61]}, r"end_token=\[3, 61\] must be"),
+        ({"end_token": []}, r"end_token=\[\] must be"),
+        ({"end_token": "</s>"}, "end_token='</s>' must be"),
+        ({"temperature": None}, "temperature=None must be a number"),
+        ({"temperature": "hot"}, "temperature='hot' must be a number"),
+        ({"temperature": 1.0, "key": KEY, "top_p": "a"}, "top_p='a' must be a probability"),
+        ({"temperature": 1.0, "key": 0}, r"key=0 is no key; pass key=jax.random.key\(0\)"),
         ({"temperature": 1.0, "key": KEY, "top_k": 2.0}, "top_k=2.0 must be an integer"),
         ({"temperature": 1.0}, r"samples; pass key="),
         ({"temperature": 1.0, "key": KEY, "top_k": 62}, "top_k=62 must be .* between 1 and 61"),
@@ -248,6 +283,8 @@ def test_bad_models_prompts_and_places():
     model = models.build("gpt2-nano", **SMALL)
     with pytest.raises(ValueError, match=r"prompts are int32\[6\]; they must be integers"):
         generate(model, {}, PROMPTS[0], max_new_tokens=1)
+    with pytest.raises(ValueError, match="prompts have rows of different lengths; pad them"):
+        generate(model, {}, [[1, 2], [3]], max_new_tokens=1)
     for wrong, lengths in ((61, None), (-1, None), (2**40, [6, 1, 3])):  # which wraps to 0
         prompts = np.asarray(PROMPTS, np.int64)
         prompts[2, 2] = wrong

@@ -259,6 +259,11 @@ def test_variations_that_we_do_not_have(folder, change, message):
         models.from_hf(folder)
 
 
+def test_a_field_that_there_is_not_is_named_with_its_like(folder):
+    with pytest.raises(ValueError, match=r"no field 'sparcity' \(did you mean 'sparsity'\?\)"):
+        models.from_hf(folder, sparcity="2:4")
+
+
 def test_missing_and_surplus_tensors_are_listed(tmp_path):
     tensors = gpt2_tensors()
     del tensors["transformer.h.1.attn.c_attn.bias"]

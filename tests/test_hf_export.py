@@ -260,9 +260,13 @@ def test_a_tokenizer_of_another_model_is_refused(with_tokenizer):
         ({"tokenizer": path}, "not a folder with one of tokenizer.json"),
         ({"tokenizer": path / "damaged"}, "cannot be read"),
         ({"tokenizer": 3}, "tokenizer is a int; give"),
+        ({"dtype": "int8"}, "dtype='int8'; choose float32, bfloat16, float16, or None"),
+        ({"dtype": "floaty"}, "dtype='floaty'; choose"),
     ):
         with pytest.raises(ValueError, match=message):
             models.export_hf(path / "new", model, variables, **options)
+    with pytest.raises(ValueError, match=f"hold no .*; give those of this {type(model).__name__}"):
+        models.export_hf(path / "new", model, {"params": {}})
     assert sorted(p.name for p in path.iterdir()) == ["alone", "damaged", "given"]
 
 

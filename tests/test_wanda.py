@@ -199,6 +199,19 @@ def test_parameters_in_host_memory_in_stacks_or_in_halves():
     same_form(model, found)
 
 
+def test_an_attention_mask_leaves_padding_out():
+    model = small(sparsity="2:4")
+    ids, lengths = np.asarray(BATCHES[0]), np.array([2, 3, 5, 12])
+    mask = (np.arange(12) < lengths[:, None]).astype(int)
+    by_mask, by_lengths, whole = (
+        models.prune_wanda(model, trained(), [{"input_ids": ids} | more])
+        for more in ({"attention_mask": mask}, {"lengths": lengths}, {})
+    )
+    jax.tree.map(np.testing.assert_array_equal, by_mask, by_lengths)
+    kept = (jax.tree.leaves(found["masks"]) for found in (by_mask, whole))
+    assert any((a != b).any() for a, b in zip(*kept, strict=True))
+
+
 def broken(params):
     params = models.unstack_layers({"params": params})["params"]
     params["layers_0"]["attention_norm"]["scale"] *= jnp.inf
@@ -212,6 +225,19 @@ def broken(params):
         ({"adapter_rank": 2}, None, BATCHES, r"adapter_rank=2: prune into .*add_adapters"),
         ({}, None, [], "no calibration batches; give at least one"),
         ({}, None, [{"labels": BATCHES[0]}], "holds labels, but no input_ids"),
+        ({}, None, 5, "calibration batches are 5; give a list"),
+        (
+            {},
+            None,
+            [{"input_ids": BATCHES[0], "labels": BATCHES[0]}],
+            "holds labels; a GPT2 takes input_ids, lengths, attention_mask",
+        ),
+        (
+            {},
+            None,
+            [{"input_ids": BATCHES[0], "attention_mask": np.eye(4, 12, dtype=int)}],
+            r"attention_mask \[4, 12\] for input_ids of \[4, 12\]; .* padding_side=\"right\"",
+        ),
         ({}, None, [BATCHES[0][0]], r"input_ids int32\[12\]; they must be integers \(batch,"),
         ({}, None, [BATCHES[0] * 0.5], r"input_ids float64\[4, 12\]"),
         ({}, None, [BATCHES[0][:0]], r"input_ids int32\[0, 12\]"),

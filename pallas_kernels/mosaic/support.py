@@ -30,27 +30,26 @@ def processors(device: jax.Device | None = None) -> int:
     return known or PROCESSORS
 
 
-def device_obstacle(device: jax.Device | None = None) -> str | None:
-    """Why this machine, or one device of it, cannot run the kernels, or None."""
+def device_obstacle(
+    device: jax.Device | None = None, kernels: str = "the sparse kernels"
+) -> str | None:
+    """Why this machine, or one device of it, cannot run `kernels`, or None."""
     device = device or jax.devices()[0]
     if device.platform != "gpu":
-        return f"the sparse kernels need an NVIDIA Hopper GPU, and this is {device.platform}"
+        return f"{kernels} need an NVIDIA Hopper GPU, and this is {device.platform}"
     capability = str(getattr(device, "compute_capability", "unknown"))
     if capability != "9.0":
         return (
-            "the sparse kernels need compute capability 9.0 (Hopper), and"
+            f"{kernels} need compute capability 9.0 (Hopper), and"
             f" {device.device_kind} has {capability}"
         )
-    return version_obstacle()
+    return version_obstacle(kernels)
 
 
-def version_obstacle() -> str | None:
-    """Why this JAX cannot compile the kernels, or None."""
+def version_obstacle(kernels: str = "the sparse kernels") -> str | None:
+    """Why this JAX cannot compile `kernels`, or None."""
     if jax.__version_info__ < OLDEST_JAX:
-        return (
-            f"the sparse kernels need JAX {'.'.join(map(str, OLDEST_JAX))}, and this is"
-            f" {jax.__version__}"
-        )
+        return f"{kernels} need JAX {'.'.join(map(str, OLDEST_JAX))}, and this is {jax.__version__}"
     return None
 
 

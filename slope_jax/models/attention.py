@@ -112,7 +112,7 @@ def decode_path(config: TransformerConfig, *, device: jax.Device | None = None) 
             "xla", "the kernel of a decode step runs on one device, without a mesh"
         )
     name, queries = jnp.dtype(config.dtype).name, config.num_heads // config.num_kv_heads
-    why = support.device_obstacle(device or _default_device())
+    why = support.device_obstacle(device or _default_device(), "kernels for attention")
     why = why or support.attention_obstacle(name, config.head_dim, queries)
     if why:
         return AttentionPath("xla", why)

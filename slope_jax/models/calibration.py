@@ -146,17 +146,24 @@ def _squares(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
 
 
 def checked_batch(model: Bert | Decoder, batch: Any) -> dict[str, jax.Array]:
-    """What the model takes of a calibration batch, and "lengths".
+    """What the model takes of a calibration batch, and "lengths", which an "attention_mask" gives as well.
 
     Raises:
-      ValueError: no input_ids, or shapes, dtypes or values that do not fit the model.
+      ValueError: no input_ids, something else that the model does not take, or shapes, dtypes or
+        values that do not fit it.
     """
-    given = batch if isinstance(batch, Mapping) else {"input_ids": batch}
+    given = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     if "input_ids" not in given:
         raise ValueError(f"a calibration batch holds {listed(sorted(given))}, but no input_ids")
-    names = ["input_ids", "lengths"] + ["token_type_ids"] * isinstance(model, Bert)
+    names = ["input_ids", "lengths", "attention_mask"]
+    names += ["token_type_ids"] * isinstance(model, Bert)
+    if unknown := sorted(given.keys() - set(names)):
+        raise ValueError(
+            f"a calibration batch holds {listed(unknown)}; a {type(model).__name__} takes"
+            f" {listed(names)}"
+        )
     given = {name: np.asarray(given[name]) for name in names if name in given}
-    ids, lengths, vocabulary = given["input_ids"], given.get("lengths"), model.config.vocab_size
+    ids, vocabulary = given["input_ids"], model.config.vocab_size
     if ids.size == 0 or not np.issubdtype(ids.dtype, np.integer) or ids.ndim != 2:
         raise ValueError(
             f"a calibration batch has input_ids {ids.dtype}{list(ids.shape)}; they must be integers"
@@ -167,6 +174,9 @@ def checked_batch(model: Bert | Decoder, batch: Any) -> dict[str, jax.Array]:
             f"a calibration batch has input_ids from {ids.min()} to {ids.max()}, but the model's"
             f" vocab_size is {vocabulary}; use the tokenizer that the weights were trained with"
         )
+    if (mask := given.pop("attention_mask", None)) is not None:
+        given.setdefault("lengths", _lengths_of(mask, ids.shape))
+    lengths = given.get("lengths")
     if lengths is not None and (
         lengths.shape != ids.shape[:1] or lengths.min() < 1 or lengths.max() > ids.shape[1]
     ):
@@ -175,3 +185,15 @@ def checked_batch(model: Bert | Decoder, batch: Any) -> dict[str, jax.Array]:
             f" {list(ids.shape)} they must be {len(ids)} integers from 1 to {ids.shape[1]}"
         )
     return {name: jnp.asarray(array) for name, array in given.items()}
+
+
+def _lengths_of(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Valid tokens of each row, of a mask of ones ahead of zeros."""
+    lengths = mask.astype(np.int32).sum(-1)
+    if mask.shape != shape or not np.array_equal(mask, np.arange(shape[1]) < lengths[:, None]):
+        raise ValueError(
+            f"a calibration batch has an attention_mask {list(mask.shape)} for input_ids of"
+            f" {list(shape)}; it must be as large, with ones for all tokens and zeros behind them:"
+            ' let the tokenizer pad with padding_side="right"'
+        )
+    return lengths

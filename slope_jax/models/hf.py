@@ -28,6 +28,7 @@ from slope_jax.models.hf_files import (
 )
 from slope_jax.models.llama import Llama, LlamaConfig
 from slope_jax.models.opt import OPT, OPTConfig
+from slope_jax.models.registry import check_fields
 from slope_jax.models.wanda import check_model, prune_wanda
 from slope_jax.policy import DENSE
 
@@ -126,7 +127,7 @@ def from_hf(
       **overrides: fields of the model's configuration, such as sparsity, dtype, dropout.
 
     Raises:
-      ValueError, ImportError: as `load_hf`, and for an unknown "model_type".
+      ValueError, ImportError: as `load_hf`, and for an unknown "model_type" or field.
     """
     folder = checked_folder(folder)
     raw = read_json(folder / "config.json")
@@ -136,6 +137,7 @@ def from_hf(
             f"{folder / 'config.json'}: model_type {family!r}; choose a folder of {list(_MODELS)}"
         )
     module, config = _MODELS[family]
+    check_fields(config.__name__, config, overrides)
     fields = hf_names.read_config(raw, family) | {"dropout": hf_names.dropout(raw, family)}
     model = module(config(**(fields | overrides)))
     return model, load_hf(folder, model, calibration=calibration)

@@ -37,6 +37,7 @@ _ROPE_SCALING = (
     "original_max_position_embeddings",
 )
 _decompress = jax.jit(decompress)
+DTYPES = ("float32", "bfloat16", "float16")
 _ALONE = ("cls.", "lm_head.")  # names outside of the base model
 
 
@@ -70,8 +71,8 @@ def export_hf(
         roles are those of Transformers. Of a decoder, the end pads too where nothing else does.
 
     Raises:
-      ValueError: the folder exists already, `adapters` is neither of the two, or the tokenizer is
-        none, or not one of this model.
+      ValueError: the folder exists already, `adapters` is neither of the two, `dtype` is no float of
+        16 or 32 bits, the variables are not the model's, or the tokenizer is none, or not one of it.
       ImportError: safetensors is not installed.
 
     >>> model, variables = from_hf("~/models/gpt2", sparsity="2:4")  # doctest: +SKIP
@@ -79,6 +80,8 @@ def export_hf(
     """
     if adapters not in ("merge", "lora"):
         raise ValueError(f"adapters={adapters!r}; choose 'merge' or 'lora'")
+    if dtype is not None and getattr(dtype, "__name__", str(dtype)) not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}; choose {', '.join(DTYPES)}, or None")
     folder, family = Path(folder).expanduser().resolve(), family_of(model)
     single = unstack_layers(variables)
     with new_folder(folder) as staging:
@@ -135,6 +138,10 @@ def dense_tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Their names and tensors of one parameter of ours, layers single."""
     array = at(variables["params"], source.path)
+    if array is None:
+        raise ValueError(
+            f"the variables hold no {'/'.join(source.path)}; give those of this {type(model).__name__}"
+        )
     metadata = at(variables.get("masks", {}), source.path)
     layer = at(variables["params"], source.path[:-1])
     wanted = array.dtype if dtype is None else jnp.dtype(dtype)

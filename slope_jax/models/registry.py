@@ -28,7 +28,7 @@ def variant_config(name: str, **overrides) -> TransformerConfig:
     """
     for _, config, variants in _FAMILIES:
         if name in variants:
-            _check_fields(name, config, overrides)
+            check_fields(name, config, overrides)
             return config(**(variants[name] | overrides))
     raise ValueError(
         f"unknown model {name!r}{_suggestion(name, VARIANTS)}; choose one of {', '.join(VARIANTS)}"
@@ -65,7 +65,8 @@ def count_parameters(model: bert.Bert | Decoder) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["params"]))
 
 
-def _check_fields(name: str, config: type[TransformerConfig], overrides) -> None:
+def check_fields(name: str, config: type[TransformerConfig], overrides) -> None:
+    """Raises ValueError, with the choices, for an override that is no field of the configuration."""
     fields = [field.name for field in dataclasses.fields(config)]
     for field in overrides:
         if field not in fields:

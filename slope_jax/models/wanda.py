@@ -68,6 +68,8 @@ def prune_wanda(
     """
     check_model(model)
     params = _single_layers(model, variables)
+    if not isinstance(batches, Iterable):
+        raise ValueError(f"calibration batches are {batches!r}; give a list of token ids (B, S)")
     inputs = [checked_batch(model, batch) for batch in batches]
     if not inputs:
         raise ValueError("no calibration batches; give at least one of token ids (B, S)")
