@@ -25,7 +25,8 @@ from slope_jax import explain
 from slope_jax.generate import stream
 from train import serving
 from train.environment import JOB_PACKAGES, accelerator
-from train.generate import CHUNK, quiet
+from train.generate import quiet
+from train.texts import CHUNK
 
 PROMPTS = ((1, 32), (1, 512), (8, 128), (32, 128))
 

@@ -40,7 +40,7 @@ def test_what_is_loaded_gives_the_tokens_of_generate(made, tmp_path):
         loaded.greedy(variables, prompts[:1], 7)
     with pytest.raises(ValueError, match="between 1 and 7"):
         loaded.greedy(variables, prompts, 8)
-    with pytest.raises(ValueError, match="count=2.0 must be an integer between 1 and 7"):
+    with pytest.raises(ValueError, match=r"count=2\.0 must be an integer between 1 and 7"):
         loaded.greedy(variables, prompts, 2.0)
     with pytest.raises(ValueError, match=r"lengths=\[7, 3\]; .* 2 integers in 1 .. 6"):
         loaded.greedy(variables, prompts, 7, [7, 3])

@@ -17,10 +17,10 @@ from slope_jax import models
 from slope_jax.generate import generate
 from train.data.tokenizer import train_tokenizer, vocabulary_from_json
 from train.evaluate import main, perplexity
-from train.generate import continued_text
 from train.harness import Harness, evaluate_tasks
 from train.scoring import score, strided_windows
 from train.serving import Served
+from train.texts import continued_text
 
 LONGEST = 24  # tokens of the run's sequences; there are more positions, never trained
 
@@ -107,6 +107,41 @@ def test_continuations_are_scored_after_their_contexts(served):
         rows = log_probabilities(served, tokens[:-1])[-len(after) :]
         assert nats == pytest.approx(sum(rows[range(len(after)), after]), rel=1e-4)
         assert greedy == (rows.argmax(-1) == after).all()
+
+
+def test_a_continuation_that_ends_the_contexts_last_word_has_its_tokens(served):
+    """Where the context's tokens go on otherwise, they are the continuation's."""
+    encode, end = served.vocabulary.encode, served.vocabulary.specials.end_of_text
+    harness = Harness(served)
+    cases = [("a rank ker", "nel"), ("a rank ker", "nel mask"), ("ker", "nel"), ("spar", "se")]
+    for context, continuation in cases:
+        before, whole = encode(context), encode(context + continuation)
+        cut = next(
+            i for i, pair in enumerate(zip(before, whole, strict=False)) if len(set(pair)) > 1
+        )
+        assert cut < len(before)
+        after = whole[cut:]
+        ((nats, _),) = harness.loglikelihood([request(context, continuation)])
+        rows = log_probabilities(served, [*([] if cut else [end]), *whole[:-1]])[-len(after) :]
+        assert nats == pytest.approx(sum(rows[range(len(after)), after]), rel=1e-4)
+
+
+def test_errors_name_the_request(served):
+    harness, long = Harness(served), "rank token " * 30
+    for continuation, message in (("", "of 0 tokens"), (long, r"of \d\d+ tokens")):
+        with pytest.raises(ValueError, match=rf"request 1, 'kernel' and .*{message}; .* 1 \.\. 24"):
+            harness.loglikelihood([request("a", " mask"), request("kernel", continuation)])
+    with pytest.raises(ValueError, match=r"request 0, 'rank token rank token rank .* rank token '"):
+        harness.loglikelihood([request(long, "")])
+    for options, error, message in (
+        ({"max_gen_toks": 0}, ValueError, "max_gen_toks=0 must be 1 or more"),
+        ({"do_sample": True}, NotImplementedError, "do_sample"),
+    ):
+        with (
+            mock.patch("train.harness.stream", side_effect=AssertionError("generated")),
+            pytest.raises(error, match=f"request 1, 'kernel': {message}"),
+        ):
+            harness.generate_until([request("a", {}), request("kernel", options)])
 
 
 def test_what_is_generated_greedily_is_scored_as_greedy(served):
@@ -286,6 +321,13 @@ def test_a_long_context_keeps_what_fits_beside_the_new_tokens(served, monkeypatc
         Harness(short).generate_until([request(text, {"max_gen_toks": 7})])
 
 
+def test_a_tasks_stop_is_found_however_its_accents_are_written(served, monkeypatch):
+    tokens = np.array([served.vocabulary.encode("un caf\u00e9 noir")], np.int32)
+    monkeypatch.setattr("train.harness.stream", lambda *args, **options: iter([tokens]))
+    asked = request("sparse", {"until": "cafe\u0301"})
+    assert Harness(served).generate_until([asked]) == ["un "]
+
+
 def word_piece():
     words = [
         "[PAD]",
@@ -357,6 +399,46 @@ def test_the_command_says_what_is_missing_or_wrong(
         assert message in capsys.readouterr().err
 
 
+def test_windows_longer_than_what_was_trained_are_warned_of(served, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("train.serving.load", lambda path, step=None: served)
+    text = tmp_path / "text.txt"
+    text.write_text("Sparse kernel mask. " * 20)
+    options = ["--checkpoint=run", f"--data=text:{text}", f"--cache-dir={tmp_path / 'cache'}"]
+    for more, warned in (([], False), ([f"--window={LONGEST}"], False), (["--window=25"], True)):
+        assert main([*options, *more]) == 0
+        assert ("warning" in (err := capsys.readouterr().err)) == warned
+    assert (
+        f"a window of 25 tokens is long; the model was trained on sequences of at most {LONGEST}"
+        in err
+    )
+
+
+def test_names_of_tasks_may_have_spaces_around_them(served, monkeypatch):
+    evaluated = mock.Mock(return_value={})
+    monkeypatch.setattr("train.serving.load", lambda path, step=None: served)
+    monkeypatch.setattr("train.harness.evaluate_tasks", evaluated)
+    monkeypatch.setattr("train.harness.check_installed", lambda: None)
+    assert main(["--checkpoint=run", "--tasks= a, b", "--shots=0"]) == 0
+    assert evaluated.call_args.args[1] == ["a", "b"]
+
+
+def test_an_output_that_cannot_be_written_is_refused_at_once(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("train.serving.load", mock.Mock(side_effect=ValueError("loaded")))
+    (tmp_path / "file").write_text("")
+
+    def said(path):
+        assert main(["--checkpoint=run", "--data=docs", f"--output={path}"]) == 2
+        return capsys.readouterr().err
+
+    assert "is a folder; name a file in it" in said(tmp_path)
+    assert f"{tmp_path / 'file'} is no folder" in said(tmp_path / "file" / "a" / "b.json")
+    for fine in ("file", "new/folder/b.json"):  # a file is replaced
+        assert "error: loaded" in said(tmp_path / fine)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert f"{tmp_path} is not writable" in said(tmp_path / "b.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_what_is_wrong_is_said_before_the_model_is_loaded(monkeypatch, capsys):
     monkeypatch.setattr("train.serving.load", mock.Mock(side_effect=AssertionError("loaded")))
     monkeypatch.setitem(sys.modules, "lm_eval", None)
@@ -369,6 +451,15 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(monkeypatch, capsys):
         (["--data=docs", "--batch=0"], "--batch=0 must be 1 or more"),
         (["--data=docs", "--max-tokens=-1"], "--max-tokens=-1 must be 1 or more"),
         (["--tasks=hellaswag", "--shots=-1"], "--shots=-1 must be 0 or more"),
+        (["--tasks="], "--tasks='' has an empty name"),
+        (["--tasks=a,,b"], "--tasks='a,,b' has an empty name"),
+        (["--data=docs", "--shots=0"], "--data takes no --shots, which --tasks does"),
+        (["--data=docs", "--limit=3"], "--data takes no --limit, which --tasks does"),
+        (["--tasks=a", "--window=8"], "--tasks takes no --window, which --data does"),
+        (["--tasks=a", "--stride=8"], "--tasks takes no --stride, which --data does"),
+        (["--tasks=a", "--held-out"], "--tasks takes no --held-out, which --data does"),
+        (["--tasks=a", "--max-tokens=8"], "--tasks takes no --max-tokens, which --data does"),
+        (["--tasks=a", "--cache-dir=x"], "--tasks takes no --cache-dir, which --data does"),
     ):
         assert main(["--checkpoint=run", *options]) == 2
         assert message in capsys.readouterr().err

@@ -12,6 +12,7 @@ from slope_jax.fill import fill_masks
 from slope_jax.generate import generate
 from train import serving
 from train.export import export_run, main
+from train.texts import masked_ids
 
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 
@@ -133,8 +134,11 @@ def test_transformers_fills_the_masks_of_a_bert(torch, transformers, tmp_path, s
     served = serving.load(tmp_path / "run")
     specials, encode = served.vocabulary.specials, served.vocabulary.encode
     given = tokenizer("Sparse [MASK] mask", return_tensors="pt")
-    ids = [specials.cls, *encode("Sparse "), specials.mask, *encode(" mask"), specials.sep]
+    ids = masked_ids(served.vocabulary, "Sparse [MASK] mask")
+    assert ids == [specials.cls, *encode("Sparse"), specials.mask, *encode(" mask"), specials.sep]
     assert given["input_ids"].tolist() == [ids]
+    for text in ("[MASK] [MASK].", "Sparse[MASK]", "[MASK]"):
+        assert tokenizer(text)["input_ids"] == masked_ids(served.vocabulary, text)
     with torch.no_grad():
         logits = theirs(**given).prediction_logits[0, ids.index(specials.mask)]
     found = fill_masks(served.model, served.variables, jnp.asarray([ids]), specials.mask, top=3)
@@ -144,6 +148,18 @@ def test_transformers_fills_the_masks_of_a_bert(torch, transformers, tmp_path, s
     assert pair["input_ids"] == [specials.cls, *first, specials.sep, *second, specials.sep]
     assert pair["token_type_ids"] == [0] * (len(first) + 2) + [1] * (len(second) + 1)
     assert theirs.config.pad_token_id == specials.pad
+
+
+def test_a_bert_without_spaces_in_its_words_leaves_its_mask_alone(tmp_path):
+    from train.data.tokenizer import BERT_SPECIALS, load_tokenizer
+    from train.export import hf_tokenizer
+
+    (tmp_path / "vocab.txt").write_text("\n".join((*BERT_SPECIALS, "sparse", "kernel")))
+    vocabulary = load_tokenizer(tmp_path / "vocab.txt", "mlm")
+    tokenizer, _ = hf_tokenizer(vocabulary)
+    assert not tokenizer.get_added_tokens_decoder()[vocabulary.specials.mask].lstrip
+    text = "Sparse [MASK] kernel"
+    assert tokenizer.encode(text).ids == masked_ids(vocabulary, text) == [2, 5, 4, 6, 3]
 
 
 def test_other_forms_and_what_is_wrong(tmp_path, small_text, capsys, monkeypatch):
@@ -172,9 +188,17 @@ def test_other_forms_and_what_is_wrong(tmp_path, small_text, capsys, monkeypatch
         ([f"--output={tmp_path / 'saved'}"], "exists already"),
         ([f"--output={tmp_path / 'x'}", "--step=5"], "leave out step=5"),
         ([f"--output={tmp_path / 'x'}", "--semi-structured", "--dtype=float32"], "bfloat16 or"),
+        (
+            [f"--output={tmp_path / 'x'}", "--semi-structured", "--adapters=merge"],
+            "leave out --adapters=merge or --semi-structured",
+        ),
     ):
         assert main([*options[:1], *wrong]) == 2
         assert message in capsys.readouterr().err
+    save_run(tmp_path / "dense", texts, "gpt2-nano", 7, method="dense")
+    dense = [f"--checkpoint={tmp_path / 'dense'}", f"--output={tmp_path / 'x'}"]
+    assert main([*dense, "--semi-structured"]) == 2
+    assert "leave out --semi-structured" in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main([*options[:1], f"--output={tmp_path / 'x'}"]) == 2
     assert "slope-jax[hf]" in capsys.readouterr().err

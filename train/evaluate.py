@@ -12,18 +12,26 @@ run did not train on. Tasks need the extra `eval`.
 import argparse
 import json
 import math
+import os
 import pathlib
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from train.generate import exit_code
+from train.generate import exit_code, option, warn_of_length
 
 if TYPE_CHECKING:
     import numpy as np
 
     from train.serving import Served
+
+
+# Options that one of the two ways takes alone.
+_OF_MODE = {
+    "data": ("held_out", "max_tokens", "window", "stride", "cache_dir"),
+    "tasks": ("shots", "limit"),
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -107,9 +115,12 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.tasks is not None:
         from train.harness import evaluate_tasks
 
-        names = arguments.tasks.split(",")
         found = evaluate_tasks(
-            served, names, shots=arguments.shots, limit=arguments.limit, batch_size=arguments.batch
+            served,
+            _task_names(arguments.tasks),
+            shots=arguments.shots,
+            limit=arguments.limit,
+            batch_size=arguments.batch,
         )
         for name, numbers in found.items():
             for metric, value in numbers.items():
@@ -125,20 +136,49 @@ def _check(arguments: argparse.Namespace) -> None:
     """What is wrong, before the model and the data are read."""
     if (arguments.data is None) == (arguments.tasks is None):
         raise ValueError("give either --data=SOURCE for perplexity or --tasks=NAME,... for tasks")
+    mode, other = ("data", "tasks") if arguments.tasks is None else ("tasks", "data")
+    values = vars(arguments)
+    given = [option(name) for name in _OF_MODE[other] if values[name] is not None]
+    if given:
+        raise ValueError(
+            f"--{mode} takes no {', '.join(given)}, which --{other} does; leave it out"
+        )
     for name in ("window", "stride", "batch", "max_tokens", "limit", "shots"):
-        value, least = getattr(arguments, name), int(name != "shots")
+        value, least = values[name], int(name != "shots")
         if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')}={value} must be {least} or more")
+            raise ValueError(f"{option(name)}={value} must be {least} or more")
+    if arguments.output is not None:
+        _check_output(arguments.output)
     if arguments.tasks is not None:
         from train.harness import check_installed
 
+        _task_names(arguments.tasks)
         check_installed()
+
+
+def _check_output(path: pathlib.Path) -> None:
+    """Raises a ValueError unless a file can be written there, in the place of one or as a new one."""
+    if path.is_dir():
+        raise ValueError(f"--output={path} is a folder; name a file in it")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise ValueError(f"--output={path}: {folder} is no folder; name another place")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--output={path}: {folder} is not writable; name another place")
+
+
+def _task_names(given: str) -> list[str]:
+    names = [name.strip() for name in given.split(",")]
+    if not all(names):
+        raise ValueError(f"--tasks={given!r} has an empty name; give NAME or NAME,NAME")
+    return names
 
 
 def _text(served: "Served", arguments: argparse.Namespace) -> dict[str, Any]:
     from train.data import read_documents
 
     window, stride = _steps(served, arguments.window, arguments.stride)
+    warn_of_length(served, window, f"a window of {window} tokens is long", "Give a lower --window")
     texts = read_documents(arguments.data, cache_dir=arguments.cache_dir)
     if arguments.held_out:
         texts = _held_out(texts, served.about["config"]["valid_fraction"])
@@ -226,7 +266,9 @@ def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--step", type=int, help="checkpoint of a run; the latest if not given")
     parser.add_argument("--data", help="as of train.pretrain: text:GLOB, tfds:NAME, docs")
-    parser.add_argument("--held-out", action="store_true", help="what the run held out alone")
+    parser.add_argument(
+        "--held-out", action="store_true", default=None, help="what the run held out alone"
+    )
     parser.add_argument("--max-tokens", type=int, help="stop reading after the document with these")
     parser.add_argument("--window", type=int, help="tokens; the run's longest sequence by default")
     parser.add_argument("--stride", type=int, help="tokens; half a window by default")

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from train.generate import exit_code
+from train.texts import carries_space
 
 if TYPE_CHECKING:
     import tokenizers
@@ -37,8 +38,9 @@ def export_run(
     """`slope_jax.models.export_hf` of a run, with its tokenizer.
 
     The tokenizer gives the ids that the model was trained on: of a text alone for a decoder, and with
-    [CLS] and [SEP] for a BERT. But where a text spells a special token, it means that token, as is
-    usual with Transformers (`split_special_tokens=True` takes it for text, as our commands do).
+    [CLS] and [SEP] for a BERT, whose [MASK] takes the white space ahead of it if words carry theirs. But
+    where a text spells a special token, it means that token, as is usual with Transformers
+    (`split_special_tokens=True` takes it for text, as our commands do).
 
     Args:
       folder: a new one.
@@ -76,6 +78,9 @@ def hf_tokenizer(vocabulary: "Vocabulary") -> tuple["tokenizers.Tokenizer", dict
         ids = {"pad_token": specials.pad, "cls_token": specials.cls}
         ids |= {"sep_token": specials.sep, "mask_token": specials.mask}
         cls, sep = (made.id_to_token(i) for i in (specials.cls, specials.sep))
+        if carries_space(made):  # a masked word took its space along
+            mask = made.id_to_token(specials.mask)
+            made.add_special_tokens([tokenizers.AddedToken(mask, lstrip=True, normalized=False)])
         made.post_processor = TemplateProcessing(
             single=[cls, "$A", sep],
             pair=[f"{cls}:0", "$A:0", f"{sep}:0", "$B:1", f"{sep}:1"],
@@ -94,14 +99,24 @@ def _run(arguments: argparse.Namespace) -> None:
     import importlib.util
 
     from slope_jax.models import export_semi_structured
+    from slope_jax.policy import DENSE
     from train import serving
 
+    if arguments.semi_structured and arguments.adapters is not None:
+        raise ValueError(
+            f"--semi-structured writes adapters apart, always; leave out --adapters="
+            f"{arguments.adapters} or --semi-structured"
+        )
     if importlib.util.find_spec("safetensors") is None:
         raise ValueError("export needs safetensors: pip install 'slope-jax[hf]'")
     path = arguments.checkpoint.expanduser()
     load = serving.load if (path / serving.SERVED_FILE).is_file() else serving.load_trained
     run = load(path, step=arguments.step)
     if arguments.semi_structured:
+        if set(run.model.config.patterns.values()) == {DENSE}:
+            raise ValueError(
+                "the model prunes nothing, its weights are dense; leave out --semi-structured"
+            )
         tokenizer, special = hf_tokenizer(run.vocabulary)
         folder = export_semi_structured(
             arguments.output,
@@ -113,7 +128,7 @@ def _run(arguments: argparse.Namespace) -> None:
         )
     else:
         folder = export_run(
-            arguments.output, run, adapters=arguments.adapters, dtype=arguments.dtype
+            arguments.output, run, adapters=arguments.adapters or "merge", dtype=arguments.dtype
         )
     about = run.about
     print(f"{about['config']['model']} of step {about['step']}: exported to {folder}")
@@ -136,8 +151,7 @@ def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--adapters",
         choices=("merge", "lora"),
-        default="merge",
-        help="add them to the weights, or write LoRA files for PEFT beside the sparse ones",
+        help="add them to the weights, the default, or write LoRA files for PEFT beside sparse ones",
     )
     parser.add_argument(
         "--dtype",

@@ -9,6 +9,7 @@ run was given --dtype=float32, or `--save-dtype` says otherwise.
 """
 
 import argparse
+import io
 import logging
 import os
 import pathlib
@@ -17,11 +18,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from train.texts import CHUNK, NEW_TOKENS, continuations, encoded, masked_ids
+
 if TYPE_CHECKING:
-    from train.data.tokenizer import Vocabulary
     from train.serving import Served
 
-CHUNK = 8  # tokens that are made between two looks at them
+CANDIDATES = 5  # where none are asked for
+# Options of a decoder alone.
+_OF_DECODERS = ("max_new_tokens", "temperature", "top_p", "stop", "seed")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -32,6 +36,8 @@ def main(args: Sequence[str] | None = None) -> int:
 def exit_code(run: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
     """What a command returns: 0, or what went wrong, which is said on stderr."""
     quiet()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not of a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         run(arguments)
     except (ValueError, NotImplementedError) as error:
@@ -52,10 +58,12 @@ def _run(arguments: argparse.Namespace) -> None:
     from train import serving
     from train.display import size
 
-    if arguments.save_dtype and arguments.save is None:
-        raise ValueError("--save-dtype is of the folder that --save=FOLDER names")
+    _check(arguments)
     served = serving.load(arguments.checkpoint, step=arguments.step)
     about = served.about
+    masked = isinstance(served.model, Bert)
+    if masked:
+        _check_masked(arguments)
     print(
         f"{about['config']['model']} of step {about['step']}: {size(served.nbytes)} of weights,"
         f" adapters {'fused' if about['adapters'] else 'none'}",
@@ -69,77 +77,83 @@ def _run(arguments: argparse.Namespace) -> None:
         if arguments.save is None:
             raise ValueError("nothing to do; give --prompt=TEXT or --save=FOLDER")
         return
-    if isinstance(served.model, Bert):
+    if masked:
         _fill(served, arguments)
     else:
         _continue(served, arguments)
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """What is wrong whatever the model, before it is read."""
+    if arguments.save_dtype and arguments.save is None:
+        raise ValueError("--save-dtype is of the folder that --save=FOLDER names")
+    for name in ("top_k", "max_new_tokens"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{option(name)}={value} must be 1 or more")
+    if arguments.seed is not None and not 0 <= arguments.seed < 2**31:
+        raise ValueError(f"--seed={arguments.seed} must lie in [0, 2**31)")
+
+
+def _check_masked(arguments: argparse.Namespace) -> None:
+    given = [option(name) for name in _OF_DECODERS if getattr(arguments, name) is not None]
+    if given:
+        raise ValueError(
+            f"a BERT fills masks with its likeliest tokens, --top-k of them, and takes no"
+            f" {', '.join(given)}; leave out what a decoder alone takes"
+        )
+
+
+def option(name: str) -> str:
+    """As the command line has it."""
+    return "--" + name.replace("_", "-")
+
+
 def _continue(served: "Served", arguments: argparse.Namespace) -> None:
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from slope_jax.generate import stream
-
-    vocabulary = served.vocabulary
-    end = vocabulary.specials.end_of_text
-    prompts = [vocabulary.encode(text) or [end] for text in arguments.prompt]
-    lengths = np.array([len(prompt) for prompt in prompts])
-    ids = np.zeros((len(prompts), lengths.max()), np.int32)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    sampled = arguments.temperature > 0
+    prompts = arguments.prompt
+    count = NEW_TOKENS if arguments.max_new_tokens is None else arguments.max_new_tokens
     begin = time.perf_counter()
-    pieces = stream(
-        served.model,
-        served.variables,
-        jnp.asarray(ids),
-        lengths=lengths,
-        max_new_tokens=arguments.max_new_tokens,
-        chunk=CHUNK,
-        end_token=end,
-        temperature=arguments.temperature,
+    growing = continuations(
+        served,
+        prompts,
+        max_new_tokens=count,
+        temperature=arguments.temperature or 0.0,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
-        key=jax.random.key(arguments.seed) if sampled else None,
+        stops=arguments.stop or (),
+        seed=arguments.seed or 0,
     )
-    _warn_of_length(served, lengths.max(), arguments.max_new_tokens)
+    longest = max(map(len, encoded(served.vocabulary, prompts)))
+    warn_of_length(
+        served,
+        longest + count,
+        f"a prompt of {longest} tokens and {count} new ones are {longest + count}",
+        "Give a shorter prompt or a lower --max-new-tokens",
+    )
     print(f"a new token: {paths(served, len(prompts))}", file=sys.stderr)
-    rows: list[list[int]] = [[] for _ in prompts]
-    written, marks = 0, [begin]
     alone = len(prompts) == 1
     if alone:
-        print(arguments.prompt[0], end="", flush=True)
-    for piece in pieces:
+        print(prompts[0], end="", flush=True)
+    written, marks = 0, [begin]
+    for texts in growing:
         marks.append(time.perf_counter())
-        for row, tokens in zip(rows, piece.tolist(), strict=True):
-            row.extend(tokens)
-        texts = [
-            continued_text(vocabulary, prompt, row, arguments.stop)
-            for prompt, row in zip(prompts, rows, strict=True)
-        ]
         if alone:  # what a later token can still change is held back
-            text, ended = texts[0]
-            safe = len(text) if ended else _settled(text, arguments.stop)
-            print(text[written:safe], end="", flush=True)
-            written = max(written, safe)
-        if all(ended for _, ended in texts):
-            break
+            print(texts[0].text[written : texts[0].settled], end="", flush=True)
+            written = max(written, texts[0].settled)
     if alone:
-        print(texts[0][0][written:])
+        print(texts[0].text[written:])
     else:
-        for prompt, (text, _) in zip(arguments.prompt, texts, strict=True):
-            print(f"{prompt}{text}\n")
-    _say_speed(marks, len(prompts), len(rows[0]))
+        for prompt, made in zip(prompts, texts, strict=True):
+            print(f"{prompt}{made.text}\n")
+    _say_speed(marks, len(prompts), texts[0].tokens)
 
 
-def _warn_of_length(served: "Served", prompt: int, count: int) -> None:
-    if prompt + count > served.longest:
+def warn_of_length(served: "Served", tokens: int, what: str, remedy: str) -> None:
+    """Says on stderr if `tokens`, which `what` explains, are more than the model was trained on."""
+    if tokens > served.longest:
         print(
-            f"warning: a prompt of {prompt} tokens and {count} new ones are {prompt + count}; the"
-            f" model was trained on sequences of at most {served.longest}, and what it writes behind"
-            " them may be noise. Give a shorter prompt or a lower --max-new-tokens",
+            f"warning: {what}; the model was trained on sequences of at most {served.longest} tokens,"
+            f" and what it makes of those behind them may be noise. {remedy}",
             file=sys.stderr,
         )
 
@@ -159,32 +173,6 @@ def paths(served: "Served", rows: int) -> str:
     return "; ".join([*said, f"attention by {path.implementation}: {path.reason}"])
 
 
-def continued_text(
-    vocabulary: "Vocabulary", prompt: list[int], tokens: list[int], stops: Sequence[str]
-) -> tuple[str, bool]:
-    """The text that `tokens` add to a prompt's, ahead of an end of text and of any stop.
-
-    Decoded behind the prompt, for some tokenizers write no space ahead of a first word.
-
-    Returns:
-      The text, and whether an end or a stop was there.
-    """
-    end = vocabulary.specials.end_of_text
-    ended = end in tokens
-    tokens = tokens[: tokens.index(end)] if ended else tokens
-    prompt = [token for token in prompt if token != end]
-    text = vocabulary.decode([*prompt, *tokens])[len(vocabulary.decode(prompt)) :]
-    found = [text.index(stop) for stop in stops if stop and stop in text]
-    return (text[: min(found)], True) if found else (text, ended)
-
-
-def _settled(text: str, stops: Sequence[str]) -> int:
-    """Characters ahead of what may yet become another character, or turn out to begin a stop."""
-    text = text.rstrip("\ufffd")
-    begun = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
-    return len(text) - max(begun, default=0)
-
-
 def _say_speed(marks: Sequence[float], rows: int, tokens: int) -> None:
     first = 1000 * (marks[1] - marks[0])
     said = f"first token after {first:.0f} ms, compilation included"
@@ -200,23 +188,14 @@ def _fill(served: "Served", arguments: argparse.Namespace) -> None:
 
     from slope_jax.fill import fill_masks
 
-    vocabulary, specials = served.vocabulary, served.vocabulary.specials
-    mask = vocabulary.tokenizer.id_to_token(specials.mask)
-    for text in arguments.prompt:
-        pieces = text.split(mask)  # in a text, the name of a special token is just text
-        if len(pieces) == 1:
-            raise ValueError(f"{text!r} has no {mask}; a BERT fills masks and does not continue")
-        ids = [specials.cls, *vocabulary.encode(pieces[0])]
-        for piece in pieces[1:]:
-            ids += [specials.mask, *vocabulary.encode(piece)]
-        ids.append(specials.sep)
-        found = fill_masks(
-            served.model,
-            served.variables,
-            jnp.asarray([ids]),
-            specials.mask,
-            top=arguments.top_k or 5,
-        )
+    vocabulary, mask = served.vocabulary, served.vocabulary.specials.mask
+    top = CANDIDATES if arguments.top_k is None else arguments.top_k
+    rows = [masked_ids(vocabulary, text) for text in arguments.prompt]
+    longest = max(map(len, rows))
+    said = f"a prompt of {longest} tokens, special ones included, is long"
+    warn_of_length(served, longest, said, "Give a shorter one")
+    for text, ids in zip(arguments.prompt, rows, strict=True):
+        found = fill_masks(served.model, served.variables, jnp.asarray([ids]), mask, top=top)
         print(text)
         for number, (tokens, shares) in enumerate(
             zip(found.tokens, found.probabilities, strict=True), 1
@@ -234,6 +213,22 @@ def quiet() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
 
 
+def _text(given: str) -> str:
+    """A text of the command line, in which bytes that are no UTF-8 arrive as lone surrogates."""
+    try:
+        given.encode()
+    except UnicodeEncodeError as error:
+        at = f"{given[error.start]!a} at character {error.start}"
+        raise argparse.ArgumentTypeError(f"not UTF-8, {at}; give text in UTF-8") from error
+    return given
+
+
+def _stop(given: str) -> str:
+    if not given:
+        raise argparse.ArgumentTypeError("an empty text ends nothing; leave it out")
+    return _text(given)
+
+
 def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m train.generate",
@@ -247,13 +242,21 @@ def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
         help="folder of a run, one of its checkpoints/STEP, or what --save wrote",
     )
     parser.add_argument("--step", type=int, help="checkpoint of a run; the latest if not given")
-    parser.add_argument("--prompt", action="append", default=[], help="may be given again")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest")
-    parser.add_argument("--top-k", type=int, help="sample among so many; candidates of a BERT")
+    parser.add_argument(
+        "--prompt", type=_text, action="append", default=[], help="may be given again"
+    )
+    parser.add_argument("--max-new-tokens", type=int, help=f"{NEW_TOKENS} if not given")
+    parser.add_argument("--temperature", type=float, help="0, the default, takes the likeliest")
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        help=f"sample among so many; candidates of a BERT, {CANDIDATES} if not given",
+    )
     parser.add_argument("--top-p", type=float, help="sample among those that hold this share")
-    parser.add_argument("--stop", action="append", default=[], help="text to end at; repeatable")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument(
+        "--stop", type=_stop, action="append", help="text to end at; may be given again"
+    )
+    parser.add_argument("--seed", type=int, help="of the sampling; 0 if not given")
     parser.add_argument("--save", type=pathlib.Path, help="new folder for the model alone")
     parser.add_argument("--save-dtype", choices=("bfloat16", "float32"), help="of its weights")
     return parser.parse_args(args)

@@ -1,6 +1,7 @@
 """Trained models under EleutherAI's LM Evaluation Harness (the extra `eval`)."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,9 +9,9 @@ import numpy as np
 
 from slope_jax.generate import stream
 from train.evaluate import check_decoder
-from train.generate import CHUNK, continued_text
 from train.scoring import score, strided_windows
 from train.serving import Served
+from train.texts import CHUNK, continued_text, stop_texts
 
 MAX_NEW_TOKENS = 256  # where a task does not say
 
@@ -34,14 +35,19 @@ class Harness:
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False):
         """For args (context, continuation): nats of the continuation's likelihood, and whether
-        greedy generation gives it."""
+        greedy generation gives it.
+
+        Raises:
+          ValueError: a continuation has no tokens, or more than a sequence; says whose.
+        """
         pieces = []
-        for context, continuation in (request.args for request in requests):
+        for number, (context, continuation) in enumerate(request.args for request in requests):
             before, after = self._pair(context, continuation)
             if not 1 <= len(after) <= self.longest:
                 raise ValueError(
-                    f"a continuation of {len(after)} tokens; there must be 1 .. {self.longest}"
-                    ", as many as the longest sequences of the run have"
+                    f"request {number}, {_shown(context)} and {_shown(continuation)}: a continuation"
+                    f" of {len(after)} tokens; there must be 1 .. {self.longest}, as many as the"
+                    " longest sequences of the run have. Leave it out of the task"
                 )
             tokens = np.array([*before, *after], np.int32)[-(self.longest + 1) :]
             pieces.append((tokens, len(after)))
@@ -75,17 +81,30 @@ class Harness:
         sequence is given at most, the rest being the prompt's; sampling is refused.
 
         Raises:
-          ValueError: there is no room for any prompt.
+          ValueError: no new tokens are asked for, or there is no room for any prompt; says by whom.
         """
+        for number, (context, options) in enumerate(request.args for request in requests):
+            self._check(f"request {number}, {_shown(context)}", options)
         return [self._generate(*request.args) for request in requests]
 
-    def _generate(self, context: str, options: dict[str, Any]) -> str:
+    def _check(self, who: str, options: dict[str, Any]) -> None:
         if options.get("do_sample") and options.get("temperature", 1.0) > 0:
-            raise NotImplementedError("do_sample: only greedy generation is evaluated here")
+            raise NotImplementedError(f"{who}: do_sample; only greedy generation is evaluated here")
+        if (wanted := _wanted(options)) < 1:
+            raise ValueError(f"{who}: max_gen_toks={wanted} must be 1 or more")
+        if self.longest < 2:
+            raise ValueError(
+                f"{who}: max_gen_toks={wanted} leaves no room for a prompt in sequences of"
+                f" {self.longest} tokens, the longest of the run; evaluate a model trained on longer"
+                " ones"
+            )
+
+    def _generate(self, context: str, options: dict[str, Any]) -> str:
         stops = options.get("until") or []
-        stops = [stops] if isinstance(stops, str) else list(stops)
         vocabulary = self.served.vocabulary
-        count, room = self._shares(options.get("max_gen_toks") or MAX_NEW_TOKENS)
+        stops = stop_texts(vocabulary, [stops] if isinstance(stops, str) else stops)
+        count = min(_wanted(options), self.longest // 2)
+        room = self.longest - count
         prompt = (vocabulary.encode(context) or [self.end])[-room:]
         width = min(room, -(-len(prompt) // 64) * 64)  # few shapes to compile
         ids = np.zeros((1, width), np.int32)
@@ -107,29 +126,36 @@ class Harness:
                 break
         return text
 
-    def _shares(self, wanted: int) -> tuple[int, int]:
-        """New tokens, and those of the prompt that there is room for."""
-        count = min(wanted, max(1, self.longest // 2))
-        if count >= self.longest:
-            raise ValueError(
-                f"max_gen_toks={wanted} leaves no room for a prompt in sequences of {self.longest}"
-                " tokens, the longest of the run; evaluate a model trained on longer ones"
-            )
-        return count, self.longest - count
-
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokens of both, cut where the text of the context ends; its last spaces go along."""
+        """Tokens of both, those of the continuation from where they are not the context's alone.
+
+        It has one at least, even where it only makes the context's last word longer. The last spaces
+        of the context go along with it.
+        """
         encode = self.served.vocabulary.encode
+        if not continuation:
+            return encode(context), []
         if spaces := len(context) - len(context.rstrip()):
             context, continuation = context[:-spaces], context[-spaces:] + continuation
-        if not context:
-            return [self.end], encode(continuation)
         before, both = encode(context), encode(context + continuation)
-        return both[: len(before)], both[len(before) :]
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(before, both, strict=False))
+        cut = min(sum(1 for _ in same), len(both) - 1)
+        return both[:cut] or [self.end], both[cut:]
 
     def _score(self, pieces):
         model, variables = self.served.model, self.served.variables
         return score(model, variables, pieces, batch_size=self.size)
+
+
+def _wanted(options: dict[str, Any]) -> int:
+    """New tokens that a task asks for."""
+    count = options.get("max_gen_toks")
+    return MAX_NEW_TOKENS if count is None else count
+
+
+def _shown(text: str) -> str:
+    """Enough of a text to find it by."""
+    return repr(text if len(text) <= 60 else f"{text[:28]} ... {text[-27:]}")
 
 
 def harness_model(served: Served, batch_size: int = 8):

@@ -1,0 +1,86 @@
+"""Texts continued in Python, held to ids that are generated one prompt at a time."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from slope_jax import models
+from slope_jax.generate import generate
+from train.data.tokenizer import train_tokenizer
+from train.serving import Served
+from train.texts import complete, continuations
+
+PROMPTS = ["Some words", "", "begin with"]
+SIZES = {"num_layers": 1, "hidden_size": 32, "num_heads": 2, "mlp_size": 64, "max_positions": 128}
+
+
+@pytest.fixture(scope="module")
+def served():
+    vocabulary = train_tokenizer(["some words to begin with"], "clm", 300)
+    model = models.build("gpt2-nano", vocab_size=300, **SIZES)
+    variables = jax.jit(model.init)(jax.random.key(0), **model.example_inputs())
+    about = {"config": {"model": "gpt2-nano", "seq_len": [128]}, "step": 1, "adapters": False}
+    return Served(model, variables, vocabulary, about)
+
+
+def alone(served, prompt, **options):
+    """The ids that follow a prompt, by itself and unpadded, up to an end of text."""
+    vocabulary = served.vocabulary
+    end = vocabulary.specials.end_of_text
+    ids = vocabulary.encode(prompt) or [end]
+    made = generate(
+        served.model, served.variables, np.array([ids]), end_token=end, max_new_tokens=20, **options
+    )
+    return ids, np.asarray(made.tokens)[0, : int(made.lengths[0])].tolist()
+
+
+def behind(served, prompt, tokens):
+    """What the tokens add to the text of the prompt."""
+    vocabulary = served.vocabulary
+    end = vocabulary.specials.end_of_text
+    whole, first = ([t for t in row if t != end] for row in ([*prompt, *tokens], prompt))
+    return vocabulary.decode(whole).removeprefix(vocabulary.decode(first))
+
+
+def test_prompts_are_continued_together_as_each_by_itself(served):
+    found = complete(served, PROMPTS, max_new_tokens=20)
+    assert found == [behind(served, *alone(served, prompt)) for prompt in PROMPTS]
+    assert complete(served, PROMPTS[0], max_new_tokens=20) == found[:1]
+    assert len(set(found)) == 3
+
+
+def test_a_seed_samples_the_same_again(served):
+    options = {"temperature": 1.5, "top_k": 50, "seed": 7}
+    (found,) = complete(served, "Some", max_new_tokens=20, **options)
+    key = jax.random.key(options.pop("seed"))
+    assert found == behind(served, *alone(served, "Some", key=key, **options))
+    assert complete(served, "Some", max_new_tokens=20, temperature=1.5, seed=8) != [found]
+
+
+def test_a_stop_ends_a_text_and_what_is_settled_stays(served):
+    (whole,) = complete(served, "Some", max_new_tokens=20)
+    stop = whole[len(whole) // 2 :][:2]
+    assert stop
+    grown = [row for (row,) in continuations(served, "Some", max_new_tokens=20, stops=[stop])]
+    assert grown[-1].text == whole[: whole.index(stop)]
+    assert grown[-1].ended
+    assert [row.tokens for row in grown] == sorted({row.tokens for row in grown})
+    for row, later in itertools.pairwise(grown):
+        assert later.text.startswith(row.text[: row.settled])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "at least one prompt"),
+        ("a", {"stops": [""]}, "no empty text to stop at"),
+        ("a", {"max_new_tokens": 0}, "max_new_tokens=0"),
+        ("a", {"temperature": -1.0}, "temperature=-1.0"),
+        ("a" * 300, {}, "more than max_positions=128"),
+    ],
+)
+def test_bad_input_is_named_at_the_call(served, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        continuations(served, prompts, **options)

@@ -1,0 +1,176 @@
+"""Text in, text out: what a served model continues or fills, in words instead of ids."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import tokenizers
+
+    from train.data.tokenizer import Vocabulary
+    from train.serving import Served
+
+CHUNK = 8  # tokens that are made between two looks at them
+NEW_TOKENS = 64  # where none are asked for
+
+
+class Continuation(NamedTuple):
+    """What was made of a text so far.
+
+    Attributes:
+      text: what follows the prompt, ahead of an end of text and of any stop.
+      settled: its characters that no later token can change.
+      ended: whether an end of text or a stop was there.
+      tokens: how many were made.
+    """
+
+    text: str
+    settled: int
+    ended: bool
+    tokens: int
+
+
+def complete(served: "Served", prompts: str | Sequence[str], **options) -> list[str]:
+    """What follows each prompt, up to an end of text or a stop.
+
+    >>> from train import serving
+    >>> served = serving.load("runs/NAME")  # doctest: +SKIP
+    >>> complete(served, ["The kernel", "A mask"], max_new_tokens=32)  # doctest: +SKIP
+
+    Args:
+      served, prompts, **options: as for `continuations`.
+
+    Raises:
+      ValueError: as `continuations`.
+    """
+    *_, last = continuations(served, prompts, **options)
+    return [row.text for row in last]
+
+
+def continuations(
+    served: "Served",
+    prompts: str | Sequence[str],
+    *,
+    max_new_tokens: int = NEW_TOKENS,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stops: Sequence[str] = (),
+    seed: int = 0,
+) -> Iterator[list[Continuation]]:
+    """Texts as they grow: of each prompt, the first token, then a few more at a time.
+
+    Args:
+      served: a GPT-2, OPT, LLaMA or Mistral, from `serving.load`.
+      prompts: a text, or several, which are continued together.
+      max_new_tokens, temperature, top_k, top_p: as for `slope_jax.generate.generate`.
+      stops: texts that end a continuation, ahead of `max_new_tokens`.
+      seed: of the sampling.
+
+    Raises:
+      ValueError: no prompt, an empty stop, a model that does not generate, or an option out of range.
+    """
+    import jax
+
+    from slope_jax.generate import stream
+
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts or "" in stops:
+        raise ValueError("give at least one prompt, and no empty text to stop at")
+    vocabulary = served.vocabulary
+    rows = encoded(vocabulary, prompts)
+    lengths = np.array([len(row) for row in rows])
+    ids = np.zeros((len(rows), lengths.max()), np.int32)
+    for padded, row in zip(ids, rows, strict=True):
+        padded[: len(row)] = row
+    pieces = stream(
+        served.model,
+        served.variables,
+        ids,
+        lengths=lengths,
+        max_new_tokens=max_new_tokens,
+        chunk=CHUNK,
+        end_token=vocabulary.specials.end_of_text,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        key=jax.random.key(seed) if temperature else None,
+    )
+    return _grown(vocabulary, rows, pieces, stop_texts(vocabulary, stops))
+
+
+def _grown(vocabulary, prompts, pieces, stops) -> Iterator[list[Continuation]]:
+    rows: list[list[int]] = [[] for _ in prompts]
+    for piece in pieces:
+        found = []
+        for prompt, row, tokens in zip(prompts, rows, piece.tolist(), strict=True):
+            row.extend(tokens)
+            text, ended = continued_text(vocabulary, prompt, row, stops)
+            settled = len(text) if ended else _settled(text, stops)
+            found.append(Continuation(text, settled, ended, len(row)))
+        yield found
+        if all(row.ended for row in found):
+            return
+
+
+def encoded(vocabulary: "Vocabulary", prompts: Sequence[str]) -> list[list[int]]:
+    """Ids of each prompt; of an empty one, the end of a text, behind which another begins."""
+    return [vocabulary.encode(text) or [vocabulary.specials.end_of_text] for text in prompts]
+
+
+def continued_text(
+    vocabulary: "Vocabulary", prompt: list[int], tokens: list[int], stops: Sequence[str]
+) -> tuple[str, bool]:
+    """The text that `tokens` add to a prompt's, ahead of an end of text and of any stop.
+
+    Decoded behind the prompt, for some tokenizers write no space ahead of a first word.
+
+    Returns:
+      The text, and whether an end or a stop was there.
+    """
+    end = vocabulary.specials.end_of_text
+    ended = end in tokens
+    tokens = tokens[: tokens.index(end)] if ended else tokens
+    prompt = [token for token in prompt if token != end]
+    text = vocabulary.decode([*prompt, *tokens])[len(vocabulary.decode(prompt)) :]
+    found = [text.index(stop) for stop in stops if stop and stop in text]
+    return (text[: min(found)], True) if found else (text, ended)
+
+
+def stop_texts(vocabulary: "Vocabulary", stops: Sequence[str]) -> list[str]:
+    """Stops as they are given and as the tokenizer spells them: ours joins accents to letters."""
+    normalizer = vocabulary.tokenizer.normalizer
+    spelled = [normalizer.normalize_str(stop) for stop in stops] if normalizer else []
+    return list(dict.fromkeys([*stops, *spelled]))
+
+
+def _settled(text: str, stops: Sequence[str]) -> int:
+    """Characters ahead of what may yet become another character, or turn out to begin a stop."""
+    text = text.rstrip("\ufffd")
+    begun = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+    return len(text) - max(begun, default=0)
+
+
+def masked_ids(vocabulary: "Vocabulary", text: str) -> list[int]:
+    """A text's ids as a BERT reads it, each [MASK] in the place of a word and the space it carries.
+
+    Raises:
+      ValueError: no [MASK] is there.
+    """
+    specials = vocabulary.specials
+    mask = vocabulary.tokenizer.id_to_token(specials.mask)
+    *pieces, last = text.split(mask)  # in a text, the name of a special token is just text
+    if not pieces:
+        raise ValueError(f"{text!r} has no {mask}; a BERT fills masks and does not continue")
+    space = " " if carries_space(vocabulary.tokenizer) else ""
+    ids = [specials.cls]
+    for piece in pieces:
+        ids += [*vocabulary.encode(piece.removesuffix(space)), specials.mask]
+    return [*ids, *vocabulary.encode(last), specials.sep]
+
+
+def carries_space(tokenizer: "tokenizers.Tokenizer") -> bool:
+    """Whether a word's tokens hold the space ahead of it: in byte-level BPE, not in WordPiece."""
+    splits = tokenizer.pre_tokenizer
+    return splits is not None and splits.pre_tokenize_str("a b")[-1][0] != "b"
