@@ -192,6 +192,36 @@ def _(folder, _):
     return message_of(integrity.DamagedError, integrity.check, folder, "Copy it again")
 
 
+@fault("served model without its manifest")
+def _(folder, _):
+    (folder / "variables").write_bytes(bytes(1000))
+    return message_of(integrity.DamagedError, integrity.check, folder, "Copy it again")
+
+
+def read_without_manifest(folder, damage):
+    """What a command says that reads step 2 of a run, damaged and without a manifest."""
+    saved(folder, 1, 2)
+    (folder / "checkpoints" / "2" / integrity.MANIFEST).unlink()
+    damage(folder / "checkpoints" / "2")
+    made = Checkpoints(folder, keep=9, read_only=True)
+    try:
+        return message_of(
+            integrity.DamagedError, made.restore, 2, jax.eval_shape(lambda: state_at(2))
+        )
+    finally:
+        made.close()
+
+
+@fault("such a checkpoint, copied in part")
+def _(folder, _):
+    return read_without_manifest(folder, lambda step: shutil.rmtree(step / "run"))
+
+
+@fault("such a checkpoint, damaged")
+def _(folder, _):
+    return read_without_manifest(folder, lambda step: cut(largest(step / "state")))
+
+
 @fault("disk too full for a checkpoint")
 def _(folder, monkeypatch):
     usage = shutil.disk_usage("/")._replace(free=10)

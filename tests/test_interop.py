@@ -11,7 +11,7 @@ from parity import close, randomised
 
 from slope_jax import models
 from slope_jax.generate import generate
-from train import serving
+from train import evaluate, serving
 from train.data.tokenizer import END_OF_TEXT, vocabulary_from_json
 
 pytest.importorskip("safetensors", reason="safetensors is not installed")
@@ -34,6 +34,7 @@ def folder(torch, transformers, tmp_path, monkeypatch):
 
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="mask"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.add_special_tokens([END_OF_TEXT])
     tokenizer.save(str(tmp_path / "gpt2" / "tokenizer.json"))
     text = " ".join(np.random.default_rng(1).choice(WORDS, 400))
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
@@ -42,7 +43,6 @@ def folder(torch, transformers, tmp_path, monkeypatch):
     model = models.build("gpt2-nano", **sizes, max_positions=16, adapter_rank=2)
     variables = jax.jit(model.init)(jax.random.key(0), **model.example_inputs())
     params = jax.tree.map(lambda x: 3 * x + 0.1, variables["params"])  # no adapter is zero
-    tokenizer.add_special_tokens([END_OF_TEXT])
     vocabulary = vocabulary_from_json(tokenizer.to_str(), "clm")
     run = serving.Trained(model, variables | {"params": params}, vocabulary, {})
     monkeypatch.setattr(serving, "load_trained", {"runs/gpt2": run}.__getitem__)
@@ -87,11 +87,16 @@ def test_the_page(torch, folder, products):
     for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(snippet, names)
         after.append(dict(names))
-    magnitude, wanda, pruned, lora, _, packed, programs = after
+    magnitude, wanda, served, pruned, lora, _, packed, programs = after
 
     masks = [found["variables"]["masks"] for found in (magnitude, wanda)]
     assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), *masks)))
     assert [batch.shape for batch in wanda["batches"]] == [(8, 16)] * 3 + [(1, 16)]
+
+    again = serving.load(folder / "gpt2-served")
+    for found in (served["served"], again):
+        jax.tree.map(np.testing.assert_array_equal, found.variables["masks"], masks[1])
+    assert evaluate.perplexity(again, np.arange(9))["tokens"] == 8
 
     expected = ours(wanda["model"], wanda["variables"])
     close(expected, theirs(torch, pruned["theirs"]))

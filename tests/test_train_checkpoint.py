@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from slope_jax import TrainState
-from train import checkpoint, metrics
+from train import checkpoint, integrity, metrics
 from train.checkpoint import Checkpoints, OutOfSpace
 from train.folder import open_folder, start_anew
 from train.processes import replicated
@@ -86,6 +86,22 @@ def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path):
     )
     again = Checkpoints(tmp_path, keep=2)
     assert again.latest() == 1
+    again.close()
+
+
+def test_a_half_copied_checkpoint_is_named_with_what_to_do(checkpoints, tmp_path):
+    save(checkpoints, 1)
+    checkpoints.wait()
+    (tmp_path / "checkpoints" / "2").mkdir()
+    again = Checkpoints(tmp_path, keep=2)
+    remedy = r"Move it out of .*checkpoints, then run the same command .* there are: 1$"
+    for read in (
+        lambda: again.read_run(2),
+        lambda: again.restore(2, jax.eval_shape(lambda: state_at(2))),
+    ):
+        with pytest.raises(integrity.DamagedError, match=f"incomplete: it has no state.*{remedy}"):
+            read()
+    assert again.read_run(1)[0] == {"step": 1}
     again.close()
 
 

@@ -361,16 +361,17 @@ def metaspace():
 @pytest.mark.parametrize("tokenizer", [word_piece(), metaspace()])
 def test_a_continuation_keeps_the_space_ahead_of_it(tokenizer):
     vocabulary = vocabulary_from_json(tokenizer.to_str(), "clm")
+    served = Served(None, {}, vocabulary, {})
     prompt, end = vocabulary.encode("the kernel"), vocabulary.specials.end_of_text
     whole = vocabulary.encode("the kernel is the rank, the rank")
     assert whole[: len(prompt)] == prompt
     new = whole[len(prompt) :]
-    assert continued_text(vocabulary, prompt, new, []) == (" is the rank, the rank", False)
-    assert continued_text(vocabulary, prompt, new, ["", "the", ","]) == (" is ", True)
-    assert continued_text(vocabulary, prompt, [*new[:1], end, 5], []) == (" is", True)
-    assert continued_text(vocabulary, [end], new, []) == ("is the rank, the rank", False)
+    assert continued_text(served, prompt, new, []) == (" is the rank, the rank", False)
+    assert continued_text(served, prompt, new, ["", "the", ","]) == (" is ", True)
+    assert continued_text(served, prompt, [*new[:1], end, 5], []) == (" is", True)
+    assert continued_text(served, [end], new, []) == ("is the rank, the rank", False)
     plural = vocabulary.encode("the kernels is")[len(prompt) :]
-    assert continued_text(vocabulary, prompt, plural, []) == ("s is", False)
+    assert continued_text(served, prompt, plural, []) == ("s is", False)
 
 
 def test_the_command_says_what_is_missing_or_wrong(

@@ -3,6 +3,8 @@
 import dataclasses
 import errno
 import functools
+import json
+import logging
 import shutil
 from unittest import mock
 
@@ -14,7 +16,7 @@ import pytest
 from jobs import save_run
 
 from slope_jax.generate import generate, inference_variables
-from train import evaluate, serving
+from train import evaluate, integrity, serving
 from train.config import from_json, to_json
 from train.generate import main
 from train.recipes import make_config
@@ -238,6 +240,135 @@ def test_damaged_and_unwritable_files_end_the_command(run, served, tmp_path, mon
     monkeypatch.setattr("train.serving.write_atomically", mock.Mock(side_effect=full))
     assert main(["--checkpoint=run", f"--save={tmp_path / 'saved'}"]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: there is no room to write")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "floaty", "float64", ""])
+def test_weights_are_saved_as_floats_of_16_or_32_bits_alone(served, tmp_path, dtype):
+    with pytest.raises(ValueError, match=f"dtype='{dtype}'.* float32 or bfloat16 or float16"):
+        serving.save(served, tmp_path / "saved", dtype=dtype)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_saved_in_float16_are_loaded_again(served, tmp_path):
+    again = serving.load(serving.save(served, tmp_path / "saved", dtype=jnp.float16))
+    kernel, expected = (
+        x.variables["params"]["layers_1"]["mlp"]["up"]["kernel"] for x in (again, served)
+    )
+    np.testing.assert_array_equal(
+        kernel, expected.astype(jnp.float16).astype(expected.dtype), strict=True
+    )
+
+
+def test_a_step_is_an_integer(run):
+    for step in ("7", 7.0, True):
+        with pytest.raises(ValueError, match=f"step={step!r} must be an integer"):
+            serving.load(run[0], step=step)
+    assert serving.load(run[0], step=np.int64(3)).about["step"] == 3
+
+
+def test_a_path_inside_of_a_run_is_recognised(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(run[0] / "checkpoints" / "3")
+    assert serving.load(".").about["step"] == 3
+    with pytest.raises(ValueError, match=f"holds the steps of a run: give the run, {run[0]}"):
+        serving.load("..")
+    with pytest.raises(ValueError, match=r"there/none is not a folder; give the --run-dir"):
+        serving.load(tmp_path / "there" / "none")
+
+
+def test_a_checkpoint_without_a_manifest_is_used_and_said(run, tmp_path, capsys):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    (folder / "checkpoints" / "7" / integrity.MANIFEST).unlink()
+    assert main([f"--checkpoint={folder}", "--prompt=a", "--max-new-tokens=1"]) == 0
+    said = f"warning: checkpoint {folder}/checkpoints/7 has no manifest.json, as those of earlier"
+    assert capsys.readouterr().err.count(said) == 1
+    assert serving.load_trained(folder, step=3).about["step"] == 3
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        (("state", "run", "tokenizer"), "it has no state and no run and no tokenizer. "),
+        (("run",), "it has no run. "),
+        (("state",), "it has no state. "),
+    ],
+)
+def test_an_incomplete_checkpoint_is_named(run, tmp_path, capsys, missing, message):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    step = folder / "checkpoints" / "7"
+    (step / integrity.MANIFEST).unlink()
+    for name in missing:
+        shutil.rmtree(step / name)
+    assert main([f"--checkpoint={folder}", "--prompt=a"]) == 1
+    error = capsys.readouterr().err
+    assert error == f"error: {step} is incomplete: {message}Give another step; there are: 3\n"
+
+
+@pytest.mark.parametrize("item", ["state", "run"])
+def test_a_damaged_checkpoint_without_a_manifest_is_said_in_a_line(run, tmp_path, capsys, item):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    step = folder / "checkpoints" / "7"
+    (step / integrity.MANIFEST).unlink()
+    for file in (step / item).rglob("*"):
+        if file.is_file() and file.stat().st_size > 100:
+            file.write_bytes(file.read_bytes()[:50])
+    assert main([f"--checkpoint={folder}", "--prompt=a"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {step} cannot be read (")
+    assert error.endswith("Give another step; there are: 3")
+
+
+def test_a_saved_model_has_a_manifest(served, tmp_path):
+    folder = serving.save(served, tmp_path / "saved")
+    (folder / integrity.MANIFEST).unlink()
+    with pytest.raises(integrity.DamagedError, match=r"manifest.json is missing. Copy it again"):
+        serving.load(folder)
+
+
+def changed(**config):
+    def change(folder):
+        about = json.loads((folder / "served.json").read_text())
+        (folder / "served.json").write_text(
+            json.dumps(about | {"config": about["config"] | config})
+        )
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder / "variables"), "variables does not fit served.json ("),
+        (changed(model="gpt2-small"), "variables does not fit served.json ("),
+        (lambda folder: (folder / "served.json").write_text('{"con'), "served.json does not describe"),
+        (lambda folder: (folder / "served.json").write_text("[]"), "served.json does not describe"),
+        (lambda folder: (folder / "served.json").write_text("{}"), "served.json does not describe"),
+    ],
+)  # fmt: skip
+def test_what_a_saved_model_lacks_is_named(served, tmp_path, damage, message):
+    """Also where somebody wrote a manifest of it."""
+    folder = serving.save(served, tmp_path / "saved")
+    damage(folder)
+    with pytest.raises(integrity.DamagedError, match="is damaged: "):
+        serving.load(folder)
+    integrity.write_manifest(folder)
+    with pytest.raises(integrity.DamagedError) as caught:
+        serving.load(folder)
+    assert message in str(caught.value)
+    assert str(caught.value).endswith("Copy it again, or save it again from the run")
+    assert len(str(caught.value)) < 500 + len(str(folder))
+
+
+def test_loading_a_run_changes_nothing_and_says_nothing(run, caplog, capfd):
+    def files():
+        return {p: p.stat().st_mtime_ns for p in run[0].rglob("*")}
+
+    before = files()
+    with caplog.at_level(logging.WARNING):
+        serving.load(run[0])
+    assert not caplog.records
+    assert capfd.readouterr() == ("", "")
+    assert files() == before
 
 
 def test_configurations_survive_json_and_unknown_fields_are_named():

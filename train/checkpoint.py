@@ -9,10 +9,12 @@ STEP counts completed steps. Orbax writes under a temporary name and renames, so
 whole or absent.
 """
 
+import contextlib
 import errno
 import os
 import pathlib
 import shutil
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -23,6 +25,8 @@ from pallas_kernels.files import FULL, UNWRITABLE
 from slope_jax import TrainState
 from slope_jax.sharding import current_mesh, shardings
 from train import integrity
+
+ITEMS = ("state", "run", "tokenizer")
 
 
 class OutOfSpace(OSError):
@@ -40,6 +44,7 @@ class Checkpoints:
 
     def __init__(self, run_dir: pathlib.Path, *, keep: int, read_only: bool = False):
         self.folder = run_dir.resolve() / "checkpoints"
+        self._read_only = read_only
         self._saving: int | None = None
         policies = checkpoint_managers.AnyPreservationPolicy(
             [
@@ -54,11 +59,12 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(
             self.folder,
-            item_names=("state", "run", "tokenizer"),
+            item_names=ITEMS,
+            # Without Orbax's own read_only, which warns of all that it turns off, in every notebook.
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies,
+                create=not read_only,
                 cleanup_tmp_directories=not read_only,
-                read_only=read_only,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             ),
         )
@@ -72,6 +78,15 @@ class Checkpoints:
 
     def path(self, step: int) -> pathlib.Path:
         return self.folder / str(step)
+
+    def check(self, step: int, *, warn: Callable[[str], None]) -> None:
+        """Refuses to read a damaged checkpoint; `warn` is told of one without a manifest.
+
+        Raises:
+          DamagedError: names what is damaged or missing, and what to do.
+        """
+        self._check_complete(step)
+        integrity.check(self.path(step), self._remedy(step), warn=warn)
 
     def save(
         self,
@@ -115,19 +130,18 @@ class Checkpoints:
 
     def read_run(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """The run's record and the tokenizer of a checkpoint, without its arrays."""
-        items = self._manager.restore(
-            step,
-            args=ocp.args.Composite(run=ocp.args.JsonRestore(), tokenizer=ocp.args.JsonRestore()),
-        )
+        arguments = ocp.args.Composite(run=ocp.args.JsonRestore(), tokenizer=ocp.args.JsonRestore())
+        with self._reading(step):
+            items = self._manager.restore(step, args=arguments)
         return items["run"], items["tokenizer"]
 
     def restore(self, step: int, shapes: TrainState) -> tuple[TrainState, jax.Array]:
         """The state and the RNG key of a checkpoint; `shapes` is the abstract state it must have."""
         key = jax.eval_shape(lambda: jax.random.key(0))
         target = placed(_saved(shapes, jax.eval_shape(jax.random.key_data, key)))
-        items = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
-        )["state"]
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+        with self._reading(step):
+            items = self._manager.restore(step, args=arguments)["state"]
         key = jax.random.wrap_key_data(items.pop("key"))
         return shapes.replace(**items), key
 
@@ -139,11 +153,40 @@ class Checkpoints:
             restore_args=ocp.checkpoint_utils.construct_restore_args(target),
             partial_restore=True,
         )
-        items = self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+        with self._reading(step):
+            items = self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
         return items["params"], items["masks"]
 
     def close(self) -> None:
         self._manager.close()
+
+    def _remedy(self, step: int) -> str:
+        """What to do where the checkpoint of a step cannot be read."""
+        others = ", ".join(str(other) for other in self.steps() if other != step)
+        if self._read_only:
+            return f"Give another step; there are: {others or 'none'}"
+        return (
+            f"Move it out of {self.folder}, then run the same command to go on from another step;"
+            f" there are: {others or 'none'}"
+        )
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Says what a manifest would have shown, had there been one."""
+        folder = self.path(step)
+        self._check_complete(step)
+        if integrity.has_manifest(folder):
+            yield
+        else:
+            with integrity.explained(f"{folder} cannot be read", self._remedy(step)):
+                yield
+
+    def _check_complete(self, step: int) -> None:
+        folder = self.path(step)
+        if missing := [name for name in ITEMS if not (folder / name).is_dir()]:
+            raise integrity.DamagedError(
+                f"{folder} is incomplete: it has no {' and no '.join(missing)}. {self._remedy(step)}"
+            )
 
     def _seal(self) -> None:
         """Add the manifest, while the checkpoint that is being saved has its temporary name."""

@@ -130,8 +130,7 @@ def _run(arguments: argparse.Namespace) -> None:
         folder = export_run(
             arguments.output, run, adapters=arguments.adapters or "merge", dtype=arguments.dtype
         )
-    about = run.about
-    print(f"{about['config']['model']} of step {about['step']}: exported to {folder}")
+    print(f"{serving.title(run.about)}: exported to {folder}")
 
 
 def _arguments(args: Sequence[str] | None) -> argparse.Namespace:

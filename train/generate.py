@@ -65,7 +65,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if masked:
         _check_masked(arguments)
     print(
-        f"{about['config']['model']} of step {about['step']}: {size(served.nbytes)} of weights,"
+        f"{served.title}: {size(served.nbytes)} of weights,"
         f" adapters {'fused' if about['adapters'] else 'none'}",
         file=sys.stderr,
     )
@@ -123,7 +123,7 @@ def _continue(served: "Served", arguments: argparse.Namespace) -> None:
         stops=arguments.stop or (),
         seed=arguments.seed or 0,
     )
-    longest = max(map(len, encoded(served.vocabulary, prompts)))
+    longest = max(map(len, encoded(served, prompts)))
     warn_of_length(
         served,
         longest + count,
@@ -239,7 +239,7 @@ def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
         "--checkpoint",
         type=pathlib.Path,
         required=True,
-        help="folder of a run, one of its checkpoints/STEP, or what --save wrote",
+        help="folder of a run, one of its checkpoints/STEP, what --save wrote, or one of Hugging Face",
     )
     parser.add_argument("--step", type=int, help="checkpoint of a run; the latest if not given")
     parser.add_argument(

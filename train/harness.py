@@ -116,12 +116,12 @@ class Harness:
             lengths=np.array([len(prompt)]),
             max_new_tokens=count,
             chunk=CHUNK,
-            end_token=self.end,
+            end_token=self.served.ends,
         )
         text, tokens = "", []
         for piece in pieces:
             tokens.extend(piece[0].tolist())
-            text, ended = continued_text(vocabulary, prompt, tokens, stops)
+            text, ended = continued_text(self.served, prompt, tokens, stops)
             if ended:
                 break
         return text

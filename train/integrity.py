@@ -7,11 +7,12 @@ final name has its manifest. Orbax's own notes, which it may write again, are le
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from pallas_kernels.files import write_atomically
 
@@ -83,14 +84,40 @@ def problems(folder: pathlib.Path, *, quick: bool = False) -> list[str]:
         return [found for found in pool.map(look, entries.items()) if found]
 
 
-def check(folder: pathlib.Path, remedy: str) -> None:
-    """Refuse to read a damaged folder. One without a manifest passes: it is older than these.
+def check(folder: pathlib.Path, remedy: str, *, warn: Callable[[str], None] | None = None) -> None:
+    """Refuse to read a damaged folder.
+
+    Args:
+      remedy: what to do then, a sentence.
+      warn: is told of a checkpoint without a manifest, which passes, for those of earlier versions
+        have none. None: the folder must have one.
 
     Raises:
       DamagedError: names the first file that is not what was written, and `remedy`.
     """
-    if has_manifest(folder) and (found := problems(folder)):
+    if not has_manifest(folder):
+        if warn is None:
+            raise DamagedError(f"{folder} is damaged: {MANIFEST} is missing. {remedy}")
+        warn(_unchecked(folder))
+    elif found := problems(folder):
         raise DamagedError(f"{folder} is damaged: {_first(found)}. {remedy}")
+
+
+@contextlib.contextmanager
+def explained(what: str, remedy: str) -> Iterator[None]:
+    """Says in a line what reading damaged files raises, which may be a page.
+
+    Raises:
+      DamagedError: in the place of an error about files or their content.
+    """
+    try:
+        yield
+    except DamagedError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        lines = str(error).strip().splitlines() or [""]
+        reason = f"{type(error).__name__}: {lines[0][:200]}"
+        raise DamagedError(f"{what} ({reason}). {remedy}") from error
 
 
 def set_aside_damaged(checkpoints: pathlib.Path, say: Callable[[str], None]) -> None:
@@ -112,10 +139,7 @@ def set_aside_damaged(checkpoints: pathlib.Path, say: Callable[[str], None]) -> 
         folder = checkpoints / str(step)
         if not has_manifest(folder):
             if not whole:
-                say(
-                    f"warning: checkpoint {folder} has no {MANIFEST}, as those of earlier versions: "
-                    f"it is used without a check of its files"
-                )
+                say(_unchecked(folder))
             whole.append(step)
         elif found := problems(folder, quick=bool(whole)):
             damaged[step] = _first(found)
@@ -134,6 +158,13 @@ def set_aside_damaged(checkpoints: pathlib.Path, say: Callable[[str], None]) -> 
             f"warning: checkpoint {checkpoints / str(step)} is damaged: {problem}. {instead}; the "
             f"damaged one was moved to {place} and can be removed"
         )
+
+
+def _unchecked(folder: pathlib.Path) -> str:
+    return (
+        f"warning: checkpoint {folder} has no {MANIFEST}, as those of earlier versions: "
+        f"it is used without a check of its files"
+    )
 
 
 def _folders(path: pathlib.Path) -> list[pathlib.Path]:

@@ -1,15 +1,17 @@
-"""Trained models ready to be used: from a run's checkpoint, or a folder of their own.
+"""Trained models ready to be used: from a run's checkpoint, from Hugging Face, or a folder of their own.
 
-    FOLDER/served.json      configuration of the run, size of the vocabulary, whether adapters joined
+    FOLDER/served.json      what the model is and comes from, whether adapters joined
     FOLDER/tokenizer.json   the tokenizer
     FOLDER/variables        weights by Orbax: values (bfloat16, see `save`), metadata, adapters
+    FOLDER/manifest.json    digests of all these files, see `train.integrity`
 
 No masters, no transposed copies, no optimizer state.
 """
 
 import json
 import pathlib
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,13 +27,24 @@ from slope_jax.generate import (
     with_layers_apart,
     with_padded_ranks,
 )
-from train import integrity
+from slope_jax.prompts import is_integer
+from train import imported, integrity
 from train.checkpoint import Checkpoints, placed
 from train.config import from_json, to_json
 from train.data.tokenizer import Vocabulary, vocabulary_from_json
 from train.state import abstract_state, make_setup
 
 SERVED_FILE, TOKENIZER_FILE, VARIABLES = "served.json", "tokenizer.json", "variables"
+SAVED_DTYPES = ("float32", "bfloat16", "float16")
+_AGAIN = "Copy it again, or save it again from the run"
+
+
+def title(about: dict[str, Any]) -> str:
+    """Of what `Served.about` tells of."""
+    name = about["config"]["model"]
+    if "imported" in about:
+        return f"{name} of {about['imported']['source']}"
+    return f"{name} of step {about['step']}"
 
 
 class Served(NamedTuple):
@@ -40,8 +53,9 @@ class Served(NamedTuple):
     Attributes:
       model: layers apart (`slope_jax.generate.inference_variables`), adapters where they joined.
       variables: {"params": ..., "masks": ...} in the compute dtype; norms and biases as trained.
-      vocabulary: the run's tokenizer.
-      about: what `served.json` holds.
+      vocabulary: the tokenizer of the run, or of the Hugging Face folder.
+      about: what `served.json` holds: configuration, step (None without a run), adapters, and for a
+        model from Hugging Face "imported", its folder and sizes.
     """
 
     model: nn.Module
@@ -53,6 +67,22 @@ class Served(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of all weights and metadata."""
         return sum(x.nbytes for x in jax.tree.leaves(self.variables))
+
+    @property
+    def title(self) -> str:
+        """What it is, for people: "gpt2-nano of step 100", or "gpt2 of FOLDER"."""
+        return title(self.about)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Ids that end a text: the vocabulary's, and others that a Hugging Face folder names."""
+        others = self.about.get("imported", {}).get("other_ends", ())
+        return (self.vocabulary.specials.end_of_text, *others)
+
+    @property
+    def beginning(self) -> list[int]:
+        """Ids that stood ahead of every text that the model was trained on, such as LLaMA's <s>."""
+        return list(self.about.get("imported", {}).get("beginning", ()))
 
     @property
     def longest(self) -> int:
@@ -80,27 +110,61 @@ class Trained(NamedTuple):
 
 
 def load(path: pathlib.Path | str, *, step: int | None = None) -> Served:
-    """A trained model from a run's folder, one of its checkpoints, or what `save` wrote.
+    """A trained model from a run's folder, one of its checkpoints, what `save` wrote, or Hugging Face.
 
     Args:
-      path: RUN, RUN/checkpoints/STEP, or the folder given to `save`.
+      path: RUN, RUN/checkpoints/STEP, the folder given to `save`, or one of Hugging Face, whose
+        weights stay as they are (see `from_hf`).
       step: which checkpoint of a RUN; None: the latest.
 
     Raises:
       ValueError: there is no run, no checkpoint, or not this one; says what there is.
-      DamagedError: files are not what was written.
+      DamagedError: files are not what was written, or some are missing.
     """
-    path = pathlib.Path(path).expanduser()
-    if (path / SERVED_FILE).is_file():
+    path = _resolved(path, step)
+    saved = (path / SERVED_FILE).is_file()
+    if saved or (not (path / "checkpoints").is_dir() and imported.is_folder(path)):
         if step is not None:
             raise ValueError(
                 f"{path} holds one model, not the steps of a run: leave out step={step}, or give the"
                 " --run-dir of the run"
             )
-        return _load_served(path)
+        return _load_served(path) if saved else from_hf(path)
     trained = load_trained(path, step=step)
     model, variables = inference_variables(trained.model, trained.variables)
     return Served(model, variables, trained.vocabulary, _about(trained.about, model))
+
+
+def from_hf(
+    folder: pathlib.Path | str,
+    *,
+    sparsity: Any = None,
+    calibration: Iterable[Any] | None = None,
+    dtype: str = "auto",
+) -> Served:
+    """A model from a Hugging Face folder, with its tokenizer, as `load` gives one of a run.
+
+    Texts end with the eos_token_id of the folder (the first, if there are several), else with the
+    tokenizer's usual end of text. They are encoded without what a tokenizer may put around them.
+
+    >>> served = from_hf("~/models/gpt2", sparsity="2:4")  # doctest: +SKIP
+    >>> save(served, "gpt2-2to4")  # doctest: +SKIP
+
+    Args:
+      folder: config.json and safetensors, as for `slope_jax.models.from_hf`, and tokenizer.json.
+      sparsity: pruned to that, in all the forms of a model's configuration. None: the weights as they
+        are. Where they are 2:4 already, in all linears that "2:4" prunes, they are kept so, with half
+        the bytes; else they are dense. The function is that of the folder.
+      calibration: batches of tokens to prune by Wanda, as for `slope_jax.models.load_hf`; None: by
+        magnitude.
+      dtype: of the computation, as that of a run: "bfloat16", "float32", or "auto", which is
+        bfloat16 on GPU and TPU, and float32 on CPU.
+
+    Raises:
+      ValueError: files are missing or damaged, the model or its tokenizer is none of ours, or an
+        argument does not fit.
+    """
+    return Served(*imported.read(folder, sparsity, calibration, dtype))
 
 
 def load_trained(path: pathlib.Path | str, *, step: int | None = None) -> Trained:
@@ -112,19 +176,22 @@ def load_trained(path: pathlib.Path | str, *, step: int | None = None) -> Traine
 
     Raises:
       ValueError: there is no run, no checkpoint, or not this one; says what there is.
-      DamagedError: files are not what was written.
+      DamagedError: files are not what was written, or some are missing.
     """
-    path = pathlib.Path(path).expanduser()
+    path = _resolved(path, step)
     if path.parent.name == "checkpoints" and path.name.isdigit():
         if step not in (None, int(path.name)):
             raise ValueError(
                 f"{path} is one step: leave out step={step}, or give {path.parents[1]}"
             )
         path, step = path.parent.parent, int(path.name)
+    if path.name == "checkpoints" and any(p.name.isdigit() for p in path.iterdir()):
+        raise ValueError(f"{path} holds the steps of a run: give the run, {path.parent}")
     if not (path / "checkpoints").is_dir():
         raise ValueError(
-            f"{path} holds no checkpoints; give the --run-dir of a run, one of its"
-            f" checkpoints/STEP, or a folder with {SERVED_FILE}"
+            f"{path} holds no checkpoints; give the --run-dir of a run or one of its"
+            f" checkpoints/STEP, or, to use a model and not to train it, a folder with {SERVED_FILE}"
+            " or of Hugging Face"
         )
     return _from_run(path, step)
 
@@ -142,15 +209,15 @@ def save(
     Args:
       served: what `load` gives.
       folder: a new one.
-      dtype: of kernels, tables and adapters in the folder. None: float32 if the run was given
-        dtype="float32", else bfloat16, on whatever device: where "auto" computes in float32, as on a
-        CPU, `load` makes that of them again.
+      dtype: of kernels, tables and adapters in the folder: float32, bfloat16 or float16. None: float32
+        if the run (or `from_hf`) was given dtype="float32", else bfloat16, on whatever device: where
+        "auto" computes in float32, as on a CPU, `load` makes that of them again.
 
     Raises:
-      ValueError: the folder exists already.
+      ValueError: the folder exists already, or weights are not saved in that dtype.
     """
     folder = pathlib.Path(folder).expanduser().resolve()
-    dtype = jnp.dtype(dtype or saved_dtype(served.about))
+    dtype = _checked_dtype(saved_dtype(served.about) if dtype is None else dtype)
     variables = served.variables
     with new_folder(folder) as staging:
         variables = variables | {"params": cast_weights(variables["params"], dtype)}
@@ -167,6 +234,30 @@ def saved_dtype(about: dict[str, Any]) -> str:
     return "float32" if about["config"]["dtype"] == "float32" else "bfloat16"
 
 
+def _checked_dtype(dtype: Any) -> jnp.dtype:
+    try:
+        known = jnp.dtype(dtype)
+    except TypeError:
+        known = None
+    if known is None or known.name not in SAVED_DTYPES:
+        raise ValueError(
+            f"dtype={dtype!r}: weights are not saved in that; choose {' or '.join(SAVED_DTYPES)}"
+        )
+    return known
+
+
+def _resolved(path: pathlib.Path | str, step: Any) -> pathlib.Path:
+    """The whole path, so that one into a run is seen to be one."""
+    if step is not None and not is_integer(step):
+        raise ValueError(
+            f"step={step!r} must be an integer, the steps of a run after which it saved"
+        )
+    path = pathlib.Path(path).expanduser().resolve()
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder; give the --run-dir of a run, or a saved model")
+    return path
+
+
 def _from_run(folder: pathlib.Path, step: int | None) -> Trained:
     checkpoints = Checkpoints(folder, keep=1, read_only=True)
     try:
@@ -178,8 +269,7 @@ def _from_run(folder: pathlib.Path, step: int | None) -> Trained:
             raise ValueError(
                 f"{folder} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}"
             )
-        others = ", ".join(str(s) for s in steps if s != step) or "none"
-        integrity.check(checkpoints.path(step), f"Give another step; there are: {others}")
+        checkpoints.check(step, warn=_warn)
         record, tokenizer = checkpoints.read_run(step)
         config = from_json(record["config"])
         vocabulary = vocabulary_from_json(json.dumps(tokenizer), config.objective)
@@ -199,16 +289,33 @@ def _from_run(folder: pathlib.Path, step: int | None) -> Trained:
 
 
 def _load_served(folder: pathlib.Path) -> Served:
-    integrity.check(folder, "Copy it again, or export it again from the run")
-    about = json.loads((folder / SERVED_FILE).read_text(encoding="utf-8"))
-    config = from_json(about["config"])
+    integrity.check(folder, _AGAIN)
+    about = _read_about(folder / SERVED_FILE)
     tokenizer = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")
-    vocabulary = vocabulary_from_json(tokenizer, config.objective)
-    model, shapes = _shaped(about, with_layers_apart)
-    with ocp.StandardCheckpointer() as checkpointer:
-        variables = checkpointer.restore(folder.resolve() / VARIABLES, placed(shapes))
+    if "imported" in about:
+        model, shapes, vocabulary = imported.described(about, tokenizer)
+    else:
+        vocabulary = vocabulary_from_json(tokenizer, from_json(about["config"]).objective)
+        model, shapes = _shaped(about, with_layers_apart)
+    with (
+        integrity.explained(f"{folder / VARIABLES} does not fit {SERVED_FILE}", _AGAIN),
+        ocp.StandardCheckpointer() as checkpointer,
+    ):
+        variables = checkpointer.restore(folder / VARIABLES, placed(shapes))
     model, variables = with_padded_ranks(model, variables)
     return Served(model, variables, vocabulary, _about(about, model))
+
+
+def _read_about(file: pathlib.Path) -> dict[str, Any]:
+    with integrity.explained(f"{file} does not describe a model", _AGAIN):
+        about = json.loads(file.read_text(encoding="utf-8"))
+        for name in ("config", "step", "adapters"):
+            about[name]
+    return about
+
+
+def _warn(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _about(about: dict[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def continuations(
     if not prompts or "" in stops:
         raise ValueError("give at least one prompt, and no empty text to stop at")
     vocabulary = served.vocabulary
-    rows = encoded(vocabulary, prompts)
+    rows = encoded(served, prompts)
     lengths = np.array([len(row) for row in rows])
     ids = np.zeros((len(rows), lengths.max()), np.int32)
     for padded, row in zip(ids, rows, strict=True):
@@ -91,22 +91,22 @@ def continuations(
         lengths=lengths,
         max_new_tokens=max_new_tokens,
         chunk=CHUNK,
-        end_token=vocabulary.specials.end_of_text,
+        end_token=served.ends,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         key=jax.random.key(seed) if temperature else None,
     )
-    return _grown(vocabulary, rows, pieces, stop_texts(vocabulary, stops))
+    return _grown(served, rows, pieces, stop_texts(vocabulary, stops))
 
 
-def _grown(vocabulary, prompts, pieces, stops) -> Iterator[list[Continuation]]:
+def _grown(served, prompts, pieces, stops) -> Iterator[list[Continuation]]:
     rows: list[list[int]] = [[] for _ in prompts]
     for piece in pieces:
         found = []
         for prompt, row, tokens in zip(prompts, rows, piece.tolist(), strict=True):
             row.extend(tokens)
-            text, ended = continued_text(vocabulary, prompt, row, stops)
+            text, ended = continued_text(served, prompt, row, stops)
             settled = len(text) if ended else _settled(text, stops)
             found.append(Continuation(text, settled, ended, len(row)))
         yield found
@@ -114,13 +114,14 @@ def _grown(vocabulary, prompts, pieces, stops) -> Iterator[list[Continuation]]:
             return
 
 
-def encoded(vocabulary: "Vocabulary", prompts: Sequence[str]) -> list[list[int]]:
-    """Ids of each prompt; of an empty one, the end of a text, behind which another begins."""
-    return [vocabulary.encode(text) or [vocabulary.specials.end_of_text] for text in prompts]
+def encoded(served: "Served", prompts: Sequence[str]) -> list[list[int]]:
+    """Ids of each prompt; of an empty one, what is ahead of a text, or the end of another."""
+    rows = ([*served.beginning, *served.vocabulary.encode(text)] for text in prompts)
+    return [row or [served.ends[0]] for row in rows]
 
 
 def continued_text(
-    vocabulary: "Vocabulary", prompt: list[int], tokens: list[int], stops: Sequence[str]
+    served: "Served", prompt: list[int], tokens: list[int], stops: Sequence[str]
 ) -> tuple[str, bool]:
     """The text that `tokens` add to a prompt's, ahead of an end of text and of any stop.
 
@@ -129,11 +130,12 @@ def continued_text(
     Returns:
       The text, and whether an end or a stop was there.
     """
-    end = vocabulary.specials.end_of_text
-    ended = end in tokens
-    tokens = tokens[: tokens.index(end)] if ended else tokens
-    prompt = [token for token in prompt if token != end]
-    text = vocabulary.decode([*prompt, *tokens])[len(vocabulary.decode(prompt)) :]
+    decode, ends = served.vocabulary.decode, served.ends
+    places = [place for place, token in enumerate(tokens) if token in ends]
+    ended = bool(places)
+    tokens = tokens[: places[0]] if ended else tokens
+    prompt = [token for token in prompt if token not in ends]
+    text = decode([*prompt, *tokens])[len(decode(prompt)) :]
     found = [text.index(stop) for stop in stops if stop and stop in text]
     return (text[: min(found)], True) if found else (text, ended)
 

@@ -1,0 +1,201 @@
+"""Models from Hugging Face folders, in the form that `train.serving` serves.
+
+Such a model has no run. `about["imported"]` says where it came from and which sizes it has, so that
+`served.json` describes it as a run's configuration describes a run's; `about["config"]` holds what
+commands ask of one.
+"""
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax import traverse_util
+
+from slope_jax import models
+from slope_jax.generate import inference_variables, with_layers_apart
+from slope_jax.models import hf_names
+from slope_jax.models.hf_families import FAMILIES
+from slope_jax.models.hf_files import checked_folder, read_json
+from slope_jax.models.rope import RopeScaling
+from slope_jax.policy import DENSE
+from slope_jax.prompts import is_integer
+from train.config import Config
+from train.data.tokenizer import Vocabulary, load_tokenizer, vocabulary_from_json
+from train.state import compute_dtype
+
+CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
+_GENERATION_FILE = "generation_config.json"
+_KEPT, _OF = 2, 4  # the pattern that stored weights are looked at for
+_PATTERN = f"{_KEPT}:{_OF}"
+
+
+def is_folder(path: pathlib.Path) -> bool:
+    """Whether it is a Hugging Face folder: a run has a config.json too, but no model_type in it."""
+    file = path / CONFIG_FILE
+    return file.is_file() and "model_type" in read_json(file)
+
+
+def read(
+    folder: pathlib.Path | str,
+    sparsity: Any,
+    calibration: Iterable[Any] | None,
+    dtype: str,
+) -> tuple[nn.Module, dict[str, Any], Vocabulary, dict[str, Any]]:
+    """What `train.serving.Served` holds, from a folder; arguments and errors as of `from_hf` there."""
+    folder = checked_folder(folder).resolve()
+    computes = compute_dtype(Config(dtype=dtype))
+    if calibration is not None and sparsity is None:
+        raise ValueError(
+            "calibration is for pruning, but sparsity=None leaves the weights as they are: give a"
+            " sparsity such as '2:4' as well"
+        )
+    raw = read_json(folder / CONFIG_FILE)
+    known = raw.get("model_type") in FAMILIES  # if not, `models.from_hf` says which there are
+    vocabulary = _read_vocabulary(folder, raw) if known else None
+    model, variables = _weights(folder, sparsity, calibration, dtype=computes, scan=False)
+    model, variables = inference_variables(model, variables)
+    return model, variables, vocabulary, _about(folder, raw, model, vocabulary, dtype)
+
+
+def described(about: dict[str, Any], tokenizer: str) -> tuple[nn.Module, Any, Vocabulary]:
+    """The model that `read` gave, shapes of its variables, and its vocabulary."""
+    family, given = about["config"]["model"], about["imported"]
+    fields = dict(given["fields"])
+    if fields.get("rope_scaling") is not None:
+        fields["rope_scaling"] = RopeScaling(*fields["rope_scaling"])
+    # Any model of the family will do, for the fields say all that differs between them.
+    variant = next(name for name in models.VARIANTS if name.split("-")[0] == family)
+    dtype = compute_dtype(Config(dtype=about["config"]["dtype"]))
+    model = models.build(variant, dtype=dtype, scan=False, **fields)
+
+    def init(key: jax.Array) -> dict[str, Any]:
+        return with_layers_apart(model, model.init(key, **model.example_inputs()))[1]
+
+    vocabulary = vocabulary_from_json(tokenizer, _objective(family))
+    return (
+        model,
+        jax.eval_shape(init, jax.random.key(0)),
+        _ending(vocabulary, given["end_of_text"]),
+    )
+
+
+def _about(
+    folder: pathlib.Path,
+    raw: dict[str, Any],
+    model: nn.Module,
+    vocabulary: Vocabulary,
+    dtype: str,
+) -> dict[str, Any]:
+    family, config = raw["model_type"], model.config
+    fields = {name: getattr(config, name) for name in hf_names.read_config(raw, family)}
+    return {
+        "config": {
+            "model": family,
+            "dtype": dtype,
+            "seq_len": [config.max_positions],
+            "valid_fraction": 0.0,  # nothing was held out
+        },
+        "step": None,
+        "adapters": False,
+        "imported": {
+            "source": str(folder),
+            "end_of_text": vocabulary.specials.end_of_text,
+            "other_ends": _ends_of_text(folder, raw)[1:],
+            "beginning": _beginning(vocabulary),
+            "fields": fields | {"dropout": config.dropout, "sparsity": str(config.sparsity)},
+        },
+    }
+
+
+def _weights(folder, sparsity, calibration, **fields) -> tuple[nn.Module, dict[str, Any]]:
+    try:
+        if sparsity is not None:
+            return models.from_hf(folder, sparsity=sparsity, calibration=calibration, **fields)
+        model, variables = models.from_hf(folder, sparsity=DENSE, **fields)
+        if not _is_pruned(model, variables):
+            return model, variables
+        del variables  # there may be no room for both
+        return models.from_hf(folder, sparsity=_PATTERN, **fields)
+    except ImportError as error:  # safetensors
+        raise ValueError(str(error)) from error
+
+
+def _is_pruned(model: nn.Module, variables: dict[str, Any]) -> bool:
+    """Whether all kernels that 2:4 prunes are 2:4 already, so that pruning them changes nothing."""
+    try:
+        patterns = dataclasses.replace(model.config, sparsity=_PATTERN).patterns
+    except ValueError:  # its sizes cannot be 2:4
+        return False
+    params = traverse_util.flatten_dict(variables["params"], sep="/")
+    kernels = (
+        params[re.sub("^layers/", "layers_", path) + "/kernel"]
+        for path, pattern in patterns.items()
+        if pattern != DENSE
+    )
+    return all(
+        int((kernel != 0).reshape(-1, _OF, kernel.shape[-1]).sum(1).max()) <= _KEPT
+        for kernel in kernels
+    )
+
+
+def _read_vocabulary(folder: pathlib.Path, raw: dict[str, Any]) -> Vocabulary:
+    file, family = folder / TOKENIZER_FILE, raw["model_type"]
+    if not file.is_file():
+        raise ValueError(
+            f"{file} is missing; let Transformers write it, with"
+            f" AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        )
+    vocabulary = load_tokenizer(file, _objective(family))
+    size = hf_names.read_config(raw, family)["vocab_size"]
+    if vocabulary.size > size:
+        raise ValueError(
+            f"{file} has ids up to {vocabulary.size - 1}, but the model vocab_size={size}; copy the"
+            " tokenizer that the model was trained with into the folder"
+        )
+    if vocabulary.objective == "mlm":
+        return vocabulary
+    ends = _ends_of_text(folder, raw)
+    if not all(is_integer(end) and 0 <= end < vocabulary.size for end in ends):
+        raise ValueError(
+            f"{folder}: eos_token_id={ends[0] if len(ends) == 1 else ends!r} is no id of"
+            f" {TOKENIZER_FILE}, which has {vocabulary.size}; correct it in {CONFIG_FILE} and"
+            f" {_GENERATION_FILE}, or take it out"
+        )
+    return _ending(vocabulary, ends[0] if ends else None)
+
+
+def _ends_of_text(folder: pathlib.Path, raw: dict[str, Any]) -> list[Any]:
+    """The ids that end texts, where Transformers looks for them; the first one is also that of training."""
+    file = folder / _GENERATION_FILE
+    given = (read_json(file) if file.is_file() else {}).get("eos_token_id")
+    given = raw.get("eos_token_id") if given is None else given
+    return given if isinstance(given, list) else [] if given is None else [given]
+
+
+def _beginning(vocabulary: Vocabulary) -> list[int]:
+    """Ids that the tokenizer puts ahead of every text, such as LLaMA's <s>; none of a BERT's."""
+    if vocabulary.objective == "mlm":
+        return []
+    encode = vocabulary.tokenizer.encode
+    plain, whole = (encode("a", add_special_tokens=special).ids for special in (False, True))
+    found = (n for n in range(len(whole)) if whole[n : n + len(plain)] == plain)
+    return whole[: next(found, 0)]
+
+
+def _ending(vocabulary: Vocabulary, end: int | None) -> Vocabulary:
+    """With this end of text; None: the one that the tokenizer names."""
+    if end is None:
+        return vocabulary
+    specials = vocabulary.specials
+    every = tuple(sorted({*specials.all, end}))
+    return dataclasses.replace(
+        vocabulary, specials=dataclasses.replace(specials, all=every, end_of_text=end)
+    )
+
+
+def _objective(family: str) -> str:
+    return "mlm" if family == "bert" else "clm"
