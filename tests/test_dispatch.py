@@ -28,7 +28,7 @@ class Device:
 @pytest.fixture
 def hopper(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *_: [Device()])
-    monkeypatch.setattr(support, "version_obstacle", lambda: None)
+    monkeypatch.setattr(support, "version_obstacle", lambda *_: None)
 
 
 @pytest.mark.parametrize(

@@ -383,7 +383,7 @@ def test_a_last_update_that_is_not_finite_stops_the_job(run, data, tmp_path, mon
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"checkpoint": "nowhere"}, "nowhere holds no checkpoints"),
+        ({"checkpoint": "nowhere"}, "nowhere is not a folder; give the --run-dir of a run"),
         ({"seq_len": 1000}, "longer than the model's 512 positions"),
     ],
 )

@@ -60,6 +60,14 @@ def log_probabilities(served, tokens):
     return logits - high - np.log(np.exp(logits - high).sum(-1, keepdims=True))
 
 
+def test_the_window_of_a_long_model_is_bounded_unless_it_is_asked_for(served, monkeypatch):
+    tokens = np.arange(100) % 300
+    assert perplexity(served, tokens)["window"] == LONGEST
+    monkeypatch.setattr("train.evaluate.MOST_WINDOW", 10)
+    assert perplexity(served, tokens)["window"] == 10
+    assert perplexity(served, tokens, window=12)["window"] == 12
+
+
 def test_windows_score_every_token_once_with_the_context_promised():
     for count in range(2, 40):
         for window, stride in ((8, 8), (8, 3), (8, 1), (5, 2)):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from train.serving import Served
 
-
+MOST_WINDOW = 4096  # tokens where none are asked for: some imported models have 131,072 positions
 # Options that one of the two ways takes alone.
 _OF_MODE = {
     "data": ("held_out", "max_tokens", "window", "stride", "cache_dir"),
@@ -52,7 +52,7 @@ def perplexity(
     Args:
       served: what `train.serving.load` gives, a decoder.
       tokens: integers (T,), T >= 2; each but the first is scored once.
-      window: tokens read at once; None: the longest sequence of the run.
+      window: tokens read at once; None: the longest sequence of the run, or 4096 if that is longer.
       stride: tokens from window to window; None: half a window.
 
     Returns:
@@ -87,7 +87,7 @@ def perplexity(
 
 def _steps(served: "Served", window: int | None, stride: int | None) -> tuple[int, int]:
     most = served.model.config.max_positions
-    window = served.longest if window is None else window
+    window = min(served.longest, MOST_WINDOW) if window is None else window
     stride = max(1, window // 2) if stride is None else stride
     if not 1 <= window <= most:
         raise ValueError(f"window={window} must lie between 1 and max_positions={most}")
@@ -270,7 +270,9 @@ def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
         "--held-out", action="store_true", default=None, help="what the run held out alone"
     )
     parser.add_argument("--max-tokens", type=int, help="stop reading after the document with these")
-    parser.add_argument("--window", type=int, help="tokens; the run's longest sequence by default")
+    parser.add_argument(
+        "--window", type=int, help="tokens; the run's longest sequence by default, at most 4096"
+    )
     parser.add_argument("--stride", type=int, help="tokens; half a window by default")
     parser.add_argument("--batch", type=int, default=8, help="windows at a time")
     parser.add_argument("--tasks", help="of the LM Evaluation Harness: names or .yaml files, a,b")

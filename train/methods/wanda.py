@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from train.serving import Trained
 
 
+_INPUTS = ("input_ids", "token_type_ids", "lengths")  # of a batch, what a model reads
+
+
 class Wanda(Slope):
     """Starts from the weights of a dense run, then trains on like SLoPe, for zero or more steps."""
 
@@ -49,7 +52,10 @@ class Wanda(Slope):
         began, sequences = time.monotonic(), self.config.calibration_sequences
         source = load_source(self.config)
         rows = self.config.phases[0].batch_size
-        found = [batches[i] for i in range(-(-sequences // rows))]
+        found = [
+            {name: x for name, x in batches[i].items() if name in _INPUTS}
+            for i in range(-(-sequences // rows))
+        ]
         found[-1] = {name: x[: (sequences - 1) % rows + 1] for name, x in found[-1].items()}
         pruned = prune_wanda(model, source.variables, found)
         say(
