@@ -125,7 +125,14 @@ def few_words(monkeypatch):
 @pytest.mark.usefixtures("few_words")
 def test_a_run_writes_its_record_and_the_report_reads_it(monkeypatch, tmp_path, capsys):
     arguments = ["--models=gpt2-nano", "--batches=2", "--prompts=1x8", "--context=8", "--ranks=8"]
-    arguments += ["--depths=1,2", "--seconds=0", "--preheat=0", "--dtype=float32", "--part=trial"]
+    arguments += [
+        "--depths=1,2",
+        "--seconds=0",
+        "--rounds=2",
+        "--preheat=0",
+        "--dtype=float32",
+        "--part=trial",
+    ]
     monkeypatch.setattr("sys.argv", ["inference", *arguments, f"--results={tmp_path}"])
     inference.main()
     (path,) = tmp_path.glob("*.json")
@@ -157,7 +164,7 @@ def test_what_fails_is_named_and_the_rest_is_timed(monkeypatch, tmp_path, capsys
 
     monkeypatch.setattr(serving_steps, "lower", failing)
     arguments = ["--models=gpt2-nano", "--batches=1", "--prompts=1x8", "--context=8", "--ranks=0"]
-    arguments += ["--depths=1,2", "--seconds=0", "--preheat=0", "--dtype=float32"]
+    arguments += ["--depths=1,2", "--seconds=0", "--rounds=2", "--preheat=0", "--dtype=float32"]
     monkeypatch.setattr("sys.argv", ["inference", *arguments, f"--results={tmp_path}"])
     with pytest.raises(SystemExit, match="1"):
         inference.main()

@@ -220,7 +220,8 @@ def test_every_tile_lowers_and_bad_ones_are_named():
     x = jax.ShapeDtypeStruct((200, 576), jnp.bfloat16)
     values = jax.ShapeDtypeStruct((288, 192), jnp.bfloat16)
     metadata = jax.ShapeDtypeStruct((72, 192), jnp.uint8)
-    for tile in (*matmul_tiles.PACES, matmul.Tile(down=2, splits=8)):
+    together = list(matmul_tiles.TOGETHER)[-1]
+    for tile in (*matmul_tiles.SIZES, together, matmul.Tile(down=2, splits=8)):
         lowered = jax.jit(matmul.nm_matmul, static_argnums=3).trace(x, values, metadata, tile)
         lowered.lower(lowering_platforms=("cuda",))
     for options, message in [
