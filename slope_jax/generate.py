@@ -255,7 +255,7 @@ def _start(
 ) -> tuple[_Loop, tuple[jax.Array, jax.Array]]:
     """After the pass over the prompts, which gives the first token; that (B, 1), and whether it ended all.
 
-    A program of its own to take them out of the loop would take a tenth of the time to the first token.
+    The caller waits for these alone: to take them out of the loop would be a program of its own.
     """
     batch, width = prompts.shape
     zeros = jnp.zeros((batch,), jnp.int32)

@@ -260,8 +260,11 @@ def test_a_tokenizer_of_another_model_is_refused(with_tokenizer):
         ({"tokenizer": path}, "not a folder with one of tokenizer.json"),
         ({"tokenizer": path / "damaged"}, "cannot be read"),
         ({"tokenizer": 3}, "tokenizer is a int; give"),
-        ({"dtype": "int8"}, "dtype='int8'; choose float32, bfloat16, float16, or None"),
-        ({"dtype": "floaty"}, "dtype='floaty'; choose"),
+        (
+            {"dtype": "int8"},
+            "dtype='int8': weights are not written in that; choose float32, bfloat16, float16",
+        ),
+        ({"dtype": "floaty"}, "dtype='floaty': weights are not written"),
     ):
         with pytest.raises(ValueError, match=message):
             models.export_hf(path / "new", model, variables, **options)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import linen as nn
 
@@ -27,6 +26,7 @@ from slope_jax.generate import (
     with_layers_apart,
     with_padded_ranks,
 )
+from slope_jax.models.hf_export import checked_dtype
 from slope_jax.prompts import is_integer
 from train import imported, integrity
 from train.checkpoint import Checkpoints, placed
@@ -35,7 +35,6 @@ from train.data.tokenizer import Vocabulary, vocabulary_from_json
 from train.state import abstract_state, make_setup
 
 SERVED_FILE, TOKENIZER_FILE, VARIABLES = "served.json", "tokenizer.json", "variables"
-SAVED_DTYPES = ("float32", "bfloat16", "float16")
 _AGAIN = "Copy it again, or save it again from the run"
 
 
@@ -144,8 +143,8 @@ def from_hf(
 ) -> Served:
     """A model from a Hugging Face folder, with its tokenizer, as `load` gives one of a run.
 
-    Texts end with the eos_token_id of the folder (the first, if there are several), else with the
-    tokenizer's usual end of text. They are encoded without what a tokenizer may put around them.
+    Texts end with any eos_token_id of the folder, else with the tokenizer's usual end of text. Prompts
+    begin with what the tokenizer puts ahead of a text (`Served.beginning`); texts that are evaluated do not.
 
     >>> served = from_hf("~/models/gpt2", sparsity="2:4")  # doctest: +SKIP
     >>> save(served, "gpt2-2to4")  # doctest: +SKIP
@@ -217,7 +216,7 @@ def save(
       ValueError: the folder exists already, or weights are not saved in that dtype.
     """
     folder = pathlib.Path(folder).expanduser().resolve()
-    dtype = _checked_dtype(saved_dtype(served.about) if dtype is None else dtype)
+    dtype = checked_dtype(saved_dtype(served.about) if dtype is None else dtype)
     variables = served.variables
     with new_folder(folder) as staging:
         variables = variables | {"params": cast_weights(variables["params"], dtype)}
@@ -232,18 +231,6 @@ def save(
 def saved_dtype(about: dict[str, Any]) -> str:
     """In which `save` writes the weights of a run that `Served.about` describes."""
     return "float32" if about["config"]["dtype"] == "float32" else "bfloat16"
-
-
-def _checked_dtype(dtype: Any) -> jnp.dtype:
-    try:
-        known = jnp.dtype(dtype)
-    except TypeError:
-        known = None
-    if known is None or known.name not in SAVED_DTYPES:
-        raise ValueError(
-            f"dtype={dtype!r}: weights are not saved in that; choose {' or '.join(SAVED_DTYPES)}"
-        )
-    return known
 
 
 def _resolved(path: pathlib.Path | str, step: Any) -> pathlib.Path:

@@ -80,8 +80,7 @@ def export_hf(
     """
     if adapters not in ("merge", "lora"):
         raise ValueError(f"adapters={adapters!r}; choose 'merge' or 'lora'")
-    if dtype is not None and getattr(dtype, "__name__", str(dtype)) not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}; choose {', '.join(DTYPES)}, or None")
+    dtype = None if dtype is None else checked_dtype(dtype)
     folder, family = Path(folder).expanduser().resolve(), family_of(model)
     single = unstack_layers(variables)
     with new_folder(folder) as staging:
@@ -89,11 +88,29 @@ def export_hf(
         ids = write_tokenizer(staging, tokenizer, special_tokens, model.config, causal=causal)
         tensors = _tensors(model, family, single, merged=adapters == "merge", dtype=dtype)
         write_shards(staging, tensors)
-        config = config_json(model, family, np.dtype(dtype or model.config.param_dtype).name) | ids
+        config = (
+            config_json(
+                model, family, np.dtype(model.config.param_dtype if dtype is None else dtype).name
+            )
+            | ids
+        )
         write_atomically(staging / "config.json", json.dumps(config, indent=2) + "\n")
         if adapters == "lora" and model.config.rank:
             write_adapter(staging / "adapter", model, family, single, dtype)
     return folder
+
+
+def checked_dtype(dtype: Any) -> np.dtype:
+    """One that weights are written in; raises ValueError, with the choices, for another."""
+    try:
+        known = jnp.dtype(dtype)
+    except TypeError:
+        known = None
+    if known is None or known.name not in DTYPES:
+        raise ValueError(
+            f"dtype={dtype!r}: weights are not written in that; choose {', '.join(DTYPES)}"
+        )
+    return known
 
 
 def family_of(model: Bert | Decoder) -> str:
