@@ -8,20 +8,23 @@ from pallas_kernels.compressed import (
     kept_mask,
     positions_of,
 )
-from pallas_kernels.dispatch import Choice, Query, choose
+from pallas_kernels.dispatch import Choice, NarrowQuery, Query, choose, choose_narrow
 from pallas_kernels.pattern import Pattern
-from pallas_kernels.products import nm_matmul, nm_sddmm, nm_transpose
+from pallas_kernels.products import narrow_matmul, nm_matmul, nm_sddmm, nm_transpose
 
 __all__ = [
     "Choice",
     "CompressedMatrix",
+    "NarrowQuery",
     "Pattern",
     "Query",
     "choose",
+    "choose_narrow",
     "compress",
     "compressed_shapes",
     "decompress",
     "kept_mask",
+    "narrow_matmul",
     "nm_matmul",
     "nm_sddmm",
     "nm_transpose",

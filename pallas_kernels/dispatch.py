@@ -34,6 +34,15 @@ class Query:
             raise ValueError(f"op is {self.op!r}; it must be one of {', '.join(OPS)}")
 
 
+@dataclasses.dataclass(frozen=True)
+class NarrowQuery:
+    """An adapter's first product: `tokens` rows of x against an (in, rank) matrix, in `dtype`."""
+
+    shape: tuple[int, int]
+    dtype: str
+    tokens: int
+
+
 class Choice(NamedTuple):
     """The implementation that runs, and the reason in words."""
 
@@ -55,11 +64,7 @@ def choose(query: Query, implementation: str | None = None) -> Choice:
     >>> choose(Query("nm_matmul", (768, 3072), Pattern(2, 4), "float32", tokens=8192)).implementation
     'xla'
     """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation is {implementation!r}; it must be None (the best one) or one of"
-            f" {', '.join(map(repr, IMPLEMENTATIONS))}"
-        )
+    _check_name(implementation)
     if implementation == "xla":
         return Choice("xla", "asked for")
     obstacle = obstacle_to_mosaic(query)
@@ -82,6 +87,32 @@ def choose(query: Query, implementation: str | None = None) -> Choice:
     if obstacle:
         return Choice("xla", f"dense product on the decompressed weight: {obstacle}")
     return _by_measurement(query)
+
+
+def choose_narrow(query: NarrowQuery, implementation: str | None = None) -> Choice:
+    """As `choose`, for an adapter's first product: XLA's where the kernel does not take it or is no faster.
+
+    Raises:
+      ValueError: unknown name.
+
+    >>> choose_narrow(NarrowQuery((768, 16), "float32", 8192)).implementation
+    'xla'
+    """
+    _check_name(implementation)
+    if implementation not in (None, "mosaic"):
+        return Choice("xla", "asked for")
+    obstacle = support.device_obstacle() or support.narrow_obstacle(
+        query.shape, query.dtype, query.tokens
+    )
+    return Choice("xla", obstacle) if obstacle else Choice("mosaic", "measured to be the faster one")
+
+
+def _check_name(implementation: str | None) -> None:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation is {implementation!r}; it must be None (the best one) or one of"
+            f" {', '.join(map(repr, IMPLEMENTATIONS))}"
+        )
 
 
 def _by_measurement(query: Query) -> Choice:

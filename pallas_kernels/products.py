@@ -1,4 +1,4 @@
-"""The three products of a compressed weight: each validates once, then dispatches."""
+"""The three products of a compressed weight, and that of an adapter: each validates once, then dispatches."""
 
 import math
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch, xla
 from pallas_kernels.compressed import CompressedMatrix, check_dtype
-from pallas_kernels.epilogue import Epilogue, Norm
+from pallas_kernels.epilogue import Epilogue, Norm, first_product
 
 
 def nm_matmul(
@@ -164,6 +164,47 @@ def nm_transpose(
     w.pattern.check_divides(w.shape[1], f"output axis of shape {w.shape}")
     choice = dispatch.choose(_query("nm_transpose", w), implementation)
     return _run(choice).nm_transpose(w, jnp.dtype(dtype or w.dtype))
+
+
+def narrow_matmul(
+    x: jax.Array,
+    left: jax.Array,
+    *,
+    transposed: bool = False,
+    precision: jax.lax.PrecisionLike = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """x @ left for a matrix of few columns: the first product of an adapter, forward or backward.
+
+    Args:
+      x: (..., in), float32, bfloat16 or float16; the leading axes are tokens.
+      left: (in, rank) in x's dtype.
+      transposed: left is (rank, in) instead.
+      precision: of the product, as in `jax.lax.dot_general`.
+      implementation: None for the best; "xla" for XLA's. "mosaic" as None: XLA's where the kernel
+        does not take the product.
+
+    Returns:
+      (..., rank) in x's dtype, accumulated in float32.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit.
+
+    >>> narrow_matmul(jnp.ones((2, 8)), jnp.ones((8, 1))).tolist()
+    [[8.0], [8.0]]
+    """
+    if left.ndim != 2:
+        raise ValueError(f"left has shape {left.shape}; it must be a matrix")
+    _check_rows(x, left.shape[1 if transposed else 0], "x", "in")
+    _check_same_dtype(x, left, "x", "left")
+    query = dispatch.NarrowQuery(
+        (x.shape[-1], left.shape[0 if transposed else 1]), str(x.dtype), math.prod(x.shape[:-1])
+    )
+    if dispatch.choose_narrow(query, implementation).implementation == "xla":
+        return first_product(x, left.T if transposed else left, precision)
+    from pallas_kernels.mosaic import products  # needs a newer JAX than the package does
+
+    return products.narrow_matmul(x, left, transposed)
 
 
 def _run(choice: dispatch.Choice):

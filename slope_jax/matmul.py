@@ -8,8 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import CompressedMatrix, decompress, nm_matmul, nm_sddmm, nm_transpose
-from pallas_kernels.epilogue import first_product, gradient_through, sums_of
+from pallas_kernels import (
+    CompressedMatrix,
+    decompress,
+    narrow_matmul,
+    nm_matmul,
+    nm_sddmm,
+    nm_transpose,
+)
+from pallas_kernels.epilogue import gradient_through, sums_of
 
 DOUBLE_PRUNED, EXACT = "double-pruned", "exact"
 BACKWARDS = (DOUBLE_PRUNED, EXACT)
@@ -181,7 +188,7 @@ def product(x, w, working, terms: Terms, activation, options, saved=NOTHING):
     if adapter is not None:
         adapter = left, right = tuple(a.astype(x.dtype) for a in adapter)
         if saved.first_product:
-            t = first_product(x, left, precision)
+            t = narrow_matmul(x, left, precision=precision, implementation=implementation)
             low_rank, adapter = (t, right), None
     y = nm_matmul(
         x,
@@ -217,7 +224,7 @@ def backward(activation, options, residuals, dy):
     if options.activated:  # that of z, by the contract of `Activated`
         dy, _ = dy
         activation = None
-    dz, dadapter, low_rank = outer_gradients(activation, precision, x, terms, z, t, dy)
+    dz, dadapter, low_rank = outer_gradients(activation, options, x, terms, z, t, dy)
     if options.backward == EXACT:
         dx, sums = _exact_dx(dz, w, x, terms, low_rank, options), sums_of(dz)
     else:
@@ -248,7 +255,7 @@ def _source(x, terms: Terms):
     return x if terms.source is None else terms.source
 
 
-def outer_gradients(activation, precision, x, terms: Terms, z, t, dy):
+def outer_gradients(activation, options: Options, x, terms: Terms, z, t, dy):
     """What comes before the products with the weight.
 
     Returns the gradient of the product in x's dtype, that of the adapter, and the factors of the
@@ -258,7 +265,7 @@ def outer_gradients(activation, precision, x, terms: Terms, z, t, dy):
     dz = dz.astype(x.dtype)
     dadapter, low_rank = None, None
     if terms.adapter is not None:
-        dadapter, low_rank = _adapter_backward(x, t, dz, terms.adapter, precision)
+        dadapter, low_rank = _adapter_backward(x, t, dz, terms.adapter, options)
     return dz, dadapter, low_rank
 
 
@@ -273,10 +280,13 @@ def _exact_dx(dz, w, x, terms, low_rank, options):
     return gradient_through(options.through, _source(x, terms), dx).astype(x.dtype)
 
 
-def _adapter_backward(x, t, dz, adapter, precision):
+def _adapter_backward(x, t, dz, adapter, options: Options):
     """Gradients of l and r, and the low-rank term of dx."""
     left, right = (a.astype(x.dtype) for a in adapter)
-    dt = jnp.matmul(dz, right.T, precision=precision)
+    precision, implementation = options.precision, options.implementation
+    dt = narrow_matmul(
+        dz, right, transposed=True, precision=precision, implementation=implementation
+    )
 
     def over_tokens(a, b, like):
         tokens = tuple(range(a.ndim - 1))

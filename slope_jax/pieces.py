@@ -35,7 +35,7 @@ def gradients(activation, options: Options, residuals, dy):
         dx, dw, _, terms = matmul.backward(activation, options, residuals, dy)
         return dx, dw.values, terms.bias, terms.adapter
     precision = options.precision
-    dz, dadapter, low_rank = matmul.outer_gradients(activation, precision, x, terms, z, t, dy)
+    dz, dadapter, low_rank = matmul.outer_gradients(activation, options, x, terms, z, t, dy)
     dbias = None if bias is None else sums_of(dz).astype(bias.dtype)
     dx = jnp.matmul(dz, w.T, precision=precision)
     if low_rank is not None:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from pallas_kernels import batching, tuning
 from pallas_kernels.compressed import CompressedMatrix
 from pallas_kernels.epilogue import Epilogue, Norm, finish, moments, padded_rank, sums_of
-from pallas_kernels.mosaic import few_tokens, first_product, matmul, normed, sddmm, transpose
-from pallas_kernels.mosaic.support import kernel_of, processors
+from pallas_kernels.mosaic import few_tokens, first_product, matmul, narrow, normed, sddmm, transpose
+from pallas_kernels.mosaic.support import kernel_of, narrow_obstacle, processors
 from pallas_kernels.mosaic.two_four import as_two_four, values_of
 
 
@@ -30,6 +30,11 @@ def nm_sddmm(
     del precision
     run = functools.partial(_nm_sddmm, out_dtype=out_dtype)
     return batching.one_by_one(run)(x, dy, w, into)
+
+
+def narrow_matmul(x: jax.Array, left: jax.Array, transposed: bool) -> jax.Array:
+    run = functools.partial(_narrow_matmul, transposed=transposed)
+    return batching.by_rows(run, lambda x, left: (True, False))(x, left)
 
 
 def nm_transpose(w: CompressedMatrix, dtype) -> CompressedMatrix:
@@ -155,6 +160,15 @@ def _measured(op: str, tokens: int, k: int, f: int, dtype) -> tuning.Entry | Non
     )
 
 
+def _narrow_matmul(x, left, *, transposed: bool):
+    rank = left.shape[0 if transposed else 1]
+    left = padded_rank(left, 0 if transposed else 1)
+    rows = x.reshape(-1, x.shape[-1])
+    cut = narrow.choose(*rows.shape, left.shape[0 if transposed else 1], **_where(narrow))
+    t = narrow.narrow_product(rows, left, cut, transposed=transposed)[:, :rank]
+    return jax.lax.optimization_barrier(t.reshape(*x.shape[:-1], rank))  # as in `_nm_matmul`
+
+
 def _nm_sddmm(x, dy, w, into, *, out_dtype):
     tokens, (k, f) = math.prod(x.shape[:-1]), w.shape
     if tokens == 0:
@@ -189,8 +203,14 @@ def _low_rank(x, epilogue: Epilogue, **norm):
         left, r = padded_rank(left, -1), padded_rank(r, -2)
         cut = first_product.choose(*left.shape)
         return first_product.first_product(x, left, cut, **norm), r
-    low_rank = epilogue.multiplied(x).low_rank
-    if low_rank is None:
+    if epilogue.adapter is not None:
+        left, r = epilogue.adapter
+        if narrow_obstacle(left.shape, str(x.dtype), x.shape[0]):
+            t, r = epilogue.multiplied(x).low_rank
+        else:
+            t = _narrow_matmul(x, left, transposed=False)
+    elif epilogue.low_rank is not None:
+        t, r = epilogue.low_rank
+    else:
         return None
-    t, r = low_rank
     return padded_rank(t.reshape(x.shape[0], -1), -1), padded_rank(r, -2)

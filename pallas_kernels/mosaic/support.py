@@ -11,6 +11,7 @@ FITTING = tuple(Pattern(n, m) for n, m in ((1, 2), (2, 4), (1, 4), (2, 8), (1, 8
 
 
 FEW_TOKENS = 64
+MOST_RANK = 384  # of an adapter's first product, for accumulators of a warpgroup
 # Of attention to a cache: queries that share a head of keys, and entries of a head.
 MOST_QUERIES, WIDEST = 8, 128
 
@@ -61,6 +62,19 @@ def attention_obstacle(dtype: str, width: int, queries: int) -> str | None:
         return f"it takes heads of a multiple of 8 up to {WIDEST}, not {width}"
     if queries > MOST_QUERIES:
         return f"it takes up to {MOST_QUERIES} queries to a head of keys, not {queries}"
+    return None
+
+
+def narrow_obstacle(shape: tuple[int, int], dtype: str, tokens: int) -> str | None:
+    """Why an adapter's first product, of so many tokens and (in, rank), is left to XLA, or None."""
+    if dtype not in DTYPES:
+        return f"x @ l has a kernel for {' or '.join(DTYPES)}, not {dtype}"
+    if shape[0] % 8:
+        return f"x @ l has a kernel for inputs that are a multiple of 8, not {shape[0]}"
+    if shape[1] > MOST_RANK:
+        return f"x @ l has a kernel for ranks up to {MOST_RANK}, not {shape[1]}"
+    if tokens <= FEW_TOKENS:
+        return f"x @ l of {tokens} tokens is XLA's"
     return None
 
 

@@ -11,6 +11,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, nvvm
 
 from pallas_kernels.mosaic import ops, parts
+from pallas_kernels.mosaic.frame import STEP
 
 # One swizzle row wide and untiled, so that TMA may clip at any size of the array in memory.
 SWIZZLED = (plgpu.SwizzleTransform(128),)
@@ -109,6 +110,33 @@ def multiply_transposed(acc, a_ref, b_ref, columns: int, dtype: str):
         return issue
 
     return _group(acc, (a_ref, b_ref), rows, columns, tokens // 16, prepare)
+
+
+def multiply_rows(acc, x_ref, b_ref, columns: int, dtype: str, transposed: bool):
+    """As `multiply_transposed`, acc (64, columns) += x @ b over 64 inputs, x_ref being (64, 64).
+
+    b_ref: (blocks, 64, 64), inputs x columns; if transposed, columns x inputs.
+    """
+    most = 256  # columns of an instruction
+
+    def prepare(x, b):
+        x_base, b_base = _descriptor(x), _descriptor(b, block_bytes=16 if transposed else 8192)
+
+        def issue(registers, block, k, accumulate):
+            new = []
+            for first in range(0, columns, most):
+                width = min(most, columns - first)
+                b_desc = _at(b_base, 128 * first + (32 if transposed else 2048) * k)
+                mine = registers[first // 2 : (first + width) // 2]
+                kind = f"0, {int(not transposed)}"
+                new += _wgmma_dense(
+                    mine, _at(x_base, 32 * k), b_desc, width, kind, dtype, accumulate
+                )
+            return new
+
+        return issue
+
+    return _group(acc, (x_ref, b_ref), 64, columns, STEP // 16, prepare)
 
 
 def _group(acc, refs, rows: int, columns: int, steps: int, prepare):

@@ -1,0 +1,258 @@
+"""An adapter's first product for many tokens: its kernel, and the way to it."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import NarrowQuery, choose_narrow, compress, narrow_matmul, nm_matmul
+from pallas_kernels.mosaic import support
+from slope_jax import slope_matmul
+
+obstacle = support.device_obstacle()
+needs_jax = pytest.mark.skipif(
+    support.version_obstacle() is not None, reason=str(support.version_obstacle())
+)
+SHARES = (1, 2, 4, 8)
+# tokens, in, rank: parts of tiles, of stages and of blocks; wider than an instruction; the widest
+SHAPES = [
+    (65, 8, 8),
+    (128, 512, 16),
+    (2048, 5120, 80),
+    (1000, 776, 24),
+    (300, 2048, 264),
+    (129, 4104, 384),
+    (16384, 768, 16),
+]
+
+
+def needs_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(obstacle is not None, reason=str(obstacle))(test))
+
+
+def integers(seed, shape, dtype=jnp.bfloat16, most=4):
+    values = np.random.default_rng(seed).integers(-most, most + 1, shape)
+    return jnp.asarray(values.astype(dtype))
+
+
+def exact(x, left):
+    """Products of small integers are exact in float32 in any order; rounded once."""
+    return np.asarray(
+        (np.asarray(x, np.float32) @ np.asarray(left, np.float32)).astype(x.dtype), np.float32
+    )
+
+
+def lowered(function, *args) -> str:
+    traced = jax.jit(function).trace(*args)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def of_kernel(x, left, share=None, *, transposed=False):
+    from pallas_kernels.mosaic import narrow
+
+    rank = left.shape[0 if transposed else 1]
+    cut = narrow.choose(*x.shape, rank)
+    if share is not None:
+        deep = (narrow.frame.SHARED_MEMORY - narrow.HEAD) // narrow.stage_bytes(rank)
+        cut = narrow.Cut(share, min(deep, 4))
+    return narrow.narrow_product(x, left, cut, transposed=transposed)
+
+
+def float32(x):
+    return np.asarray(x, np.float32)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_product_of_any_leading_axes(transposed):
+    x, left = integers(0, (2, 3, 16), jnp.float32), integers(1, (16, 5), jnp.float32)
+    found = narrow_matmul(x, left.T if transposed else left, transposed=transposed)
+    np.testing.assert_array_equal(found, float32(x) @ float32(left))
+
+
+def test_bad_input_of_the_product_is_named():
+    x = jnp.ones((2, 16))
+    with pytest.raises(ValueError, match="must be a matrix"):
+        narrow_matmul(x, jnp.ones(16))
+    with pytest.raises(ValueError, match=r"x has shape \(2, 16\); its last axis .* in, 8"):
+        narrow_matmul(x, jnp.ones((8, 2)))
+    with pytest.raises(ValueError, match="in, 2"):
+        narrow_matmul(x, jnp.ones((16, 2)), transposed=True)
+    with pytest.raises(ValueError, match="x is float32 and left is bfloat16"):
+        narrow_matmul(x, jnp.ones((16, 2), jnp.bfloat16))
+    with pytest.raises(ValueError, match="implementation is 'cuda'"):
+        narrow_matmul(x, jnp.ones((16, 2)), implementation="cuda")
+
+
+def test_what_the_kernel_does_not_take_is_named(monkeypatch):
+    monkeypatch.setattr(support, "device_obstacle", lambda: None)
+    for (shape, dtype, tokens), reason in [
+        (((768, 16), "float32", 2048), "not float32"),
+        (((772, 16), "bfloat16", 2048), "not 772"),
+        (((768, 385), "bfloat16", 2048), "not 385"),
+    ]:
+        choice = choose_narrow(NarrowQuery(shape, dtype, tokens), "mosaic")
+        assert choice.implementation == "xla"
+        assert reason in choice.reason
+    query = NarrowQuery((5120, 80), "bfloat16", 2048)
+    assert choose_narrow(query).implementation == "mosaic"
+    assert choose_narrow(query, "xla") == ("xla", "asked for")
+
+
+@needs_jax
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("share", "rank"), [(1, 8), (2, 80), (4, 264), (8, 384)])
+def test_it_lowers_for_cuda_without_a_gpu(share, rank, transposed, strict_dtypes):
+    shapes = (200, 776), ((rank, 776) if transposed else (776, rank))
+    x, left = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes)
+    run = functools.partial(of_kernel, share=share, transposed=transposed)
+    assert "narrow_product" in lowered(run, x, left)
+
+
+@needs_jax
+def test_every_choice_fits_the_machine():
+    from pallas_kernels.mosaic import narrow
+
+    for tokens, k, rank in itertools.product(
+        (1, 65, 128, 2048, 2049, 65536), (8, 768, 4096, 36864), (8, 16, 80, 256, 320, 384)
+    ):
+        cut = narrow.choose(tokens, k, rank)
+        cut.check(rank)
+        assert cut.share <= -(-k // 64)  # none has no inputs
+        assert cut.share == 1 or cut.share * -(-tokens // 128) <= 132
+
+
+@needs_jax
+def test_bad_cuts_are_named():
+    from pallas_kernels.mosaic import narrow
+
+    for options, rank, message in [
+        ({"share": 3}, 8, "1, 2, 4 or 8"),
+        ({"stages": 1}, 8, "at least 2"),
+        ({}, 392, "up to 384"),
+        ({}, 12, "multiples of 8"),
+        ({"stages": 16}, 80, "needs 524416 bytes"),
+        ({"share": 8, "stages": 2}, 384, "no room for the sums"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            narrow.Cut(**options).check(rank)
+
+
+@needs_jax
+def test_products_and_gradients_of_many_tokens_take_it(monkeypatch):
+    monkeypatch.setattr(support, "device_obstacle", lambda: None)
+
+    def layer(x, w, adapter):
+        return slope_matmul(x, w, adapter=adapter, implementation="mosaic")
+
+    def loss(x, w, adapter):
+        return layer(x, w, adapter).astype(jnp.float32).sum()
+
+    def shapes(rank):
+        x, left, right = (
+            jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((512, 768), (768, rank), (rank, 768))
+        )
+        return x, jax.eval_shape(lambda w: compress(w, "2:4"), shape_of(768, 768)), (left, right)
+
+    def shape_of(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    for rank in (16, 20):  # padded to 24
+        assert lowered(layer, *shapes(rank)).count("call @narrow_product") == 1
+        gradients = lowered(jax.grad(loss, argnums=(0, 2)), *shapes(rank))
+        assert gradients.count("call @narrow_product") == 2  # x @ l and dz @ r.T
+    assert "narrow_product" not in lowered(layer, *shapes(400))
+
+
+@needs_jax
+def test_it_lowers_under_vmap_scan_and_shard_map(monkeypatch):
+    monkeypatch.setattr(support, "device_obstacle", lambda: None)
+    x, left = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((512, 768), (768, 16)))
+    stack = [jax.ShapeDtypeStruct((3, *a.shape), a.dtype) for a in (x, left)]
+
+    def scanned(*stack):
+        return jax.lax.scan(lambda _, each: (None, narrow_matmul(*each)), None, stack)[1]
+
+    spec = jax.sharding.PartitionSpec
+    mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+    specs = (spec("data"), spec())
+    mapped = jax.shard_map(
+        narrow_matmul, mesh=mesh, in_specs=specs, out_specs=spec("data"), check_vma=False
+    )
+    for function, arguments in [
+        (jax.vmap(narrow_matmul), stack),
+        (jax.vmap(narrow_matmul, in_axes=(0, None)), (stack[0], left)),
+        (scanned, stack),
+        (mapped, (x, left)),
+    ]:
+        assert "narrow_product" in lowered(function, *arguments)
+    more_rows = jax.vmap(narrow_matmul, in_axes=(0, None))
+    assert "stablehlo.while" not in lowered(more_rows, stack[0], left)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_of_integers_are_exact(shape, transposed, dtype):
+    tokens, k, rank = shape
+    x, left = integers(0, (tokens, k), dtype, 1), integers(1, (k, rank), dtype, 1)
+    found = of_kernel(x, left.T if transposed else left, transposed=transposed)
+    np.testing.assert_array_equal(float32(found), exact(x, left))
+
+
+@needs_gpu
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("share", SHARES)
+def test_every_share_is_exact_on_ragged_sizes(share, transposed):
+    for tokens, k, rank in [(1, 8 * 64, 8), (130, 1032, 72), (300, 3080, 136), (5, 2000, 320)]:
+        x, left = integers(0, (tokens, k), most=1), integers(1, (k, rank), most=1)
+        found = of_kernel(x, left.T if transposed else left, share, transposed=transposed)
+        np.testing.assert_array_equal(float32(found), exact(x, left), err_msg=str((k, rank)))
+
+
+@needs_gpu
+def test_not_a_number_stays_in_its_row():
+    x, left = integers(0, (200, 1000), most=1), integers(1, (1000, 24), most=1)
+    found = float32(of_kernel(x.at[7, 999].set(jnp.nan), left))
+    assert np.isnan(found[7]).all()
+    np.testing.assert_array_equal(np.delete(found, 7, 0), np.delete(exact(x, left), 7, 0))
+
+
+@needs_gpu
+@pytest.mark.parametrize("shape", [(2048, 5120, 80), (512, 20480, 320)])
+def test_repeats_are_equal_and_the_error_within_twice_that_of_xla(shape):
+    tokens, k, rank = shape
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, left = (
+        jax.random.normal(key, s, jnp.bfloat16)
+        for key, s in zip(keys, ((tokens, k), (k, rank)), strict=True)
+    )
+    found = of_kernel(x, left)
+    for _ in range(5):
+        np.testing.assert_array_equal(found, of_kernel(x, left))
+    product = np.asarray(x, np.float64) @ np.asarray(left, np.float64)
+    plain = np.asarray(jnp.matmul(x, left), np.float64)
+    allowed = 2 * np.abs(plain - product).max()
+    assert np.abs(np.asarray(found, np.float64) - product).max() <= allowed
+
+
+@needs_gpu
+def test_the_product_with_an_adapter_runs_it():
+    x, left, right = (
+        integers(seed, shape, most=1)
+        for seed, shape in ((0, (2, 300, 512)), (2, (512, 20)), (3, (20, 264)))
+    )
+    dense = integers(1, (512, 264), most=1)
+    w = jax.jit(compress, static_argnums=1)(dense, "2:4")
+    run = jax.jit(functools.partial(nm_matmul, implementation="mosaic"))
+    assert "narrow_product" in run.lower(x, w, adapter=(left, right)).as_text()
+    t = exact(x.reshape(-1, 512), left)
+    from pallas_kernels import decompress
+
+    kept = float32(jax.jit(decompress)(w))
+    expected = float32(x).reshape(-1, 512) @ kept + t @ float32(right)
+    expected = float32(jnp.asarray(expected, jnp.bfloat16)).reshape(2, 300, 264)
+    np.testing.assert_array_equal(float32(run(x, w, adapter=(left, right))), expected)
