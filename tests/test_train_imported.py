@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from slope_jax.generate import generate
 from train import evaluate, serving
 from train.data.tokenizer import train_tokenizer
 from train.generate import main
+from train.harness import Harness
 from train.texts import complete
 
 pytest.importorskip("safetensors", reason="safetensors is not installed")
@@ -212,6 +214,14 @@ def test_texts_end_as_the_folder_says(folder, tmp_path):
     assert end() == 5
     put(folder, "config.json", eos_token_id=None)
     assert end() == 0  # <|endoftext|>
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|endoftext|>", "<|fin|>"))
+    with pytest.raises(ValueError, match="has no token for end_of_text"):
+        end()
+    put(folder, "config.json", eos_token_id=0)
+    served = serving.from_hf(folder)
+    assert served.vocabulary.specials.end_of_text == 0
+    same(serving.load(serving.save(served, tmp_path / "again", dtype="float32")), served)
 
 
 def test_prompts_begin_and_end_as_those_of_transformers(torch, transformers, imported, tmp_path):
@@ -236,6 +246,30 @@ def test_prompts_begin_and_end_as_those_of_transformers(torch, transformers, imp
     assert complete(served, PROMPTS[0], max_new_tokens=12) == [expected]
     again = serving.load(serving.save(served, tmp_path / "saved", dtype="float32"))
     assert complete(again, PROMPTS[0], max_new_tokens=12) == [expected]
+
+    tokens, *_ = evaluate._tokens(served, [PROMPTS[0], "a"], None)
+    assert tokens.tolist() == [*ids, 0, *served.vocabulary.encode("a"), 0]
+    (nats,) = Harness(served).loglikelihood_rolling([Request((PROMPTS[0],))])
+    theirs = perplexity_of_windows(torch, model, ids, 40, 40) * (len(ids) - 1)
+    assert -nats == pytest.approx(theirs, rel=1e-4)
+
+
+class Request(NamedTuple):
+    """As the harness makes them."""
+
+    args: tuple
+
+
+def test_an_import_is_exported_with_its_function(imported, tmp_path, capsys):
+    from train import export
+
+    folder = imported["gpt2"][1]
+    exported = tmp_path / "again"
+    assert export.main([f"--checkpoint={folder}", f"--output={exported}"]) == 0
+    capsys.readouterr()
+    a, b = (serving.from_hf(path, dtype="float32") for path in (folder, exported))
+    jax.tree.map(np.testing.assert_array_equal, a.variables, b.variables)
+    assert b.vocabulary.encode(PROMPTS[0]) == a.vocabulary.encode(PROMPTS[0])
 
 
 def test_the_dtype_is_that_of_the_computation(folder, tmp_path):

@@ -4,8 +4,9 @@
     python -m train.evaluate --checkpoint=runs/NAME --data=docs --held-out
     python -m train.evaluate --checkpoint=runs/NAME --tasks=hellaswag,arc_easy
 
-Documents are joined, each with an end-of-text token after it, and read in windows: the first scores
-all its tokens, each later one those that are new in it. `--held-out` keeps to the documents that the
+Documents are joined, each with an end-of-text token after it, behind what the model expects ahead of a
+text (LLaMA's <s>), and read in windows: the first scores all its tokens, each later one those that are
+new in it. `--held-out` keeps to the documents that the
 run did not train on. Tasks need the extra `eval`.
 """
 
@@ -197,7 +198,8 @@ def _text(served: "Served", arguments: argparse.Namespace) -> dict[str, Any]:
         batch_size=arguments.batch,
     )
     found["documents"] = documents
-    # The first token is not scored, but its bytes count: of a long text, nothing.
+    # Where nothing is ahead of it, the first token is not scored, but its bytes count: of a long text,
+    # nothing.
     found["bits_per_byte"] = found["nats_per_token"] * found["tokens"] / math.log(2) / nbytes
     found["seconds"] = round(time.perf_counter() - begin, 3)
     print(
@@ -221,7 +223,7 @@ def _tokens(served: "Served", texts: Iterable[str], most: int | None):
 
     from train.data.build import encode_document
 
-    pieces, nbytes, count, total = [], 0, 0, 0
+    pieces, nbytes, count, total = [np.array(served.beginning, np.int32)], 0, 0, 0
     for text in texts:
         tokens, _ = encode_document(text, served.vocabulary)
         if not len(tokens):
@@ -232,7 +234,7 @@ def _tokens(served: "Served", texts: Iterable[str], most: int | None):
         total += len(tokens)
         if most is not None and total >= most:
             break
-    return np.concatenate(pieces or [np.zeros(0, np.int32)]), nbytes, count
+    return np.concatenate(pieces), nbytes, count
 
 
 def _progress(total: int):

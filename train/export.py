@@ -110,7 +110,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if importlib.util.find_spec("safetensors") is None:
         raise ValueError("export needs safetensors: pip install 'slope-jax[hf]'")
     path = arguments.checkpoint.expanduser()
-    load = serving.load if (path / serving.SERVED_FILE).is_file() else serving.load_trained
+    load = serving.load if serving.is_apart(path) else serving.load_trained
     run = load(path, step=arguments.step)
     if arguments.semi_structured:
         if set(run.model.config.patterns.values()) == {DENSE}:
@@ -143,7 +143,8 @@ def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
         "--checkpoint",
         type=pathlib.Path,
         required=True,
-        help="folder of a run, one of its checkpoints/STEP, or what train.generate --save wrote",
+        help="folder of a run, one of its checkpoints/STEP, what train.generate --save wrote, or a"
+        " Hugging Face folder",
     )
     parser.add_argument("--step", type=int, help="checkpoint of a run; the latest if not given")
     parser.add_argument("--output", type=pathlib.Path, required=True, help="a new folder")

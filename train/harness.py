@@ -31,7 +31,7 @@ class Harness:
         check_decoder(served)
         self.served, self.size = served, batch_size
         self.longest = served.longest
-        self.end = served.vocabulary.specials.end_of_text
+        self.start = [*served.beginning, served.vocabulary.specials.end_of_text][0]  # of a text
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False):
         """For args (context, continuation): nats of the continuation's likelihood, and whether
@@ -62,7 +62,7 @@ class Harness:
         """
         pieces, owners = [], []
         for number, (text,) in enumerate(request.args for request in requests):
-            tokens = np.array([self.end, *self.served.vocabulary.encode(text)], np.int32)
+            tokens = np.array([self.start, *self.served.vocabulary.encode(text)], np.int32)
             if len(tokens) < 2:
                 continue  # no tokens are certain
             for w in strided_windows(len(tokens), self.longest, self.longest):
@@ -105,7 +105,7 @@ class Harness:
         stops = stop_texts(vocabulary, [stops] if isinstance(stops, str) else stops)
         count = min(_wanted(options), self.longest // 2)
         room = self.longest - count
-        prompt = (vocabulary.encode(context) or [self.end])[-room:]
+        prompt = (vocabulary.encode(context) or [self.start])[-room:]
         width = min(room, -(-len(prompt) // 64) * 64)  # few shapes to compile
         ids = np.zeros((1, width), np.int32)
         ids[0, : len(prompt)] = prompt
@@ -140,7 +140,7 @@ class Harness:
         before, both = encode(context), encode(context + continuation)
         same = takewhile(lambda pair: pair[0] == pair[1], zip(before, both, strict=False))
         cut = min(sum(1 for _ in same), len(both) - 1)
-        return both[:cut] or [self.end], both[cut:]
+        return both[:cut] or [self.start], both[cut:]
 
     def _score(self, pieces):
         model, variables = self.served.model, self.served.variables

@@ -75,12 +75,8 @@ def described(about: dict[str, Any], tokenizer: str) -> tuple[nn.Module, Any, Vo
     def init(key: jax.Array) -> dict[str, Any]:
         return with_layers_apart(model, model.init(key, **model.example_inputs()))[1]
 
-    vocabulary = vocabulary_from_json(tokenizer, _objective(family))
-    return (
-        model,
-        jax.eval_shape(init, jax.random.key(0)),
-        _ending(vocabulary, given["end_of_text"]),
-    )
+    vocabulary = vocabulary_from_json(tokenizer, _objective(family), given["end_of_text"])
+    return model, jax.eval_shape(init, jax.random.key(0)), vocabulary
 
 
 def _about(
@@ -149,23 +145,24 @@ def _read_vocabulary(folder: pathlib.Path, raw: dict[str, Any]) -> Vocabulary:
             f"{file} is missing; let Transformers write it, with"
             f" AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
         )
-    vocabulary = load_tokenizer(file, _objective(family))
+    objective, ends = _objective(family), _ends_of_text(folder, raw)
+    end = ends[0] if objective == "clm" and ends and is_integer(ends[0]) else None
+    vocabulary = load_tokenizer(file, objective, end)
     size = hf_names.read_config(raw, family)["vocab_size"]
     if vocabulary.size > size:
         raise ValueError(
             f"{file} has ids up to {vocabulary.size - 1}, but the model vocab_size={size}; copy the"
             " tokenizer that the model was trained with into the folder"
         )
-    if vocabulary.objective == "mlm":
+    if objective == "mlm":
         return vocabulary
-    ends = _ends_of_text(folder, raw)
     if not all(is_integer(end) and 0 <= end < vocabulary.size for end in ends):
         raise ValueError(
             f"{folder}: eos_token_id={ends[0] if len(ends) == 1 else ends!r} is no id of"
             f" {TOKENIZER_FILE}, which has {vocabulary.size}; correct it in {CONFIG_FILE} and"
             f" {_GENERATION_FILE}, or take it out"
         )
-    return _ending(vocabulary, ends[0] if ends else None)
+    return vocabulary
 
 
 def _ends_of_text(folder: pathlib.Path, raw: dict[str, Any]) -> list[Any]:
@@ -184,17 +181,6 @@ def _beginning(vocabulary: Vocabulary) -> list[int]:
     plain, whole = (encode("a", add_special_tokens=special).ids for special in (False, True))
     found = (n for n in range(len(whole)) if whole[n : n + len(plain)] == plain)
     return whole[: next(found, 0)]
-
-
-def _ending(vocabulary: Vocabulary, end: int | None) -> Vocabulary:
-    """With this end of text; None: the one that the tokenizer names."""
-    if end is None:
-        return vocabulary
-    specials = vocabulary.specials
-    every = tuple(sorted({*specials.all, end}))
-    return dataclasses.replace(
-        vocabulary, specials=dataclasses.replace(specials, all=every, end_of_text=end)
-    )
 
 
 def _objective(family: str) -> str:

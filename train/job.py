@@ -359,7 +359,6 @@ class _Job:
             "config": to_json(self.config),
             "step": self.step,
             "phase": phase.index,
-            "batch": self.step - phase.start,  # the position in this phase's stream
             "data": self.corpus.fingerprint,
             "history": self.history,
             "environment": environment.describe(environment.JOB_PACKAGES),

@@ -108,6 +108,13 @@ class Trained(NamedTuple):
     about: dict[str, Any]
 
 
+def is_apart(path: pathlib.Path) -> bool:
+    """Whether a folder has a model by itself: what `save` wrote, or one of Hugging Face."""
+    if (path / SERVED_FILE).is_file():
+        return True
+    return not (path / "checkpoints").is_dir() and imported.is_folder(path)
+
+
 def load(path: pathlib.Path | str, *, step: int | None = None) -> Served:
     """A trained model from a run's folder, one of its checkpoints, what `save` wrote, or Hugging Face.
 
@@ -121,14 +128,13 @@ def load(path: pathlib.Path | str, *, step: int | None = None) -> Served:
       DamagedError: files are not what was written, or some are missing.
     """
     path = _resolved(path, step)
-    saved = (path / SERVED_FILE).is_file()
-    if saved or (not (path / "checkpoints").is_dir() and imported.is_folder(path)):
+    if is_apart(path):
         if step is not None:
             raise ValueError(
                 f"{path} holds one model, not the steps of a run: leave out step={step}, or give the"
                 " --run-dir of the run"
             )
-        return _load_served(path) if saved else from_hf(path)
+        return _load_served(path) if (path / SERVED_FILE).is_file() else from_hf(path)
     trained = load_trained(path, step=step)
     model, variables = inference_variables(trained.model, trained.variables)
     return Served(model, variables, trained.vocabulary, _about(trained.about, model))
@@ -144,7 +150,8 @@ def from_hf(
     """A model from a Hugging Face folder, with its tokenizer, as `load` gives one of a run.
 
     Texts end with any eos_token_id of the folder, else with the tokenizer's usual end of text. Prompts
-    begin with what the tokenizer puts ahead of a text (`Served.beginning`); texts that are evaluated do not.
+    begin with what the tokenizer puts ahead of a text (`Served.beginning`), and so does a text that is
+    evaluated.
 
     >>> served = from_hf("~/models/gpt2", sparsity="2:4")  # doctest: +SKIP
     >>> save(served, "gpt2-2to4")  # doctest: +SKIP

@@ -100,8 +100,13 @@ def train_tokenizer(
     return _vocabulary(tokenizer, objective, "the trained tokenizer")
 
 
-def load_tokenizer(path: Path | str, objective: str) -> Vocabulary:
+def load_tokenizer(
+    path: Path | str, objective: str, end_of_text: int | None = None
+) -> Vocabulary:
     """Reads a ``tokenizer.json``, or a BERT ``vocab.txt`` as uncased WordPiece.
+
+    Args:
+      end_of_text: the id of "clm", where it is known; None: of the token that goes by such a name.
 
     Raises:
       ValueError: no such file, not a tokenizer, or without the special tokens of the objective.
@@ -115,12 +120,15 @@ def load_tokenizer(path: Path | str, objective: str) -> Vocabulary:
     if not path.is_file():
         raise ValueError(f"tokenizer {path}: no such file; give a tokenizer.json or a vocab.txt")
     tokenizer = _word_piece(path) if path.suffix == ".txt" else _from_json(path)
-    return _vocabulary(tokenizer, objective, f"tokenizer {path}")
+    return _vocabulary(tokenizer, objective, f"tokenizer {path}", end_of_text)
 
 
-def vocabulary_from_json(text: str, objective: str) -> Vocabulary:
-    """The inverse of ``Vocabulary.to_json``."""
-    return _vocabulary(tokenizers.Tokenizer.from_str(text), objective, "tokenizer")
+def vocabulary_from_json(
+    text: str, objective: str, end_of_text: int | None = None
+) -> Vocabulary:
+    """The inverse of ``Vocabulary.to_json``; `end_of_text` as of `load_tokenizer`."""
+    tokenizer = tokenizers.Tokenizer.from_str(text)
+    return _vocabulary(tokenizer, objective, "tokenizer", end_of_text)
 
 
 def _from_json(path: Path) -> tokenizers.Tokenizer:
@@ -153,9 +161,11 @@ def _word_piece(path: Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _vocabulary(tokenizer: tokenizers.Tokenizer, objective: str, name: str) -> Vocabulary:
-    ids = {}
-    for role in _ROLES[objective]:
+def _vocabulary(
+    tokenizer: tokenizers.Tokenizer, objective: str, name: str, end_of_text: int | None = None
+) -> Vocabulary:
+    ids = {} if end_of_text is None else {"end_of_text": end_of_text}
+    for role in (role for role in _ROLES[objective] if role not in ids):
         found = [tokenizer.token_to_id(token) for token in ALIASES[role]]
         found = [index for index in found if index is not None]
         if not found:
