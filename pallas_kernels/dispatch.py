@@ -104,7 +104,9 @@ def choose_narrow(query: NarrowQuery, implementation: str | None = None) -> Choi
     obstacle = support.device_obstacle() or support.narrow_obstacle(
         query.shape, query.dtype, query.tokens
     )
-    return Choice("xla", obstacle) if obstacle else Choice("mosaic", "measured to be the faster one")
+    return (
+        Choice("xla", obstacle) if obstacle else Choice("mosaic", "measured to be the faster one")
+    )
 
 
 def _check_name(implementation: str | None) -> None:

@@ -96,7 +96,7 @@ def narrow_product(
     Raises:
       ValueError: the cut does not fit the product.
     """
-    tokens, k = x.shape
+    tokens = x.shape[0]
     rank = left.shape[0 if transposed else 1]
     cut.check(rank)
     blocks = pl.cdiv(rank, 64)
@@ -141,9 +141,7 @@ class _Kernel:
 
     def bounds(self):
         """The first of this CTA's steps, and the first that is not."""
-        return (
-            lax.div((self.share + i) * self.steps, jnp.int32(self.cut.share)) for i in (0, 1)
-        )
+        return (lax.div((self.share + i) * self.steps, jnp.int32(self.cut.share)) for i in (0, 1))
 
     def next(self, stage):
         return frame.next_stage(stage, self.cut.stages)

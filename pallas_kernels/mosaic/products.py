@@ -11,7 +11,15 @@ import jax.numpy as jnp
 from pallas_kernels import batching, tuning
 from pallas_kernels.compressed import CompressedMatrix
 from pallas_kernels.epilogue import Epilogue, Norm, finish, moments, padded_rank, sums_of
-from pallas_kernels.mosaic import few_tokens, first_product, matmul, narrow, normed, sddmm, transpose
+from pallas_kernels.mosaic import (
+    few_tokens,
+    first_product,
+    matmul,
+    narrow,
+    normed,
+    sddmm,
+    transpose,
+)
 from pallas_kernels.mosaic.support import kernel_of, narrow_obstacle, processors
 from pallas_kernels.mosaic.two_four import as_two_four, values_of
 

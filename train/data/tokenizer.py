@@ -100,9 +100,7 @@ def train_tokenizer(
     return _vocabulary(tokenizer, objective, "the trained tokenizer")
 
 
-def load_tokenizer(
-    path: Path | str, objective: str, end_of_text: int | None = None
-) -> Vocabulary:
+def load_tokenizer(path: Path | str, objective: str, end_of_text: int | None = None) -> Vocabulary:
     """Reads a ``tokenizer.json``, or a BERT ``vocab.txt`` as uncased WordPiece.
 
     Args:
@@ -123,9 +121,7 @@ def load_tokenizer(
     return _vocabulary(tokenizer, objective, f"tokenizer {path}", end_of_text)
 
 
-def vocabulary_from_json(
-    text: str, objective: str, end_of_text: int | None = None
-) -> Vocabulary:
+def vocabulary_from_json(text: str, objective: str, end_of_text: int | None = None) -> Vocabulary:
     """The inverse of ``Vocabulary.to_json``; `end_of_text` as of `load_tokenizer`."""
     tokenizer = tokenizers.Tokenizer.from_str(text)
     return _vocabulary(tokenizer, objective, "tokenizer", end_of_text)
