@@ -35,7 +35,7 @@ PATTERN = Pattern(2, 4)
 THREADS = 16
 BATCH = 8  # problems that are compiled together
 SIMILAR = 0.03  # times this close are the same: the rule's own choice wins
-SWITCH_SECONDS = 0.03
+SWITCH_SECONDS = 0.06  # less, after another kernel, flatters one that draws more power
 # BERT, GPT-2, OPT: qkv, out, up, down; LLaMA-3-8B and Mistral-7B; and their transposes, for dx.
 WIDTHS = (768, 1024, 1280, 1600, 2560, 4096, 5120, 7168, 9216)
 GROUPED = ((4096, 6144), (4096, 28672), (14336, 4096))

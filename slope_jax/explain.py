@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pallas_kernels import Choice, Query, choose
+from pallas_kernels import Choice, NarrowQuery, Query, choose, choose_narrow
+from pallas_kernels.mosaic.support import MOST_FIRST
 from slope_jax.adapters import example_inputs
 from slope_jax.dense import ADAPTER_L, ADAPTER_R, MASKS, SparseDense
 from slope_jax.matmul import EXACT
@@ -19,8 +20,9 @@ from slope_jax.sharding import local_product
 class Row:
     """One linear layer; `layers` of them when it is a scanned stack.
 
-    `shape` is (in, out); `choices` maps y, dx and dw to what runs and why; bytes are those stored
-    for kernel, metadata and adapters, and for a dense kernel of the same dtype.
+    `shape` is (in, out); `choices` maps y, dx and dw to what runs and why, and `first_product` says
+    so of an adapter's x @ l; bytes are those stored for kernel, metadata and adapters, and for a dense
+    kernel of the same dtype.
     """
 
     path: str
@@ -30,6 +32,7 @@ class Row:
     choices: dict[str, Choice]
     stored_bytes: int
     dense_bytes: int
+    first_product: Choice | None = None
 
     @property
     def implementation(self) -> str:
@@ -41,7 +44,11 @@ class Row:
 
     @property
     def reason(self) -> str:
-        reasons = dict.fromkeys(choice.reason for choice in self.choices.values())
+        reasons = list(dict.fromkeys(choice.reason for choice in self.choices.values()))
+        if self.first_product is not None:
+            reasons.append(
+                f"x @ l {self.first_product.implementation}: {self.first_product.reason}"
+            )
         return "; ".join(reasons)
 
 
@@ -143,7 +150,7 @@ def _dense_row(module: nn.Dense, x: jax.Array, variables: Any) -> Row:
     layers = math.prod(kernel.shape[:-2])
     names = ("kernel", ADAPTER_L, ADAPTER_R)
     stored = sum(_nbytes(params[name]) for name in names if name in params)
-    name = "dense" if pattern is None else str(pattern)
+    name, first = "dense" if pattern is None else str(pattern), None
     if getattr(module, "simulated", False):
         name = module.sparsity
         why = f"{name} is simulated: a dense product with a dense kernel that is masked outside"
@@ -154,6 +161,8 @@ def _dense_row(module: nn.Dense, x: jax.Array, variables: Any) -> Row:
     else:
         stored += _nbytes(_at(variables[MASKS], module.path)["kernel"])
         choices = _choices(module, pattern, shape, x, kernel)
+        if module.adapter_rank:
+            first = _first_product(module, shape, x, kernel, choices["y"])
     return Row(
         path="/".join(module.path) or type(module).__name__,
         layers=layers,
@@ -162,11 +171,12 @@ def _dense_row(module: nn.Dense, x: jax.Array, variables: Any) -> Row:
         choices=choices,
         stored_bytes=stored,
         dense_bytes=layers * math.prod(shape) * kernel.dtype.itemsize,
+        first_product=first,
     )
 
 
 def _choices(module, pattern, shape, x, kernel) -> dict[str, Choice]:
-    dtype = str(jnp.dtype(module.dtype or jnp.result_type(x.dtype, kernel)))
+    dtype = _dtype(module, x, kernel)
     tokens, shape = local_product(module.path, math.prod(x.shape[:-1]), shape)
     products = {
         "y": ("nm_matmul", shape),
@@ -180,6 +190,21 @@ def _choices(module, pattern, shape, x, kernel) -> dict[str, Choice]:
     if module.backward == EXACT:
         choices["dx"] = Choice("xla", "backward is exact: dx by a dense product with w_r.T")
     return choices
+
+
+def _first_product(module, shape, x, kernel, product: Choice) -> Choice:
+    """Of a forward pass."""
+    tokens, shape = local_product(module.path, math.prod(x.shape[:-1]), shape)
+    if product.implementation != "mosaic":
+        return Choice("xla", "as the product is")
+    if tokens <= MOST_FIRST:
+        return Choice("mosaic", f"a kernel for up to {MOST_FIRST} tokens")
+    query = NarrowQuery((shape[0], module.adapter_rank), _dtype(module, x, kernel), tokens)
+    return choose_narrow(query, module.implementation)
+
+
+def _dtype(module, x, kernel) -> str:
+    return str(jnp.dtype(module.dtype or jnp.result_type(x.dtype, kernel)))
 
 
 def _tied_row(module: nn.Embed, x: jax.Array, variables: Any) -> Row:

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
+from pallas_kernels.mosaic import support
 from slope_jax import SparseDense, explain
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -46,6 +47,27 @@ def test_every_linear_has_its_row():
     assert rows["head"].reason == "sparsity is dense"
     assert rows["embed"].reason == "tied embedding"
     assert rows["up"].implementation == "xla"
+    assert rows["up"].first_product is None
+    assert rows["layers/linear"].first_product == ("xla", "as the product is")
+
+
+@pytest.mark.skipif(support.version_obstacle() is not None, reason=str(support.version_obstacle()))
+@pytest.mark.parametrize(
+    ("tokens", "rank", "expected"),
+    [
+        (16, 16, "mosaic: a kernel for up to 16 tokens"),
+        (17, 16, "xla: x @ l of 17 tokens is XLA's"),
+        (2048, 16, "mosaic: measured to be the faster one"),
+        (2048, 512, "xla: x @ l has a kernel for ranks up to 384, not 512"),
+    ],
+)
+def test_it_says_what_makes_the_first_product_of_an_adapter(monkeypatch, tokens, rank, expected):
+    monkeypatch.setattr(support, "device_obstacle", lambda: None)
+    layer = SparseDense(768, adapter_rank=rank, dtype=jnp.bfloat16, implementation="mosaic")
+    x = jax.ShapeDtypeStruct((tokens, 768), jnp.bfloat16)
+    row = explain(layer, jax.eval_shape(layer.init, jax.random.key(0), x), x).rows[0]
+    assert row.implementation == "mosaic"
+    assert row.reason == f"asked for; x @ l {expected}"
 
 
 def test_bytes_are_counted_exactly():

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic import cluster, launch, low_rank, normed, warps
-from pallas_kernels.mosaic.support import FEW_TOKENS
+from pallas_kernels.mosaic.support import FEW_TOKENS, MOST_FIRST
 
 # Of which this is faster than XLA: every CTA of the product adds up the parts, and more tokens have
 # larger ones.
-MOST_TOKENS = 16
+MOST_TOKENS = MOST_FIRST
 
 
 @dataclasses.dataclass(frozen=True)

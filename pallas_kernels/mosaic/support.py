@@ -11,6 +11,9 @@ FITTING = tuple(Pattern(n, m) for n, m in ((1, 2), (2, 4), (1, 4), (2, 8), (1, 8
 
 
 FEW_TOKENS = 64
+MOST_FIRST = (
+    16  # tokens whose first product with an adapter has a kernel among those for few tokens
+)
 MOST_RANK = 384  # of an adapter's first product, for accumulators of a warpgroup
 # Of attention to a cache: queries that share a head of keys, and entries of a head.
 MOST_QUERIES, WIDEST = 8, 128
