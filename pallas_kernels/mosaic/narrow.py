@@ -71,12 +71,14 @@ def stage_bytes(rank: int) -> int:
 def choose(tokens: int, k: int, rank: int, *, processors: int = 132) -> Cut:
     """As many CTAs for the same tokens as there are processors for, with as deep a ring as fits.
 
+    Up to four: 16 clusters of eight do not run at once.
+
     >>> choose(2048, 5120, 80), choose(8192, 20480, 320)
-    (Cut(share=8, stages=7), Cut(share=2, stages=4))
+    (Cut(share=4, stages=7), Cut(share=2, stages=4))
     """
     tiles, steps = pl.cdiv(tokens, TOKENS), pl.cdiv(k, STEP)
     share = 1
-    while share < 8 and 2 * share * tiles <= processors and 2 * share <= steps:
+    while share < 4 and 2 * share * tiles <= processors and 2 * share <= steps:
         share *= 2
     most = (frame.SHARED_MEMORY - HEAD) // stage_bytes(rank)
     room = pl.cdiv(Cut(share, most).received(rank), stage_bytes(rank))
