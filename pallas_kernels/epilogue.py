@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,7 @@ class Epilogue:
     * `source`: likewise, what once entered the activation `through` (for relu, or left it); or None.
     * `save_sums`: the sums of what is multiplied over all its axes but the last are returned too,
       float32 (in,): of a gradient, that of a bias.
+    * `sections`: how many outputs each of several arrays has that y then comes in, as a tuple; or None.
     """
 
     bias: jax.Array | None = None
@@ -78,6 +80,7 @@ class Epilogue:
     save_moments: bool = dataclasses.field(default=False, metadata={"static": True})
     through: str | None = dataclasses.field(default=None, metadata={"static": True})
     save_sums: bool = dataclasses.field(default=False, metadata={"static": True})
+    sections: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def is_empty(self) -> bool:
@@ -117,6 +120,8 @@ class Epilogue:
             raise ValueError("save_sums=True and a norm are both given; make the norm first")
         if self.save_preactivation and self.activation is None:
             raise ValueError("save_preactivation=True needs an activation; y is what enters it")
+        if self.sections is not None:
+            self._check_sections(out)
         if self.bias is not None:
             check_dtype(self.bias.dtype, "bias")
             if self.bias.shape != (out,):
@@ -129,6 +134,17 @@ class Epilogue:
             self._check_low_rank(x, out)
         if self.adapter is not None:
             self._check_adapter(x, out)
+
+    def _check_sections(self, out: int) -> None:
+        if any(size < 1 for size in self.sections) or sum(self.sections) != out:
+            raise ValueError(
+                f"sections={self.sections} must be positive and add up to the {out} outputs of w"
+            )
+        if self.save_preactivation or self.save_moments:
+            raise ValueError(
+                "sections and what is saved of y (a preactivation, moments) are both given; save it of"
+                " a y in one piece"
+            )
 
     def _check_joining(self, x: jax.Array, out: int) -> None:
         check_activation(self.through)
@@ -256,7 +272,15 @@ def finish(z: jax.Array, epilogue: Epilogue, out_dtype, precision=None, *, x=Non
     saved += (None,) if epilogue.save_moments else ()
     saved += (sums_of(x),) if epilogue.save_sums else ()
     y = y.astype(out_dtype)
+    if epilogue.sections is not None:
+        y = apart(y, epilogue.sections)
     return (y, *saved) if saved else y
+
+
+def apart(y: jax.Array, sections: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    """y (..., out) as arrays of so many outputs each."""
+    ends = list(itertools.accumulate(sections))
+    return tuple(jnp.split(y, ends[:-1], axis=-1))
 
 
 def sums_of(x: jax.Array) -> jax.Array:

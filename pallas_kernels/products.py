@@ -24,10 +24,11 @@ def nm_matmul(
     save_preactivation: bool = False,
     save_moments: bool = False,
     save_sums: bool = False,
+    sections: tuple[int, ...] | None = None,
     out_dtype=None,
     precision: jax.lax.PrecisionLike = None,
     implementation: str | None = None,
-) -> jax.Array | tuple[jax.Array | None, ...]:
+) -> jax.Array | tuple[jax.Array | tuple[jax.Array, ...] | None, ...]:
     """y = activation(x @ w + t @ r + bias) + residual, accumulated in float32.
 
     Args:
@@ -48,6 +49,9 @@ def nm_matmul(
       save_preactivation: return what enters the activation as well.
       save_moments: return y's moments as well, for a `norm` of it; None where no kernel takes them.
       save_sums: return the sums of what is multiplied over its leading axes as well, float32 (in,).
+      sections: how many outputs each of several arrays has that y then comes in, as a tuple: of several
+        projections in one matrix. The kernel writes them apart where all are multiples of 64; no
+        preactivation and no moments are saved of them.
       out_dtype: dtype of y and the preactivation; None for x's.
       precision: of the products, as in `jax.lax.dot_general`.
       implementation: None for the best, or a name; `choose` tells which and why.
@@ -86,6 +90,7 @@ def nm_matmul(
         save_moments=save_moments,
         through=name,
         save_sums=save_sums,
+        sections=None if sections is None else tuple(sections),
     )
     epilogue.check(x, w.shape[1])
     out_dtype = jnp.dtype(out_dtype or x.dtype)

@@ -2,18 +2,26 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import CompressedMatrix, Pattern, compress, compressed_shapes, nm_matmul
+from pallas_kernels import (
+    CompressedMatrix,
+    Pattern,
+    compress,
+    compressed_shapes,
+    epilogue,
+    nm_matmul,
+)
 from pallas_kernels.epilogue import ACTIVATIONS, Norm, check_activation
 from slope_jax import masks
 from slope_jax.matmul import DOUBLE_PRUNED, Activated, Working, check_backward, slope_matmul
 from slope_jax.normed import Normed, Stream
-from slope_jax.sharded import sharded_matmul
+from slope_jax.sharded import sharded_matmul, split_sections
 from slope_jax.sharding import active_mesh, cut_of
 
 MASKS = "masks"
@@ -116,7 +124,8 @@ class SparseDense(nn.Dense):
         residual: jax.Array | Stream | None = None,
         *,
         activated: bool = False,
-    ) -> jax.Array | Activated | Stream:
+        apart: bool = False,
+    ) -> jax.Array | Activated | Stream | tuple[jax.Array, ...]:
         """(..., in) to (..., features), with the residual (..., features) added if there is one.
 
         With a stream as the residual, or the norm of an array that is not made yet, the product
@@ -125,6 +134,7 @@ class SparseDense(nn.Dense):
 
         Args:
           activated: hand on an `Activated` for another layer that `joins`, if this one does.
+          apart: return a tuple of the `sections`, which the product's kernel writes apart.
         """
         norm, stream = None, residual if isinstance(residual, Stream) else None
         if isinstance(inputs, Normed):
@@ -133,6 +143,8 @@ class SparseDense(nn.Dense):
             inputs = jnp.asarray(inputs)
         self._check(inputs)
         self._check_handing_on(inputs, residual, activated)
+        if apart:
+            return self._apart(inputs, norm, residual)
         if self.joins and (norm is not None or stream is not None):
             return self._joined(inputs, norm, stream)
         added = residual if stream is None else stream.x
@@ -148,9 +160,25 @@ class SparseDense(nn.Dense):
         y = y if added is None else added.astype(y.dtype) + y
         return y if stream is None else Stream(y)
 
+    def _apart(
+        self, inputs: jax.Array | Activated, norm: Norm | None, residual: Any
+    ) -> tuple[jax.Array, ...]:
+        if self.sections is None or self.activation is not None or residual is not None:
+            raise ValueError(
+                f"{self._where()}: apart=True needs sections={self.sections}, and neither an activation"
+                " nor a residual"
+            )
+        if self.pattern is None or not self.joins:
+            y = self._dense(inputs) if self.pattern is None else self._sparse(inputs)
+            split = split_sections if self._is_sharded() else epilogue.apart
+            return tuple(split(checkpoint_name(y, PRODUCT), self.sections))
+        if norm is not None:
+            return self._joined(inputs, norm, None, sections=self.sections)
+        return checkpoint_name(self._sparse(inputs, sections=self.sections), PRODUCT)
+
     def _joined(
-        self, inputs: jax.Array, norm: Norm | None, residual: Stream | None
-    ) -> jax.Array | Stream:
+        self, inputs: jax.Array, norm: Norm | None, residual: Stream | None, **options: Any
+    ) -> jax.Array | Stream | tuple[jax.Array, ...]:
         kernel, working = self._kernel(inputs.shape[-1]), self._working()
         bias, adapter = self._terms(inputs.shape[-1])
         inputs, *_ = self.promote_dtype(inputs, kernel.values, bias, dtype=self.dtype)
@@ -166,6 +194,7 @@ class SparseDense(nn.Dense):
             save_moments=residual is not None,
             precision=self.precision,
             implementation=self.implementation,
+            **options,
         )
         return y if residual is None else Stream(*y)
 
@@ -185,8 +214,8 @@ class SparseDense(nn.Dense):
         return y if self.activation is None else _activate(y, self.activation)
 
     def _sparse(
-        self, inputs: jax.Array | Activated, residual: jax.Array | None = None, **options: bool
-    ) -> jax.Array | Activated:
+        self, inputs: jax.Array | Activated, residual: jax.Array | None = None, **options: Any
+    ) -> jax.Array | Activated | tuple[jax.Array, ...]:
         return self._product(inputs, self._kernel(inputs.shape[-1]), residual, **options)
 
     def _product(
@@ -194,9 +223,8 @@ class SparseDense(nn.Dense):
         inputs: jax.Array | Activated,
         kernel: CompressedMatrix | jax.Array,
         residual: jax.Array | None = None,
-        *,
-        activated: bool = False,
-    ) -> jax.Array | Activated:
+        **options: Any,
+    ) -> jax.Array | Activated | tuple[jax.Array, ...]:
         bias, adapter = self._terms(inputs.shape[-1])
         # Parameters are promoted for their dtypes alone: slope_matmul casts them, so that their
         # gradients stay in float32.
@@ -210,7 +238,7 @@ class SparseDense(nn.Dense):
             )
         else:
             residual = None if residual is None else residual.astype(x.dtype)
-            matmul = functools.partial(slope_matmul, residual=residual, activated=activated)
+            matmul = functools.partial(slope_matmul, residual=residual, **options)
         return matmul(
             inputs,
             kernel,

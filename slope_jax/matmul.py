@@ -77,10 +77,11 @@ def slope_matmul(
     adapter: tuple[jax.Array, jax.Array] | None = None,
     residual: jax.Array | None = None,
     activated: bool = False,
+    sections: tuple[int, ...] | None = None,
     precision: jax.lax.PrecisionLike = None,
     implementation: str | None = None,
     backward: str = DOUBLE_PRUNED,
-) -> jax.Array | Activated:
+) -> jax.Array | Activated | tuple[jax.Array, ...]:
     """activation(x @ w + (x @ l) @ r + bias) + residual, with SLoPe's double-pruned backward pass.
 
         z  = x @ w_r + (x @ l) @ r + bias,  y = activation(z) + residual
@@ -102,13 +103,15 @@ def slope_matmul(
       activation: None, "relu", "gelu" (exact), "gelu_tanh" or "silu".
       residual: (..., out) in x's dtype; not together with an activation.
       activated: return an `Activated` of the activation, for another product to multiply.
+      sections: outputs of each of several arrays that y then comes in, as a tuple: of several
+        projections in one matrix, without an activation and a residual. The kernel writes them apart.
       precision: of the products, as in `jax.lax.dot_general`.
       implementation: of the products; None for the best. See `pallas_kernels.choose`.
       backward: "double-pruned", or "exact": dx = dz @ w_r.T + ..., the derivative, by a dense
         product. For comparisons: it is what the second pruning approximates.
 
     Returns:
-      (..., out) in x's dtype, or an `Activated` of it. Gradients are in the dtypes of their
+      (..., out) in x's dtype, an `Activated` of it, or a tuple of its sections. Gradients are in the dtypes of their
       operands; that of w comes straight from float32 accumulators.
 
     Raises:
@@ -128,8 +131,11 @@ def slope_matmul(
         _check_activated(through, source, x)
     check_operands(x, w, working, adapter, backward)
     _check_terms(x, w, activation, residual, activated)
+    _check_sections(sections, activation, residual)
     added = residual is not None
-    options = Options(precision, implementation, w.dtype, backward, through, activated, added)
+    options = Options(
+        precision, implementation, w.dtype, backward, through, activated, added, sections
+    )
     terms = Terms(bias, adapter, residual, source)
     y = _slope_matmul(x, w, working, terms, activation, options)
     return Activated(*y, activation) if activated else y
@@ -143,6 +149,7 @@ class Options(NamedTuple):
     through: str | None = None  # the activation that made x, where dx is to go back through it
     activated: bool = False
     added: bool = False  # to a residual
+    sections: tuple[int, ...] | None = None
 
 
 class Terms(NamedTuple):
@@ -199,6 +206,7 @@ def product(x, w, working, terms: Terms, activation, options, saved=NOTHING):
         adapter=adapter,
         residual=terms.residual,
         save_preactivation=saved.preactivation,
+        sections=options.sections,
         precision=precision,
         implementation=implementation,
     )
@@ -224,6 +232,8 @@ def backward(activation, options, residuals, dy):
     if options.activated:  # that of z, by the contract of `Activated`
         dy, _ = dy
         activation = None
+    if options.sections is not None:
+        dy = jnp.concatenate(dy, axis=-1)
     dz, dadapter, low_rank = outer_gradients(activation, options, x, terms, z, t, dy)
     if options.backward == EXACT:
         dx, sums = _exact_dx(dz, w, x, terms, low_rank, options), sums_of(dz)
@@ -341,6 +351,12 @@ def _check_terms(x, w, activation: str | None, residual, activated: bool) -> Non
         )
     if activated and activation is None:
         raise ValueError("activated=True needs an activation: there is none to go back through")
+
+
+def _check_sections(sections, activation: str | None, residual) -> None:
+    if sections is not None and (activation is not None or residual is not None):
+        other = "a residual" if activation is None else f"activation={activation!r}"
+        raise ValueError(f"sections and {other} are both given; sections are of a product alone")
 
 
 def check_backward(backward: str) -> None:

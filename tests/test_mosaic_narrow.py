@@ -155,7 +155,8 @@ def test_products_and_gradients_of_many_tokens_take_it(monkeypatch):
 
     def shapes(rank):
         x, left, right = (
-            jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((2048, 1600), (1600, rank), (rank, 1600))
+            jax.ShapeDtypeStruct(s, jnp.bfloat16)
+            for s in ((2048, 1600), (1600, rank), (rank, 1600))
         )
         return x, jax.eval_shape(lambda w: compress(w, "2:4"), shape_of(1600, 1600)), (left, right)
 

@@ -19,23 +19,19 @@ place of x: it arrives while the product's last stages are multiplied.
 """
 
 import functools
-import itertools
-from typing import NamedTuple
 
 import jax
-import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax import lax
 
-from pallas_kernels.mosaic import exchange, frame, input_sums, launch, parts, store, wgmma
+from pallas_kernels.mosaic import exchange, frame, input_sums, launch, wgmma
 from pallas_kernels.mosaic.frame import CONSUMERS, STEP
+from pallas_kernels.mosaic.matmul_body import Kernel
 from pallas_kernels.mosaic.matmul_tiles import Tile, candidates, choose, suited
-from pallas_kernels.mosaic.schedule import Schedule
 
 __all__ = ["Tile", "candidates", "choose", "nm_matmul", "suited"]
 
-RANKS = 32  # of the low-rank product per stage
+SECTION = 64  # outputs of a section of the results are a multiple of so many
 
 
 @launch.once(
@@ -44,6 +40,7 @@ RANKS = 32  # of the low-rank product per stage
     "through",
     "save_preactivation",
     "save_sums",
+    "sections",
     "out_dtype",
     "processors",
 )
@@ -60,6 +57,7 @@ def nm_matmul(
     through: str | None = None,
     save_preactivation: bool = False,
     save_sums: bool = False,
+    sections: tuple[int, ...] | None = None,
     out_dtype=None,
     processors: int = 132,
 ):
@@ -73,6 +71,8 @@ def nm_matmul(
       through: an activation, by whose derivative at `joining` the product is multiplied, in the place
         of the sum.
       save_sums: those of x over the tokens of each tile, float32 (tiles, in).
+      sections: how many outputs each of several arrays has, multiples of 64, that y then comes in, in
+        x's dtype and without a preactivation.
       out_dtype: x's dtype (None) or float32.
       processors: of the device; a CTA is put on each.
 
@@ -97,6 +97,14 @@ def nm_matmul(
             raise ValueError(f"what joins needs results in x's {x.dtype}, not {out_type.dtype}")
         operands["joining"] = joining
     results = {name: out_type for name in (("z", "y") if save_preactivation else ("y",))}
+    if sections is not None:
+        _check_sections(sections, out)
+        if save_preactivation or out_type.dtype != x.dtype:
+            raise ValueError(f"sections need results in x's {x.dtype}, and no preactivation")
+        results = {
+            f"y{number}": jax.ShapeDtypeStruct((tokens, size), x.dtype)
+            for number, size in enumerate(sections)
+        }
     if save_sums:
         if tile.tokens % input_sums.LANES:
             raise ValueError(f"{tile}: sums need tokens that are a multiple of {input_sums.LANES}")
@@ -136,7 +144,7 @@ def nm_matmul(
     def body(*refs):
         names = (*operands, *results, *scratch)
         refs = dict(zip(names, refs, strict=True))
-        halves = _Kernel(tile, schedule, activation, through, refs)
+        halves = Kernel(tile, schedule, activation, through, sections, refs)
         if tile.along > 1:
             exchange.prepare(refs["exchange"], *tile.parts)
         frame.run(halves.produce, halves.consume)
@@ -152,304 +160,15 @@ def nm_matmul(
         name="nm_matmul",
     )
     found = dict(zip(results, kernel(*operands.values()), strict=True))
+    if sections is not None:
+        y = tuple(found[f"y{number}"] for number in range(len(sections)))
+        return (*y, found["sums"]) if save_sums else y
     y, *saved = (found[name] for name in ("y", "z", "sums") if name in found)
     return (y, *saved) if saved else y
 
 
-class Unit(NamedTuple):
-    """The stages [start, stop) of the tile `index`, whose first output and token are `row` and
-    `column`; left in `slot`, or finished here (-1) with the parts of so many `others`."""
-
-    index: jax.Array
-    row: jax.Array
-    column: jax.Array
-    start: jax.Array | int
-    stop: jax.Array | int
-    slot: jax.Array
-    others: jax.Array
-
-
-class _Kernel:
-    """The body: `refs` are the operands, results and scratch by name."""
-
-    def __init__(
-        self,
-        tile: Tile,
-        schedule: Schedule,
-        activation: str | None,
-        through: str | None,
-        refs: dict,
-    ):
-        self.tile, self.schedule, self.refs = tile, schedule, refs
-        self.activation, self.through = activation, through
-        self.x, self.w, self.e, self.out = (refs[name] for name in ("x", "w", "e", "y"))
-        self.dtype = str(self.x.dtype)
-        tokens, k = self.x.shape
-        f = self.w.shape[1]
-        self.grid = tile.grid(tokens, f)
-        self.together, self.multicast = tile.along > 1, tile.down * tile.across > 1
-        self.shared = schedule.slots > 0 or self.together
-        # A unit of a shared tile is of whole pairs; a stage beyond the end reads zeros.
-        self.steps = 2 * schedule.steps if self.shared else pl.cdiv(k, STEP)
-        self.rank_steps = pl.cdiv(refs["r"].shape[0], RANKS) if "r" in refs else 0
-        self.joining_steps = tile.rows // 64 if "joining" in refs else 0
-        self.ragged = k != self.steps * STEP or f % (tile.rows * tile.down) > 0
-        if schedule.slots:
-            flags = plgpu.SemaphoreType.REGULAR((CONSUMERS * schedule.slots * tile.cluster,))
-            refs["flags"] = pl.get_global(flags)
-
-    def each_unit(self, body, init):
-        """Calls body(unit, carry) -> carry for what this CTA is to do."""
-        processor, tile, schedule = lax.axis_index("grid"), self.tile, self.schedule
-
-        def unit(number, carry):
-            index, start, stop, slot, others = schedule.unit(processor, number)
-            row, column = plgpu.planar_snake(index, self.grid, tile.minor, tile.snake)
-            if self.multicast:
-                row = row * tile.down + lax.axis_index("down")
-                column = column * tile.across + lax.axis_index("across")
-            if self.together:
-                rank = lax.axis_index("along")
-                start, stop = (
-                    lax.div((rank + i) * schedule.steps, jnp.int32(tile.along)) for i in (0, 1)
-                )
-                slot = rank - 1  # the first one finishes the tile
-            start, stop = (2 * start, 2 * stop) if self.shared else (0, self.steps)
-            place = row * tile.rows, column * tile.tokens
-            return body(Unit(index, *place, start, stop, slot, others), carry)
-
-        return lax.fori_loop(0, schedule.units(processor), unit, init)
-
-    def of_last(self, unit, steps: int):
-        """Steps that belong to the unit that finishes a tile."""
-        return jnp.where(unit.slot < 0, steps, 0) if self.shared else steps
-
-    def next(self, stage):
-        return frame.next_stage(stage, self.tile.stages)
-
-    def after(self, stage, steps):
-        return lax.rem(stage + jnp.int32(steps), jnp.int32(self.tile.stages))
-
-    def produce(self):
-        tile, refs = self.tile, self.refs
-        empty, full = refs["empty"], refs["full"]
-
-        def load(stage, row, k, tokens_source, rows_source, halves, shared="down"):
-            copies = [(tokens_source, refs["x_smem"].at[stage], shared)]
-            copies += [
-                (
-                    rows_source.at[halves, pl.ds(row + 64 * b, 64)],
-                    refs["w_smem"].at[stage, b],
-                    "across",
-                )
-                for b in range(tile.rows // 64)
-            ]
-            groups = pl.ds(k * (STEP // 8), STEP // 8)
-            copies += [
-                (self.e.at[groups, pl.ds(row + 128 * b, 128)], refs["e_smem"].at[stage, b], None)
-                for b in range(tile.rows // 128)
-            ]
-            for source, target, axis in copies:
-                shared = axis is not None and getattr(tile, axis) > 1
-                plgpu.copy_gmem_to_smem(
-                    source, target, full.at[stage], collective_axes=(axis,) if shared else None
-                )
-
-        def unit(unit, carry):
-            tokens = pl.ds(unit.column, tile.tokens)
-
-            def acquire(stage, count):
-                @pl.when(count >= tile.stages)
-                def _():
-                    plgpu.barrier_wait(empty.at[stage])
-
-            def step(k, carry):
-                stage, count = carry
-                acquire(stage, count)
-                x = self.x.at[tokens, pl.ds(k * STEP, STEP)]
-                load(stage, unit.row, k, x, self.w, pl.ds(k * (STEP // 2), STEP // 2))
-                return self.next(stage), count + 1
-
-            def rank_step(j, carry):
-                stage, count = carry
-                acquire(stage, count)
-                t = refs["t"].at[tokens, pl.ds(j * RANKS, STEP)]
-                # The metadata come along unused, so that every stage has as many arrivals.
-                load(stage, unit.row, 0, t, refs["r"], pl.ds(j * RANKS, RANKS))
-                return self.next(stage), count + 1
-
-            def joining_step(j, carry):
-                stage, count = carry
-                acquire(stage, count)
-                outputs = refs["joining"].at[tokens, pl.ds(unit.row + 64 * j, 64)]
-                load(stage, unit.row, 0, outputs, self.w, pl.ds(0, STEP // 2), shared=None)
-                return self.next(stage), count + 1
-
-            carry = lax.fori_loop(unit.start, unit.stop, step, carry)
-            if self.rank_steps:
-                ranks = self.of_last(unit, self.rank_steps)
-                carry = lax.fori_loop(0, ranks, rank_step, carry)
-            if self.joining_steps:
-                blocks = self.of_last(unit, self.joining_steps)
-                carry = lax.fori_loop(0, blocks, joining_step, carry)
-            return carry
-
-        _, count = self.each_unit(unit, (jnp.int32(0), jnp.int32(0)))
-        if self.multicast:  # outlive the last arrivals from the rest of the cluster
-            for stage in range(tile.stages):
-
-                @pl.when(count > stage)
-                def _(stage=stage):
-                    plgpu.barrier_wait(empty.at[stage])
-
-    def consume(self, wg):
-        tile, refs = self.tile, self.refs
-        full, empty = refs["full"], refs["empty"]
-        mine = pl.ds(wg * tile.blocks, tile.blocks)
-
-        def issue(acc, stage, previous, *, dense=False, add_up=None):
-            plgpu.barrier_wait(full.at[stage])
-            w, x = refs["w_smem"].at[stage, mine], refs["x_smem"].at[stage]
-            if dense:
-                acc = wgmma.multiply_dense(acc, w, x, self.dtype)
-            else:
-                e = refs["e_smem"].at[stage]
-                acc = wgmma.multiply_sparse(acc, w, e, x, self.dtype, ragged=self.ragged)
-            if add_up is not None:
-                self.add_up(x, *add_up)
-            wgmma.wait(1)
-            if previous is not None:
-                plgpu.barrier_arrive(empty.at[previous])
-            return acc
-
-        def product(unit, stage):
-            acc, last = issue(None, stage, None, add_up=(unit, 0)), stage
-            if self.steps % 2 == 0:
-                last = self.next(stage)
-                acc = issue(acc, last, stage, add_up=(unit, 1))
-
-            def pair(number, state):
-                acc, previous = state
-                first = self.next(previous)
-                last = self.next(first)
-                step = 2 * number + (2 - self.steps % 2)
-                acc = issue(acc, first, previous, add_up=(unit, step))
-                return issue(acc, last, first, add_up=(unit, step + 1)), last
-
-            def rank_step(_, state):
-                acc, previous = state
-                here = self.next(previous)
-                return issue(acc, here, previous, dense=True), here
-
-            pairs = lax.div(unit.stop - unit.start - 1, 2)
-            acc, last = lax.fori_loop(0, pairs, pair, (acc, last))
-            if self.rank_steps:
-                ranks = self.of_last(unit, self.rank_steps)
-                acc, last = lax.fori_loop(0, ranks, rank_step, (acc, last))
-            acc = wgmma.drain(acc)
-            plgpu.barrier_arrive(empty.at[last])
-            return acc, last
-
-        def unit(unit, stage):
-            row = unit.row + wg * (64 * tile.blocks)
-            bias = None
-            if "bias" in refs:
-                bias = store.load_bias(refs["bias"], row, 64 * tile.blocks)
-            acc, last = product(unit, stage)
-            stage = self.next(last)
-            self.leave(acc, bias, row, unit, stage, wg)
-            if self.joining_steps:
-                stage = self.after(stage, self.of_last(unit, self.joining_steps))
-            return stage
-
-        self.each_unit(unit, jnp.int32(0))
-        plgpu.wait_smem_to_gmem(0)
-
-    def add_up(self, x, unit, number):
-        """The tokens of a step's inputs, in one of the CTAs that have these tokens."""
-        if "sums" not in self.refs:
-            return
-        step, tile = unit.start + number, self.tile
-        rows = jnp.int32(self.grid[0] * tile.down)
-
-        @pl.when(lax.rem(step, rows) == lax.div(unit.row, jnp.int32(tile.rows)))
-        def _():
-            place = lax.div(unit.column, jnp.int32(tile.tokens))
-            input_sums.store(x, self.refs["sums"], place, step)
-
-    def leave(self, acc, bias, row, unit, stage, wg):
-        refs, cluster = self.refs, self.tile.cluster
-        if not self.shared:
-            return self.store(acc, bias, row, unit.column, stage, wg)
-        if self.together:
-            return self.bring_together(acc, bias, row, unit, stage, wg)
-
-        member = jnp.int32(0)
-        if cluster > 1:
-            member = lax.axis_index("down") * self.tile.across + lax.axis_index("across")
-        held = wgmma.registers(acc)
-
-        @pl.when(unit.slot >= 0)
-        def _():
-            slot = unit.slot * cluster + member
-            parts.leave(acc, held, refs["partial"], refs["flags"], slot)
-
-        @pl.when(unit.slot < 0)
-        def _():
-            def add(part, acc):
-                slot = self.schedule.slot_of(unit.index, part) * cluster + member
-                return parts.add(acc, held, refs["partial"], refs["flags"], slot)
-
-            added = lax.fori_loop(0, unit.others, add, acc)
-            self.store(added, bias, row, unit.column, stage, wg)
-
-    def bring_together(self, acc, bias, row, unit, stage, wg):
-        held, place = wgmma.registers(acc), self.refs["exchange"]
-
-        @pl.when(unit.slot >= 0)
-        def _():
-            exchange.send(acc, held, place, unit.slot)
-
-        @pl.when(unit.slot < 0)
-        def _():
-            added = exchange.receive(acc, held, place, self.tile.along - 1)
-            self.store(added, bias, row, unit.column, stage, wg)
-
-    def store(self, acc, bias, row, column, stage, wg):
-        tile, refs = self.tile, self.refs
-        full, empty = refs["full"], refs["empty"]
-        results = [(self.out, self.activation)]
-        if "z" in refs:
-            results.insert(0, (refs["z"], None))
-        if self.out.dtype != self.x.dtype:
-            for block, (out, activation) in itertools.product(range(tile.blocks), results):
-                store.store_float32(acc, bias, out, block, row + 64 * block, column, activation)
-            return
-
-        mine = self.after(stage, wg * tile.blocks)
-        if self.joining_steps:
-            # The other warpgroup's, which alone reads them.
-            first = self.after(stage, (CONSUMERS - 1 - wg) * tile.blocks)
-            others = [self.after(first, block) for block in range(tile.blocks)]
-            for other in others:
-                plgpu.barrier_wait(full.at[other])
-            frame.meet()  # in a cluster one warp's arrival is that of all
-            for other in others:
-                plgpu.barrier_arrive(empty.at[other])
-        chunks = range(0, tile.tokens, tile.slot_tokens)
-        stores = itertools.product(range(tile.blocks), chunks, results)
-        for count, (block, first, (out, activation)) in enumerate(stores):
-            slot = refs["out_smem"].at[wg, count % tile.slots]
-            here = self.after(mine, block)
-            if self.joining_steps and first == 0 and out is results[0][0]:
-                plgpu.barrier_wait(full.at[here])
-            joining = None
-            if self.joining_steps and out is self.out:
-                joining = store.Joining(refs["x_smem"].at[here], self.through)
-            plgpu.wait_smem_to_gmem(tile.slots - 1, wait_read_only=True)
-            store.store_transposed(acc, bias, slot, block, first, self.dtype, activation, joining)
-            plgpu.commit_smem()
-            if joining is not None and first == chunks[-1]:  # all warps have read it
-                plgpu.barrier_arrive(empty.at[here])
-            target = (pl.ds(column + first, tile.slot_tokens), pl.ds(row + 64 * block, 64))
-            plgpu.copy_smem_to_gmem(slot, out.at[target])
+def _check_sections(sections: tuple[int, ...], out: int) -> None:
+    if sum(sections) != out or any(size < 1 or size % SECTION for size in sections):
+        raise ValueError(
+            f"sections={sections} must be multiples of {SECTION} that add up to the {out} outputs"
+        )

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 
 from pallas_kernels import batching, tuning
 from pallas_kernels.compressed import CompressedMatrix
-from pallas_kernels.epilogue import Epilogue, Norm, finish, moments, padded_rank, sums_of
+from pallas_kernels.epilogue import (
+    Epilogue,
+    Norm,
+    apart,
+    finish,
+    moments,
+    padded_rank,
+    sums_of,
+)
 from pallas_kernels.mosaic import (
     few_tokens,
     first_product,
@@ -55,7 +63,14 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
         zeros = jnp.zeros((*x.shape[:-1], f), jnp.float32)
         x, epilogue = epilogue.normalised(x)
         return finish(zeros, epilogue.multiplied(x), out_dtype, x=x)
-    if not _joins(epilogue, tokens, x.dtype, out_dtype):
+    joins = _joins(epilogue, tokens, x.dtype, out_dtype)
+    writes_apart = joins and _writes_apart(epilogue, tokens, x.dtype, out_dtype)
+    if epilogue.sections is not None and not writes_apart:
+        result = _nm_matmul(x, w, dataclasses.replace(epilogue, sections=None), out_dtype=out_dtype)
+        y, *sums = result if epilogue.save_sums else (result,)
+        y = apart(y, epilogue.sections)
+        return (y, *sums) if sums else y
+    if not joins:
         return _joined_apart(x, w, epilogue, out_dtype)
     leading = x.shape[:-1]
     w, rows = as_two_four(w), x.reshape(tokens, k)
@@ -78,11 +93,13 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
         out_dtype=out_dtype,
         **options,
     )
-    y, *saved = jax.tree.leaves(result)
+    saved = jax.tree.leaves(result)
     sums = ()
     if epilogue.save_sums:
         sums = (sums_of(rows if module is few_tokens else saved.pop()),)
-    y, *saved = (a.reshape(*leading, *a.shape[1:]) for a in (y, *saved))
+    y, *saved = (a.reshape(*leading, *a.shape[1:]) for a in saved)
+    if epilogue.sections is not None:
+        y, saved = (y, *saved), []
     # In a scan that stacks y, XLA lets the kernel write into the stack, and for y's other users
     # runs it a second time. The barrier makes it copy y instead.
     y = jax.lax.optimization_barrier(y)
@@ -96,6 +113,12 @@ def _joins(epilogue: Epilogue, tokens: int, dtype, out_dtype) -> bool:
     if tokens <= few_tokens.FEW_TOKENS:
         return epilogue.source is None
     return out_dtype == dtype or all(array is None for array in epilogue.joining)
+
+
+def _writes_apart(epilogue: Epilogue, tokens: int, dtype, out_dtype) -> bool:
+    """Whether the kernel writes the sections apart, if there are any."""
+    fit = all(size % matmul.SECTION == 0 for size in epilogue.sections or ())
+    return fit and tokens > few_tokens.FEW_TOKENS and out_dtype == dtype
 
 
 def _joined_apart(x, w, epilogue: Epilogue, out_dtype):
@@ -119,6 +142,7 @@ def _joining_options(module, tokens: int, f: int, epilogue: Epilogue) -> dict[st
         "joining": residual if source is None else source,
         "through": epilogue.through,
         "save_sums": epilogue.save_sums,
+        "sections": epilogue.sections,
     }
 
 

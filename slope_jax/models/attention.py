@@ -17,7 +17,6 @@ from slope_jax.models.config import TransformerConfig
 from slope_jax.models.layers import linear
 from slope_jax.models.rope import rotate
 from slope_jax.normed import Normed, Stream
-from slope_jax.sharded import split_sections
 from slope_jax.sharding import BATCH, TENSOR, active_mesh
 
 IN_ORDER = Layout((0, 1, 2, 3))
@@ -224,33 +223,33 @@ class Attention(nn.Module):
         sections = tuple(n * config.head_dim for n in (heads, kv_heads, kv_heads))
         qkv = linear(
             config, patterns["attention/qkv"], sum(sections), sections=sections, name="qkv"
-        )(x)
-        query, key, value = self._heads(qkv, sections)
+        )
+        single = self._is_single(x, context)
+        if single and context.rotary is None:  # the kernel takes them in one piece
+            return self._output(
+                self._attend_once(None, qkv(x), context.positions[:, 0]), x, residual
+            )
+        query, key, value = (
+            part.reshape(*part.shape[:2], -1, config.head_dim) for part in qkv(x, apart=True)
+        )
         if context.rotary is not None:
             query, key = (rotate(part, context.rotary) for part in (query, key))
-        if self._is_single(x, context):
-            given = (None, qkv) if context.rotary is None else (query, (key, value))
-            mixed = self._attend_once(*given, context.positions[:, 0])
+        if single:
+            mixed = self._attend_once(query, (key, value), context.positions[:, 0])
         else:
             key, value = self._remember(key, value, context.positions)
             mixed = _attend(config, query, key, value, self.causal, context)
+        return self._output(mixed, x, residual)
+
+    def _output(self, mixed: jax.Array, x, residual) -> jax.Array | Stream:
         output = linear(
-            config,
-            patterns["attention/output"],
-            config.hidden_size,
+            self.config,
+            dict(self.patterns)["attention/output"],
+            self.config.hidden_size,
             kernel_init=self.output_init,
             name="output",
         )
         return output(mixed.reshape(x.shape), residual)
-
-    def _heads(self, qkv: jax.Array, sections: tuple[int, ...]) -> list[jax.Array]:
-        """Queries, keys and values (B, S, heads, head_dim)."""
-        head_dim = self.config.head_dim
-        if active_mesh() is None or self.is_initializing():
-            qkv = qkv.reshape(*qkv.shape[:2], -1, head_dim)
-            heads, kv_heads, _ = (n // head_dim for n in sections)
-            return jnp.split(qkv, (heads, heads + kv_heads), axis=2)
-        return [p.reshape(*p.shape[:2], -1, head_dim) for p in split_sections(qkv, sections)]
 
     def _is_single(self, x: jax.Array | Normed, context: Context) -> bool:
         """Whether this is one new token of each sequence, for the kernel."""
