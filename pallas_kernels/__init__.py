@@ -11,6 +11,7 @@ from pallas_kernels.compressed import (
 from pallas_kernels.dispatch import Choice, NarrowQuery, Query, choose, choose_narrow
 from pallas_kernels.pattern import Pattern
 from pallas_kernels.products import narrow_matmul, nm_matmul, nm_sddmm, nm_transpose
+from pallas_kernels.sections import Sections
 
 __all__ = [
     "Choice",
@@ -18,6 +19,7 @@ __all__ = [
     "NarrowQuery",
     "Pattern",
     "Query",
+    "Sections",
     "choose",
     "choose_narrow",
     "compress",

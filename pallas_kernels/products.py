@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch, xla
 from pallas_kernels.compressed import CompressedMatrix, check_dtype
 from pallas_kernels.epilogue import Epilogue, Norm, first_product
+from pallas_kernels.sections import Sections, whole
 
 
 def nm_matmul(
-    x: jax.Array,
+    x: jax.Array | Sections,
     w: CompressedMatrix,
     *,
     bias: jax.Array | None = None,
@@ -32,7 +33,8 @@ def nm_matmul(
     """y = activation(x @ w + t @ r + bias) + residual, accumulated in float32.
 
     Args:
-      x: (..., in), float32, bfloat16 or float16.
+      x: (..., in), float32, bfloat16 or float16; or `Sections` of it, which the kernel reads where they
+        are if all are multiples of 64, and there is no adapter and no norm.
       w: (in, out), compressed along the input axis (axis 0), in x's dtype.
       bias: (out,), added in float32.
       activation: "relu", "gelu" (exact), "gelu_tanh" or "silu"; None for none. In 16-bit results
@@ -95,12 +97,13 @@ def nm_matmul(
     epilogue.check(x, w.shape[1])
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     choice = dispatch.choose(_query("nm_matmul", w, x, out_dtype), implementation)
+    x = x if choice.implementation == "mosaic" else whole(x)
     return _run(choice).nm_matmul(x, w, out_dtype, precision, epilogue)
 
 
 def nm_sddmm(
     x: jax.Array,
-    dy: jax.Array,
+    dy: jax.Array | Sections,
     w: CompressedMatrix,
     *,
     into: jax.Array | None = None,
@@ -112,7 +115,7 @@ def nm_sddmm(
 
     Args:
       x: (..., in), float32, bfloat16 or float16; the leading axes are tokens.
-      dy: (..., out), same tokens and dtype.
+      dy: (..., out), same tokens and dtype; or `Sections` of it, as of `nm_matmul`'s x.
       w: (in, out); only its positions are read.
       into: an array of the shape of `w.values`, float32 or `out_dtype`, that the product is added
         to in float32, as when gradients accumulate; None for none. The kernels add in place where
@@ -141,6 +144,7 @@ def nm_sddmm(
     out_dtype = jnp.dtype(out_dtype or (w if into is None else into).dtype)
     _check_into(into, w, out_dtype)
     choice = dispatch.choose(_query("nm_sddmm", w, x), implementation)
+    dy = dy if choice.implementation == "mosaic" else whole(dy)
     return _run(choice).nm_sddmm(x, dy, w, out_dtype, precision, into)
 
 

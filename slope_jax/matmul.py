@@ -17,6 +17,7 @@ from pallas_kernels import (
     nm_transpose,
 )
 from pallas_kernels.epilogue import gradient_through, sums_of
+from pallas_kernels.sections import Sections
 
 DOUBLE_PRUNED, EXACT = "double-pruned", "exact"
 BACKWARDS = (DOUBLE_PRUNED, EXACT)
@@ -233,7 +234,9 @@ def backward(activation, options, residuals, dy):
         dy, _ = dy
         activation = None
     if options.sections is not None:
-        dy = jnp.concatenate(dy, axis=-1)
+        dy = Sections(tuple(dy))
+        if terms.adapter is not None or options.backward == EXACT:  # other products read it, too
+            dy = dy.whole()
     dz, dadapter, low_rank = outer_gradients(activation, options, x, terms, z, t, dy)
     if options.backward == EXACT:
         dx, sums = _exact_dx(dz, w, x, terms, low_rank, options), sums_of(dz)

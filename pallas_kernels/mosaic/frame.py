@@ -1,10 +1,17 @@
 """What the kernels of many tokens share: persistent CTAs of two consumers and one producer."""
 
+import functools
+import itertools
+from collections.abc import Sequence
+
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic.gpu import utils as mutils
+
+from pallas_kernels.sections import Sections, fit
 
 CONSUMERS = 2  # warpgroups
 STEP = 64  # of the contracted axis per stage
@@ -53,6 +60,39 @@ def run(produce, consume) -> None:
     def _consumer():
         plgpu.set_max_registers(240, action="increase")
         consume(wg)
+
+
+def named(name: str, x: jax.Array | Sections) -> dict[str, jax.Array]:
+    """An operand by its name, or its sections by their numbers as well: x0, x1, ...
+
+    Raises:
+      ValueError: a section would end within a stage.
+    """
+    if not isinstance(x, Sections):
+        return {name: x}
+    if not fit(x, STEP):
+        raise ValueError(f"{name} has sections of {x.sizes}; they must be multiples of {STEP}")
+    return {f"{name}{number}": part for number, part in enumerate(x.parts)}
+
+
+def sections(name: str, refs: dict) -> list:
+    """What `named` gave names to."""
+    if name in refs:
+        return [refs[name]]
+    found = (refs.get(f"{name}{number}") for number in itertools.count())
+    return list(itertools.takewhile(lambda ref: ref is not None, found))
+
+
+def in_section(sizes: Sequence[int], column, body) -> None:
+    """Calls body(number, column in it) for the section with this column of all; the last has all beyond it."""
+    if len(sizes) == 1:
+        body(0, column)
+        return
+    for number, first in enumerate(itertools.accumulate(sizes[:-1], initial=0)):
+        inside = column >= first
+        if number + 1 < len(sizes):
+            inside &= column < first + sizes[number]
+        pl.when(inside)(functools.partial(body, number, column - first))
 
 
 def meet() -> None:

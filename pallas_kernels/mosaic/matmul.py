@@ -28,6 +28,7 @@ from pallas_kernels.mosaic import exchange, frame, input_sums, launch, wgmma
 from pallas_kernels.mosaic.frame import CONSUMERS, STEP
 from pallas_kernels.mosaic.matmul_body import Kernel
 from pallas_kernels.mosaic.matmul_tiles import Tile, candidates, choose, suited
+from pallas_kernels.sections import Sections
 
 __all__ = ["Tile", "candidates", "choose", "nm_matmul", "suited"]
 
@@ -45,7 +46,7 @@ SECTION = 64  # outputs of a section of the results are a multiple of so many
     "processors",
 )
 def nm_matmul(
-    x: jax.Array,
+    x: jax.Array | Sections,
     values: jax.Array,
     metadata: jax.Array,
     tile: Tile,
@@ -64,7 +65,8 @@ def nm_matmul(
     """y = activation(x @ w + t @ r + bias) + joining; what enters the activation, and x's sums, if saved.
 
     Args:
-      x: (tokens, in), bfloat16 or float16; in is a multiple of 8, tokens are any number > 0.
+      x: (tokens, in), bfloat16 or float16; in is a multiple of 8, tokens are any number > 0. Sections
+        are multiples of 64.
       values: (in / 2, out) in x's dtype, metadata: uint8 (in / 8, out); out a multiple of 8.
       bias: (out,). low_rank: t (tokens, rank), r (rank, out) in x's dtype, rank a multiple of 8.
       joining: (tokens, out) in x's dtype, which the results then have as well.
@@ -83,7 +85,7 @@ def nm_matmul(
     if out % 16:  # the rows of an array for TMA are multiples of 16 bytes
         metadata = jnp.pad(metadata, ((0, 0), (0, 8)))
     out_type = jax.ShapeDtypeStruct((tokens, out), out_dtype or x.dtype)
-    operands = {"x": x, "w": values, "e": metadata}
+    operands = frame.named("x", x) | {"w": values, "e": metadata}
     if low_rank is not None:
         operands |= {"t": low_rank[0], "r": low_rank[1]}
     if bias is not None:

@@ -44,10 +44,11 @@ class Kernel:
     ):
         self.tile, self.schedule, self.refs = tile, schedule, refs
         self.activation, self.through = activation, through
-        self.x, self.w, self.e = (refs[name] for name in ("x", "w", "e"))
+        self.x, self.w, self.e = frame.sections("x", refs), refs["w"], refs["e"]
         self.sections = sections
-        self.dtype = str(self.x.dtype)
-        tokens, k = self.x.shape
+        self.dtype = str(self.x[0].dtype)
+        self.sizes = [x.shape[1] for x in self.x]
+        tokens, k = self.x[0].shape[0], sum(self.sizes)
         f = self.w.shape[1]
         self.grid = tile.grid(tokens, f)
         self.together, self.multicast = tile.along > 1, tile.down * tile.across > 1
@@ -97,9 +98,8 @@ class Kernel:
         tile, refs = self.tile, self.refs
         empty, full = refs["empty"], refs["full"]
 
-        def load(stage, row, k, tokens_source, rows_source, halves, shared="down"):
-            copies = [(tokens_source, refs["x_smem"].at[stage], shared)]
-            copies += [
+        def load(stage, row, k, rows_source, halves):
+            copies = [
                 (
                     rows_source.at[halves, pl.ds(row + 64 * b, 64)],
                     refs["w_smem"].at[stage, b],
@@ -113,10 +113,16 @@ class Kernel:
                 for b in range(tile.rows // 128)
             ]
             for source, target, axis in copies:
-                shared = axis is not None and getattr(tile, axis) > 1
-                plgpu.copy_gmem_to_smem(
-                    source, target, full.at[stage], collective_axes=(axis,) if shared else None
-                )
+                copy(source, target, stage, axis)
+
+        def copy(source, target, stage, axis):
+            shared = axis is not None and getattr(tile, axis) > 1
+            plgpu.copy_gmem_to_smem(
+                source, target, full.at[stage], collective_axes=(axis,) if shared else None
+            )
+
+        def load_tokens(stage, source, axis="down"):
+            copy(source, refs["x_smem"].at[stage], stage, axis)
 
         def unit(unit, carry):
             tokens = pl.ds(unit.column, tile.tokens)
@@ -129,23 +135,28 @@ class Kernel:
             def step(k, carry):
                 stage, count = carry
                 acquire(stage, count)
-                x = self.x.at[tokens, pl.ds(k * STEP, STEP)]
-                load(stage, unit.row, k, x, self.w, pl.ds(k * (STEP // 2), STEP // 2))
+
+                def inputs(number, first):
+                    load_tokens(stage, self.x[number].at[tokens, pl.ds(first, STEP)])
+
+                frame.in_section(self.sizes, k * STEP, inputs)
+                load(stage, unit.row, k, self.w, pl.ds(k * (STEP // 2), STEP // 2))
                 return self.next(stage), count + 1
 
             def rank_step(j, carry):
                 stage, count = carry
                 acquire(stage, count)
-                t = refs["t"].at[tokens, pl.ds(j * RANKS, STEP)]
+                load_tokens(stage, refs["t"].at[tokens, pl.ds(j * RANKS, STEP)])
                 # The metadata come along unused, so that every stage has as many arrivals.
-                load(stage, unit.row, 0, t, refs["r"], pl.ds(j * RANKS, RANKS))
+                load(stage, unit.row, 0, refs["r"], pl.ds(j * RANKS, RANKS))
                 return self.next(stage), count + 1
 
             def joining_step(j, carry):
                 stage, count = carry
                 acquire(stage, count)
                 outputs = refs["joining"].at[tokens, pl.ds(unit.row + 64 * j, 64)]
-                load(stage, unit.row, 0, outputs, self.w, pl.ds(0, STEP // 2), shared=None)
+                load_tokens(stage, outputs, axis=None)
+                load(stage, unit.row, 0, self.w, pl.ds(0, STEP // 2))
                 return self.next(stage), count + 1
 
             carry = lax.fori_loop(unit.start, unit.stop, step, carry)
@@ -284,7 +295,7 @@ class Kernel:
         results = [("y", self.activation)]
         if "z" in refs:
             results.insert(0, ("z", None))
-        if "y" in refs and refs["y"].dtype != self.x.dtype:
+        if "y" in refs and refs["y"].dtype != self.x[0].dtype:
             for block, (name, activation) in itertools.product(range(tile.blocks), results):
                 place = row + 64 * block, column
                 store.store_float32(acc, bias, refs[name], block, *place, activation)
@@ -323,15 +334,9 @@ class Kernel:
         if self.sections is None:
             plgpu.copy_smem_to_gmem(slot, self.refs[name].at[tokens, pl.ds(row, 64)])
             return
-        first = 0
-        for number, size in enumerate(self.sections):
-            inside = row >= first
-            if number + 1 < len(self.sections):  # what lies beyond the last one, TMA clips
-                inside &= row < first + size
 
-            @pl.when(inside)
-            def _(number=number, first=first):
-                out = self.refs[f"{name}{number}"]
-                plgpu.copy_smem_to_gmem(slot, out.at[tokens, pl.ds(row - first, 64)])
+        def put(number, first):  # what lies beyond the last section, TMA clips
+            out = self.refs[f"{name}{number}"]
+            plgpu.copy_smem_to_gmem(slot, out.at[tokens, pl.ds(first, 64)])
 
-            first += size
+        frame.in_section(self.sections, row, put)

@@ -28,11 +28,15 @@ from pallas_kernels.mosaic import (
     sddmm,
     transpose,
 )
+from pallas_kernels.mosaic.frame import STEP
 from pallas_kernels.mosaic.support import kernel_of, narrow_obstacle, processors
 from pallas_kernels.mosaic.two_four import as_two_four, values_of
+from pallas_kernels.sections import Sections, fit, whole
 
 
-def nm_matmul(x: jax.Array, w: CompressedMatrix, out_dtype, precision, epilogue: Epilogue):
+def nm_matmul(
+    x: jax.Array | Sections, w: CompressedMatrix, out_dtype, precision, epilogue: Epilogue
+):
     del precision  # products of 16-bit numbers are exact in float32
     run = functools.partial(_nm_matmul, out_dtype=out_dtype)
     if epilogue.save_sums:  # of every member's own rows
@@ -41,7 +45,7 @@ def nm_matmul(x: jax.Array, w: CompressedMatrix, out_dtype, precision, epilogue:
 
 
 def nm_sddmm(
-    x: jax.Array, dy: jax.Array, w: CompressedMatrix, out_dtype, precision, into=None
+    x: jax.Array, dy: jax.Array | Sections, w: CompressedMatrix, out_dtype, precision, into=None
 ) -> jax.Array:
     del precision
     run = functools.partial(_nm_sddmm, out_dtype=out_dtype)
@@ -59,6 +63,8 @@ def nm_transpose(w: CompressedMatrix, dtype) -> CompressedMatrix:
 
 def _nm_matmul(x, w, epilogue, *, out_dtype):
     tokens, (k, f) = math.prod(x.shape[:-1]), w.shape
+    if not _reads_apart(x, epilogue, tokens):
+        x = whole(x)
     if tokens == 0:
         zeros = jnp.zeros((*x.shape[:-1], f), jnp.float32)
         x, epilogue = epilogue.normalised(x)
@@ -73,7 +79,7 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
     if not joins:
         return _joined_apart(x, w, epilogue, out_dtype)
     leading = x.shape[:-1]
-    w, rows = as_two_four(w), x.reshape(tokens, k)
+    w, rows = as_two_four(w), _rows(x, tokens)
     op = kernel_of("nm_matmul", tokens)
     module = {"nm_matmul": matmul, "few_tokens": few_tokens}[op]
     config = configuration(op, tokens, k, f, x.dtype)
@@ -113,6 +119,16 @@ def _joins(epilogue: Epilogue, tokens: int, dtype, out_dtype) -> bool:
     if tokens <= few_tokens.FEW_TOKENS:
         return epilogue.source is None
     return out_dtype == dtype or all(array is None for array in epilogue.joining)
+
+
+def _reads_apart(x: jax.Array | Sections, epilogue: Epilogue, tokens: int) -> bool:
+    """Whether the kernel reads the sections of x where they are, if it has any."""
+    alone = epilogue.adapter is None and epilogue.norm is None
+    return fit(x, STEP) and alone and tokens > few_tokens.FEW_TOKENS
+
+
+def _rows(x: jax.Array | Sections, tokens: int) -> jax.Array | Sections:
+    return x.reshape(tokens) if isinstance(x, Sections) else x.reshape(tokens, x.shape[-1])
 
 
 def _writes_apart(epilogue: Epilogue, tokens: int, dtype, out_dtype) -> bool:
@@ -207,7 +223,8 @@ def _nm_sddmm(x, dy, w, into, *, out_dtype):
         none = jnp.zeros((w.pattern.kept(k), f), out_dtype)
         return none if into is None else into.astype(out_dtype)
     tile = configuration("nm_sddmm", tokens, k, f, x.dtype)
-    flat_x, flat_dy = x.reshape(tokens, k), dy.reshape(tokens, f)
+    flat_x = x.reshape(tokens, k)
+    flat_dy = _rows(dy if fit(dy, STEP) else whole(dy), tokens)
     metadata = as_two_four(w).metadata
     run = functools.partial(sddmm.nm_sddmm, tile=tile, **_where(sddmm))
     if 2 * w.n == w.m:  # values are where those of 2:4 are
@@ -225,7 +242,11 @@ def _rows_of_matmul(x, w: CompressedMatrix, epilogue: Epilogue):
     if norm is not None and norm.moments is not None:
         norm = dataclasses.replace(norm, moments=True)
     joining = (None if array is None else True for array in epilogue.joining)
-    return True, (False, False), (bias, low_rank, adapter, norm, *joining)
+    return (
+        jax.tree.map(lambda _: True, x),
+        (False, False),
+        (bias, low_rank, adapter, norm, *joining),
+    )
 
 
 def _low_rank(x, epilogue: Epilogue, **norm):

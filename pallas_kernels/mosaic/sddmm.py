@@ -24,6 +24,7 @@ from pallas_kernels.mosaic import frame, keep, launch, parts, wgmma
 from pallas_kernels.mosaic.frame import CONSUMERS, STEP
 from pallas_kernels.mosaic.schedule import Schedule
 from pallas_kernels.mosaic.sddmm_tiles import Tile, candidates, choose
+from pallas_kernels.sections import Sections
 
 __all__ = ["Tile", "candidates", "choose", "nm_sddmm"]
 
@@ -31,7 +32,7 @@ __all__ = ["Tile", "candidates", "choose", "nm_sddmm"]
 @launch.once("tile", "out_dtype", "processors")
 def nm_sddmm(
     x: jax.Array,
-    dy: jax.Array,
+    dy: jax.Array | Sections,
     metadata: jax.Array,
     tile: Tile,
     *,
@@ -42,7 +43,8 @@ def nm_sddmm(
     """(in / 2, out): the entries of x.T @ dy that 2:4 `metadata` (in / 8, out) keeps.
 
     Args:
-      x: (tokens, in), dy: (tokens, out), bfloat16 or float16; in and out multiples of 8.
+      x: (tokens, in), dy: (tokens, out), bfloat16 or float16; in and out multiples of 8,
+        sections of dy of 64.
       out_dtype: float32, bfloat16 or float16.
       into: (in / 2, out) float32 or `out_dtype`, added to the product; in place where it is donated
         and has `out_dtype`.
@@ -54,7 +56,7 @@ def nm_sddmm(
         exact = nm_sddmm(x, dy, metadata, tile, into=into, processors=processors)
         return exact.astype(out_dtype)
     schedule = tile.schedule(tokens, k, f, processors)
-    operands = {"dy": dy, "x": x, "metadata": metadata}
+    operands = frame.named("dy", dy) | {"x": x, "metadata": metadata}
     results = {}
     in_place = into is not None and into.dtype == out_dtype
     if in_place:
@@ -114,7 +116,9 @@ class _Kernel:
         self.dtype = str(refs["x"].dtype)
         self.out_dtype = str(refs["out"].dtype)
         self.staged = self.out_dtype != "float32"
-        self.grid = tile.grid(refs["x"].shape[1], refs["dy"].shape[1])
+        self.dy = frame.sections("dy", refs)
+        self.sizes = [dy.shape[1] for dy in self.dy]
+        self.grid = tile.grid(refs["x"].shape[1], sum(self.sizes))
         self.boxes = tile.boxes
         if schedule.slots:
             flags = plgpu.SemaphoreType.REGULAR((CONSUMERS * schedule.slots * tile.cluster,))
@@ -155,15 +159,23 @@ class _Kernel:
                 stage, count = carry
                 acquire(stage, count)
                 tokens = pl.ds((start + i) * STEP, STEP)
-                sources = [("dy", row + 64 * b, "across") for b in range(self.boxes[0])]
-                sources += [("x", column + 64 * b, "down") for b in range(self.boxes[1])]
-                for block, (name, first, axis) in enumerate(sources):
+
+                def copy(source, block, axis, first):
                     plgpu.copy_gmem_to_smem(
-                        refs[name].at[tokens, pl.ds(first, 64)],
+                        source.at[tokens, pl.ds(first, 64)],
                         ring.at[stage, block],
                         full.at[stage],
                         collective_axes=(axis,) if getattr(tile, axis) > 1 else None,
                     )
+
+                for b in range(self.boxes[0]):
+
+                    def outputs(number, first, b=b):
+                        copy(self.dy[number], b, "across", first)
+
+                    frame.in_section(self.sizes, row + 64 * b, outputs)
+                for b in range(self.boxes[1]):
+                    copy(refs["x"], self.boxes[0] + b, "down", column + 64 * b)
                 return self.next(stage), count + 1
 
             stage, count = lax.fori_loop(0, stop - start, step, carry)
