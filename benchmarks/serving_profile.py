@@ -142,7 +142,7 @@ def classify(kernel: str, instruction: Instruction | None, rank: int) -> str:
     linear = any(f"/{name}/" in f"{operation}/" for name in ("qkv", "output", "mlp"))
     if "nm_matmul" in kernel:
         return LINEARS
-    if "first_product" in kernel:
+    if "first_product" in kernel or "narrow_product" in kernel:
         return ADAPTERS
     if is_attention(kernel) or (inside and "/attention/" in operation and not linear):
         return ATTENTION

@@ -52,7 +52,9 @@ CATEGORIES = (
     OPTIMIZER,
 )
 PRODUCTS = (FORWARD, DX, DW, UNKNOWN)  # of the layers' linears
-_PRODUCT = re.compile(r"nvjet|gemm|xmma|cutlass|cublas|splitk|nm_matmul|nm_sddmm", re.IGNORECASE)
+_PRODUCT = re.compile(
+    r"nvjet|gemm|xmma|cutlass|cublas|splitk|nm_matmul|nm_sddmm|narrow_product", re.IGNORECASE
+)
 _ATTENTION = re.compile(r"sdpa|flash|fmha|mha_|cudnn", re.IGNORECASE)
 _COPY = re.compile(
     r"memcpy|memset|copy|dynamic[-_]update|dynamic[-_]slice|transpose", re.IGNORECASE

@@ -202,23 +202,38 @@ def test_kernels_are_exact_on_integers(shape, dtype):
     check_backward(shape, "mosaic", dtype)
 
 
-@needs_gpu
-def test_every_tile_writes_and_reads_sections():
-    from pallas_kernels.mosaic import matmul, sddmm
+# Alone, in clusters of either kind, of either width, shared at the end, and along the inputs
+TILES = [
+    {"blocks": 2, "tokens": 160, "slot_tokens": 80},
+    {"blocks": 1, "tokens": 256, "slot_tokens": 64, "down": 2, "splits": 8},
+    {"blocks": 2, "tokens": 128, "slot_tokens": 64, "stages": 5, "across": 2},
+    {"blocks": 1, "tokens": 64, "slot_tokens": 32, "stages": 8, "along": 3},
+]
 
-    tokens, k, sections = 1100, 512, (256, 64, 128)
+
+@needs_gpu
+@pytest.mark.parametrize("options", TILES)
+def test_tiles_of_all_kinds_write_and_read_sections(options):
+    from pallas_kernels.mosaic import matmul
+
+    tile = matmul.Tile(**options)
+    tokens, k, sections = (60, 1024, (64, 128)) if tile.along > 1 else (1100, 512, (256, 64, 128))
     x, w = integers(0, (tokens, k)), sparse(1, (k, sum(sections)))
-    parts = Sections(tuple(integers(2 + i, (tokens, n)) for i, n in enumerate((64, 320, 128))))
-    exact = float32(x) @ float32(jax.jit(decompress)(w))
-    back = np.concatenate([float32(p) for p in parts.parts], -1) @ float32(jax.jit(decompress)(w))
-    for tile in matmul.candidates(tokens, k, sum(sections), processors=6):
-        run = functools.partial(matmul.nm_matmul, tile=tile, processors=6)
-        found = run(x, w.values, w.metadata, sections=sections)
-        same(tuple(found), split(rounded(exact), sections))
-        np.testing.assert_array_equal(
-            float32(run(parts, w.values, w.metadata)), rounded(back), err_msg=str(tile)
-        )
-    dy = Sections(tuple(integers(5 + i, (tokens, n)) for i, n in enumerate(sections)))
-    for tile in sddmm.candidates(tokens, k, sum(sections)):
-        run = functools.partial(sddmm.nm_sddmm, x, metadata=w.metadata, tile=tile)
-        np.testing.assert_array_equal(run(dy=dy), run(dy=dy.whole()), err_msg=str(tile))
+    parts = Sections(tuple(integers(2 + i, (tokens, n)) for i, n in enumerate((64, k - 192, 128))))
+    exact, back = (float32(a) @ float32(jax.jit(decompress)(w)) for a in (x, parts.whole()))
+    run = functools.partial(matmul.nm_matmul, tile=tile, processors=6)
+    found = run(x, w.values, w.metadata, sections=sections)
+    same(tuple(found), split(rounded(exact), sections))
+    np.testing.assert_array_equal(float32(run(parts, w.values, w.metadata)), rounded(back))
+
+
+@needs_gpu
+@pytest.mark.parametrize("options", [{}, {"blocks": 1, "columns": 160, "down": 2, "across": 2}])
+def test_gradients_of_sections_are_those_of_the_whole(options):
+    from pallas_kernels.mosaic import sddmm
+
+    tile = sddmm.Tile(**options)
+    x, w = integers(0, (1100, 512)), sparse(1, (512, 448))
+    dy = Sections(tuple(integers(5 + i, (1100, n)) for i, n in enumerate((256, 64, 128))))
+    run = functools.partial(sddmm.nm_sddmm, x, metadata=w.metadata, tile=tile)
+    np.testing.assert_array_equal(run(dy=dy), run(dy=dy.whole()))
