@@ -21,7 +21,7 @@ class Row:
     """One linear layer; `layers` of them when it is a scanned stack.
 
     `shape` is (in, out); `choices` maps y, dx and dw to what runs and why, and `first_product` says
-    so of an adapter's x @ l; bytes are those stored for kernel, metadata and adapters, and for a dense
+    so of an adapter's x @ l, where the product itself has a kernel; bytes are those stored for kernel, metadata and adapters, and for a dense
     kernel of the same dtype.
     """
 
@@ -192,11 +192,11 @@ def _choices(module, pattern, shape, x, kernel) -> dict[str, Choice]:
     return choices
 
 
-def _first_product(module, shape, x, kernel, product: Choice) -> Choice:
-    """Of a forward pass."""
+def _first_product(module, shape, x, kernel, product: Choice) -> Choice | None:
+    """Of a forward pass; None where the product has no kernel, which says all."""
     tokens, shape = local_product(module.path, math.prod(x.shape[:-1]), shape)
     if product.implementation != "mosaic":
-        return Choice("xla", "as the product is")
+        return None
     if tokens <= MOST_FIRST:
         return Choice("mosaic", f"a kernel for up to {MOST_FIRST} tokens")
     query = NarrowQuery((shape[0], module.adapter_rank), _dtype(module, x, kernel), tokens)
