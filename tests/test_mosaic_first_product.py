@@ -19,6 +19,7 @@ needs_jax = pytest.mark.skipif(
 )
 
 # along, split, parts
+CONFIGS = [(1, 4, 2, 4), (2, 2, 4, 3), (4, 1, 1, 2), (8, 1, 2, 3), (1, 8, 8, 2)]  # of the product
 CUTS = [(4, 1, 1), (8, 1, 3), (16, 2, 2), (8, 4, 2), (8, 8, 4)]
 # tokens, in, rank: parts of units, of columns and of tokens; several batches; the largest
 SHAPES = [
@@ -105,7 +106,12 @@ def test_every_choice_fits_the_machine():
 
 @needs_jax
 def test_bad_input_is_named():
-    from pallas_kernels.mosaic import first_product
+    from pallas_kernels.mosaic import few_tokens, first_product
+
+    for tokens, rank in ((17, 8), (16, 72)):
+        x, w, adapter = problem(tokens, 64, 128, rank)
+        with pytest.raises(ValueError, match=f"an adapter of rank {rank} and {tokens} tokens"):
+            few_tokens.nm_matmul(x, w.values, w.metadata, few_tokens.Config(), adapter=adapter)
 
     for options, message in [
         ({"along": 2}, "4, 8 or 16 warps"),
@@ -121,17 +127,28 @@ def test_bad_input_is_named():
 
 @needs_jax
 @pytest.mark.parametrize(
-    ("tokens", "rank", "ours"), [(16, 16, True), (17, 16, False), (4, 12, True), (65, 16, False)]
+    ("tokens", "k", "rank", "made"),
+    [
+        (16, 4096, 24, "apart"),
+        (4, 64, 72, "apart"),
+        (16, 64, 16, "inside"),
+        (4, 768, 60, "inside"),  # padded to 64
+        (1, 4096, 16, "inside"),
+        (17, 64, 16, "by XLA"),
+        (65, 64, 16, "by XLA"),
+    ],
 )
-def test_up_to_sixteen_tokens_take_the_kernel(tokens, rank, ours):
+def test_up_to_sixteen_tokens_have_a_kernel(tokens, k, rank, made):
+    """Of its own, or the product's where l is small."""
     from pallas_kernels.mosaic import products
 
     def run(x, w, adapter):
         return products.nm_matmul(x, w, x.dtype, None, Epilogue(adapter=adapter))
 
-    text = lowered(run, *shapes_of(tokens, 64, 128, rank))
+    text = lowered(run, *shapes_of(tokens, k, 128, rank))
     assert "nm_matmul" in text
-    assert ("first_product" in text) == ours
+    assert ("first_product" in text) == (made == "apart")
+    assert ("dot_general" in text) == (made == "by XLA")
 
 
 @needs_jax
@@ -144,15 +161,16 @@ def test_the_kernel_runs_where_no_gradient_needs_the_first_product(monkeypatch):
     def loss(x, w, adapter):
         return layer(x, w, adapter).astype(jnp.float32).sum()
 
-    arguments = shapes_of(4, 64, 128, 16)
+    arguments = shapes_of(4, 64, 128, 72)
     assert "first_product" in lowered(layer, *arguments)
     assert "first_product" not in lowered(jax.grad(loss), *arguments)
 
 
 @needs_jax
 @pytest.mark.parametrize("joined", [False, True])
-def test_it_lowers_under_vmap_scan_and_shard_map(monkeypatch, joined):
-    """With a norm and a residual as well."""
+@pytest.mark.parametrize("rank", [16, 72])
+def test_it_lowers_under_vmap_scan_and_shard_map(monkeypatch, joined, rank):
+    """With a norm and a residual as well; inside the product's kernel and apart."""
     monkeypatch.setattr(support, "device_obstacle", lambda: None)
 
     def layer(x, w, adapter):
@@ -162,7 +180,7 @@ def test_it_lowers_under_vmap_scan_and_shard_map(monkeypatch, joined):
         options = {"norm": norm, "residual": residual} if joined else {}
         return nm_matmul(x, w, adapter=adapter, implementation="mosaic", **options)
 
-    x, w, adapter = shapes_of(4, 64, 128, 16)
+    x, w, adapter = shapes_of(4, 64, 128, rank)
     stack = jax.tree.map(lambda a: jax.ShapeDtypeStruct((3, *a.shape), a.dtype), (x, w, adapter))
 
     def scanned(*stack):
@@ -180,7 +198,9 @@ def test_it_lowers_under_vmap_scan_and_shard_map(monkeypatch, joined):
         (scanned, stack),
         (mapped, (x, w, adapter)),
     ]:
-        assert "first_product" in lowered(function, *arguments)
+        text = lowered(function, *arguments)
+        assert "dot_general" not in text
+        assert ("first_product" in text) == (rank == 72)
     more_rows = jax.vmap(layer, in_axes=(0, None, None))
     assert "stablehlo.while" not in lowered(more_rows, stack[0], w, adapter)
 
@@ -233,6 +253,9 @@ def test_repeats_are_equal_and_the_error_within_twice_that_of_xla(shape):
         (3, 1000, 520, 24),
         (8, 768, 72, 8),
         (16, 5120, 1032, 80),
+        (16, 1024, 264, 64),
+        (9, 776, 328, 40),
+        (1, 136, 72, 48),
         (17, 264, 328, 20),
         (40, 512, 520, 144),
         (64, 4096, 520, 400),
@@ -250,7 +273,9 @@ def test_the_product_with_an_adapter_is_exact_on_integers(shape, dtype):
 
 @needs_gpu
 @pytest.mark.parametrize("centred", [True, False])
-@pytest.mark.parametrize("shape", [(1, 4096, 1024, 64), (3, 1000, 520, 24), (16, 776, 328, 80)])
+@pytest.mark.parametrize(
+    "shape", [(1, 4096, 1024, 64), (3, 1000, 520, 24), (16, 776, 328, 80), (16, 776, 328, 56)]
+)
 def test_a_norm_and_an_adapter_are_as_close_as_a_norm_made_apart(shape, centred):
     """Against float64, of rows whose mean is far from zero."""
     tokens, k, f, rank = shape
@@ -299,6 +324,35 @@ def test_parts_are_added_up_and_rounded(config, parts):
     )(x, w, t, right)
     product = float64(x) @ float64(dense(w)) + float64(rounded) @ float64(right)
     np.testing.assert_array_equal(y, product)
+
+
+@needs_gpu
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("tokens", [3, 16])
+def test_every_config_makes_the_first_product_inside(config, tokens):
+    """Ranks of part of a unit and of several, the last inputs and outputs of part of a step."""
+    from pallas_kernels.mosaic import few_tokens
+
+    for k, f, rank in [(8, 8, 8), (136, 72, 24), (1000, 520, 64), (2056, 264, 16)]:
+        x, w, adapter = problem(tokens, k, f, rank)
+        run = jax.jit(
+            functools.partial(
+                few_tokens.nm_matmul, config=few_tokens.Config(*config), out_dtype=jnp.float32
+            )
+        )
+        y = run(x, w.values, w.metadata, adapter=adapter)
+        np.testing.assert_array_equal(y, exact(x, w, adapter), err_msg=str((k, f, rank)))
+
+
+@needs_gpu
+def test_inside_nan_and_inf_stay_with_their_tokens_as_well():
+    x, w, (left, right) = problem(15, 1000, 304, 64)
+    left, right = jnp.abs(left) + 1, jnp.abs(right) + 1
+    x = jnp.abs(x).at[7, 3].set(jnp.nan).at[12, 999].set(jnp.inf)
+    y = float64(nm_matmul(x, w, adapter=(left, right), implementation="mosaic"))
+    assert np.isfinite(np.delete(y, [7, 12], axis=0)).all()
+    assert np.isnan(y[7]).all()
+    assert not np.isfinite(y[12]).any()
 
 
 @needs_gpu

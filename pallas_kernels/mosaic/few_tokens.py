@@ -18,13 +18,15 @@ from pallas_kernels.epilogue import moments_shape
 from pallas_kernels.mosaic import cluster, launch, normed, ring, warps
 from pallas_kernels.mosaic.activations import PRECISE
 from pallas_kernels.mosaic.frame import SHARED_MEMORY
-from pallas_kernels.mosaic.low_rank import Product
-from pallas_kernels.mosaic.support import FEW_TOKENS
+from pallas_kernels.mosaic.low_rank import Product, Second
+from pallas_kernels.mosaic.support import FEW_TOKENS, MOST_FIRST
 
 REGISTERS = 65536  # of a processor
 # Tokens whose norm the kernel makes: every warp does it anew, which takes longer than the weights of
 # 64 tokens take to arrive.
 MOST_NORMED = 32
+# Of an adapter whose first product every warp makes of its inputs: its rank, and all entries of l.
+MOST_INNER, MOST_ROWS = 64, 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +51,11 @@ class Config:
             raise ValueError(f"{self}: stages must be at least 2")
 
     def geometry(
-        self, tokens: int, k: int, f: int, dtype: str = "bfloat16", norms: int = 0
+        self, tokens: int, k: int, f: int, dtype: str = "bfloat16", norms: int = 0, rank: int = 0
     ) -> warps.Geometry:
         """With as many stages as the inputs need and shared memory holds."""
-        g = warps.Geometry(tokens, k, f, dtype, **dataclasses.asdict(self), norms=norms)
+        cuts = dataclasses.asdict(self)
+        g = warps.Geometry(tokens, k, f, dtype, **cuts, norms=norms, rank=rank)
         stages = max(2, min(self.stages, g.rounds + 1, SHARED_MEMORY // g.stage_bytes))
         g = dataclasses.replace(g, stages=stages)
         while g.stages > 2 and g.shared_memory > SHARED_MEMORY:
@@ -82,6 +85,19 @@ def choose(tokens: int, k: int, f: int) -> Config:
     Config(across=1, along=4, split=2, stages=4)
     """
     return _ranked(tokens, tokens, k, f)[0]
+
+
+def makes_first(
+    config: Config, tokens: int, k: int, f: int, dtype: str, norms: int, rank: int
+) -> bool:
+    """Whether an adapter's first product is best made here, where every CTA reads all its rows, or apart."""
+    if rank > MOST_INNER or tokens > MOST_FIRST or k * rank > MOST_ROWS:
+        return False
+    try:
+        config.geometry(tokens, k, f, dtype, norms, rank)
+    except ValueError:  # no room for its rows
+        return False
+    return True
 
 
 def candidates(tokens: int, k: int, f: int) -> list[Config]:
@@ -146,6 +162,7 @@ def nm_matmul(
     bias: jax.Array | None = None,
     activation: str | None = None,
     low_rank: tuple[jax.Array, jax.Array] | None = None,
+    adapter: tuple[jax.Array, jax.Array] | None = None,
     norm: tuple[jax.Array, jax.Array | None, jax.Array] | None = None,
     form: normed.Form | None = None,
     residual: jax.Array | None = None,
@@ -161,6 +178,8 @@ def nm_matmul(
       bias: (out,), float32, bfloat16 or float16.
       low_rank: t (tokens, rank) in x's dtype, or its float32 summands (parts, tokens, rank) as of
         `first_product`; r (rank, out) in x's dtype. rank is a multiple of 8.
+      adapter: l (in, rank) and r, in the place of `low_rank`: every warp multiplies what it has of x by
+        l as well, and that, rounded, by r. For ranks up to `MOST_INNER`.
       norm: scale and shift (or None) of a norm of x, float32 (in,), and x's moments; and its `form`.
       residual: (tokens, out), in x's dtype.
       save_moments: those of the result as well, as of `epilogue.moments`.
@@ -175,11 +194,20 @@ def nm_matmul(
     operands = {"values": values, "metadata": metadata, "x": x}
     if norm is not None:
         operands |= normed.operands(*norm)
-    geometry = config.geometry(tokens, k, f, str(x.dtype), len(normed.parameters(operands)))
+    rank = 0 if adapter is None else adapter[0].shape[1]
+    if rank > MOST_INNER or (tokens > MOST_FIRST and rank):
+        raise ValueError(
+            f"an adapter of rank {rank} and {tokens} tokens; this kernel makes the first product of up"
+            f" to {MOST_INNER} and {MOST_FIRST}"
+        )
+    norms = len(normed.parameters(operands))
+    geometry = config.geometry(tokens, k, f, str(x.dtype), norms, rank)
     if bias is not None:
         operands["bias"] = bias
     if low_rank is not None:
         operands |= {"t": low_rank[0], "r": low_rank[1]}
+    if adapter is not None:
+        operands |= {"l": adapter[0], "r": adapter[1]}
     if residual is not None:
         operands["residual"] = residual
     y = jax.ShapeDtypeStruct((tokens, f), out_dtype or x.dtype)
@@ -213,12 +241,14 @@ def _kernel(
 
     def fetch(number, stage):
         arrays = (refs["values"], refs["metadata"], refs["x"], *normed.parameters(refs))
+        arrays += (refs["l"],) if g.rank else ()
         ring.fetch(g, arrays, stages, tile, first + number * g.along, stage, limit)
 
     cluster.open_exchange(g, stages, share)
     adapter = Product(g, refs["t"], refs["r"], tile, share, g.split) if "t" in refs else None
+    second = Second(g, refs["r"], tile) if g.rank else None
     # Its loads go ahead of the ring's, and arrive with the first stage.
-    started = adapter.start() if adapter else None
+    started = (adapter or second).start() if adapter or second else None
     ring.start(g, fetch)
     if g.norms:
         normed.measure(g, form, refs["moments_of_x"], stages)
@@ -235,4 +265,6 @@ def _kernel(
         return acc, lax.select(stage == g.stages - 1, jnp.int32(0), stage + 1)
 
     acc, _ = lax.fori_loop(0, g.rounds, multiply, (acc, jnp.int32(0)))
+    if second:
+        acc = second.add(acc, started)
     cluster.finish(g, acc, stages, tile, share, refs, activation)

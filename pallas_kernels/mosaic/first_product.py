@@ -13,11 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic import cluster, launch, low_rank, normed, warps
-from pallas_kernels.mosaic.support import FEW_TOKENS, MOST_FIRST
-
-# Of which this is faster than XLA: every CTA of the product adds up the parts, and more tokens have
-# larger ones.
-MOST_TOKENS = MOST_FIRST
+from pallas_kernels.mosaic.support import FEW_TOKENS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -168,3 +168,69 @@ class Product:
             sums = part if sums is None else ptx.add_floats(sums, part)
         dtype = self.geometry.dtype
         return [ptx.pack(sums[i], sums[i + 1], dtype) for i in (0, 2)]
+
+
+class Second:
+    """t @ r, where this warp's part of t is what `warps.multiply` has left in its registers.
+
+    Args:
+      r_ref: (rank, columns) in the geometry's dtype.
+    """
+
+    def __init__(self, geometry: warps.Geometry, r_ref, tile):
+        self.geometry, self.r, self.tile = geometry, r_ref, tile
+
+    @property
+    def units(self) -> int:
+        return -(-self.geometry.rank // UNIT)
+
+    def start(self):
+        """Starts the loads of r; the result is for `add`."""
+        g = self.geometry
+        result = warps.array_type(self.units * 4 * PIECES, jnp.int32)
+
+        @plgpu.inline_mgpu(arg_types=(warps.REF, warps.SPLAT), return_type=result)
+        def body(ctx, r, tile):
+            lane, words = warps.Lane(g), []
+            column = ptx.sum_of(
+                ops.mul(tile.registers.item(), warps.OUTPUTS * g.across),
+                ops.mul(lane.across, warps.OUTPUTS),
+                ops.mul(lane.g, 8),
+            )
+            for unit, further in itertools.product(range(self.units), (0, 1, 8, 9)):
+                row = ops.add(ops.mul(lane.c, 2), UNIT * unit + further)
+                source = ptx.global_address(r, row, 2 * g.f, ops.mul(column, 2))
+                inside = llvm.and_(ops.less(column, g.f), ops.less(row, g.rank))
+                words += ptx.load(source, inside, 4)
+            return warps.array_of(words)
+
+        return body(self.r, self.tile)
+
+    def add(self, acc, words):
+        """acc + t @ r, t rounded to the geometry's dtype."""
+        g = self.geometry
+
+        @plgpu.inline_mgpu(
+            arg_types=(g.layout, warps.array_type(words.shape[0] // 128).layout),
+            return_type=g.sums,
+        )
+        def body(ctx, acc, words):
+            sums, words = warps.values_of(acc), warps.values_of(words)
+            pieces = [words[i : i + 4] for i in range(0, len(words), 4)]
+            for unit in range(self.units):
+                a = warps.operands(pieces[PIECES * unit : PIECES * (unit + 1)])
+                for n in range(g.width // 8):
+                    b = [self._tokens(sums, 2 * unit + block, n) for block in (0, 1)]
+                    for i in range(4):
+                        warps.mma(g, sums, i, n, a[i], b)
+            return warps.array_of(sums)
+
+        return body(acc, words)
+
+    def _tokens(self, sums, block: int, n: int):
+        """8 columns of 8 tokens of t."""
+        g = self.geometry
+        if block >= g.rank // 8:
+            return ops.const(0)
+        at = g.first_register(block, n // 2) + 2 * (n % 2)
+        return ptx.pack(sums[at], sums[at + 1], g.dtype)

@@ -87,6 +87,7 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
     if not norm:
         rows, epilogue = epilogue.normalised(rows)
     options = norm | _joining_options(module, tokens, f, epilogue) | _where(module)
+    options |= _adapter_options(rows, f, config, epilogue, norm)
     result = module.nm_matmul(
         rows,
         w.values,
@@ -94,7 +95,6 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
         config,
         bias=epilogue.bias,
         activation=epilogue.activation,
-        low_rank=_low_rank(rows, epilogue, **norm),
         save_preactivation=epilogue.save_preactivation,
         out_dtype=out_dtype,
         **options,
@@ -249,9 +249,20 @@ def _rows_of_matmul(x, w: CompressedMatrix, epilogue: Epilogue):
     )
 
 
+def _adapter_options(x, f: int, config, epilogue: Epilogue, norm: dict[str, Any]) -> dict[str, Any]:
+    """An adapter or a low-rank term as the kernel takes it, if there is one."""
+    if epilogue.adapter is not None and x.shape[0] <= few_tokens.MOST_FIRST:
+        left, r = epilogue.adapter
+        left, r = padded_rank(left, -1), padded_rank(r, -2)
+        norms = sum(parameter is not None for parameter in norm.get("norm", ())[:2])
+        if few_tokens.makes_first(config, *x.shape, f, str(x.dtype), norms, left.shape[1]):
+            return {"adapter": (left, r)}
+    return {"low_rank": _low_rank(x, epilogue, **norm)}
+
+
 def _low_rank(x, epilogue: Epilogue, **norm):
     """t and r as the kernel takes them, or None; t of the norm of x, where the kernels make that."""
-    if epilogue.adapter is not None and x.shape[0] <= first_product.MOST_TOKENS:
+    if epilogue.adapter is not None and x.shape[0] <= few_tokens.MOST_FIRST:
         left, r = epilogue.adapter
         left, r = padded_rank(left, -1), padded_rank(r, -2)
         cut = first_product.choose(*left.shape)

@@ -13,7 +13,7 @@ def fetch(geometry: warps.Geometry, arrays, ring_ref, tile, step, stage, limit) 
     """Starts and commits the copies of one stage: inputs 64 `step` .. of all warps.
 
     Args:
-      arrays: values, metadata, x, and the norm's parameters, in global memory.
+      arrays: values, metadata, x, the norm's parameters, and an adapter's first matrix, in global memory.
       tile: of outputs; limit: the CTA's last input, in units of 8. Beyond the limit and beyond
         the arrays, zeros arrive.
     """
@@ -22,6 +22,7 @@ def fetch(geometry: warps.Geometry, arrays, ring_ref, tile, step, stage, limit) 
     @plgpu.inline_mgpu(arg_types=(warps.REF,) * (1 + len(arrays)) + (warps.SPLAT,) * 4)
     def body(ctx, values, metadata, x, *others):
         *norm, ring, tile, step, stage, limit = others
+        left = norm.pop() if g.rank else None
         tile, step, stage, limit = (s.registers.item() for s in (tile, step, stage, limit))
         lane = warps.Lane(g)
         base = ptx.sum_of(ptx.shared_address(ring), ops.mul(stage, g.stage_bytes))
@@ -37,6 +38,8 @@ def fetch(geometry: warps.Geometry, arrays, ring_ref, tile, step, stage, limit) 
         for number, parameter in enumerate(norm):
             to = ops.add(tokens, warps.STEP * (2 * g.width + 4 * number))
             _fetch_parameter(g, parameter, lane, step, to, bound)
+        if left is not None:
+            _fetch_left(g, left, lane, step, ops.add(tokens, g.left_offset), bound)
         ptx.asm("cp.async.commit_group;")
 
     body(*arrays, ring_ref, tile, step, stage, limit)
@@ -87,6 +90,21 @@ def _fetch_tokens(g, x, lane, step, target, bound) -> None:
         _copy(
             to, 0, ptx.global_address(x, token, 2 * g.k, ops.mul(column, 2)), 0, 16, left, 0, here
         )
+
+
+def _fetch_left(g, left, lane, step, target, bound) -> None:
+    """Rows of 64 inputs, read as they lie; 8 columns of all of them lie together then."""
+    blocks, threads = g.rank // 8, 32 * g.across
+    pieces = warps.STEP * blocks
+    for first in range(0, pieces, threads):
+        piece = ops.add(ptx.sum_of(ops.mul(lane.across, 32), lane.lane), first)
+        inside = llvm.udiv(piece, ops.const(blocks))
+        block = llvm.urem(piece, ops.const(blocks))
+        row = ptx.sum_of(ops.mul(step, warps.STEP), inside)
+        to = ptx.sum_of(target, ops.mul(block, 16 * warps.STEP), ops.mul(inside, 16))
+        here = ops.less(piece, pieces) if first + threads > pieces else None
+        source = ptx.global_address(left, row, 2 * g.rank, ops.mul(block, 16))
+        _copy(to, 0, source, 0, 16, ptx.minus(bound, row), 0, here)
 
 
 def _fetch_parameter(g, parameter, lane, step, target, bound) -> None:

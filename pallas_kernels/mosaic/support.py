@@ -11,9 +11,9 @@ FITTING = tuple(Pattern(n, m) for n, m in ((1, 2), (2, 4), (1, 4), (2, 8), (1, 8
 
 
 FEW_TOKENS = 64
-MOST_FIRST = (
-    16  # tokens whose first product with an adapter has a kernel among those for few tokens
-)
+# Tokens whose first product with an adapter the kernels for few tokens make faster than XLA: of more, every
+# CTA would add up larger parts.
+MOST_FIRST = 16
 # Of an adapter's first product: what the kernel takes, and where it was measured to be faster than XLA's.
 MOST_RANK, FASTER_RANK = 384, 128
 FASTER_INPUTS, FASTER_TOKENS = 1536, 1536

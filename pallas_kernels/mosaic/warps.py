@@ -47,6 +47,9 @@ class Geometry:
     split: int  # CTAs of a cluster that share the inputs
     stages: int
     norms: int = 0  # parameters of a norm of the tokens: scale, shift; 0 for none
+    rank: int = (
+        0  # of an adapter whose first product is made beside the sparse one; a multiple of 8
+    )
 
     @property
     def width(self) -> int:
@@ -76,7 +79,12 @@ class Geometry:
 
     @property
     def token_bytes(self) -> int:
-        """Of a step's tokens, and of a norm's parameters for its inputs."""
+        """Of a step's tokens, and of a norm's parameters and an adapter's rows for its inputs."""
+        return self.left_offset + STEP * 2 * self.rank
+
+    @property
+    def left_offset(self) -> int:
+        """Of an adapter's rows, 8 columns of all of them at a time, behind a step's tokens."""
         return STEP * (2 * self.width + 4 * self.norms)
 
     @property
@@ -110,8 +118,12 @@ class Geometry:
 
     @property
     def sums(self):
-        """2 * width registers a thread, [product][8 tokens][4]."""
-        return array_type(2 * self.width)
+        """2 * width registers a thread, [product][8 tokens][4], and those of an adapter's first product."""
+        return array_type(self.registers)
+
+    @property
+    def registers(self) -> int:
+        return 2 * self.width + 4 * (self.rank // 8) * -(-self.width // 16)
 
     @property
     def layout(self):
@@ -119,6 +131,11 @@ class Geometry:
 
     def register(self, i: int, n: int, j: int) -> int:
         return (i * (self.width // 8) + n) * 4 + j
+
+    def first_register(self, block: int, pair: int) -> int:
+        """Of the first product's 8 columns `block`, for 16 tokens: lane 4 g + c has columns 2 c and
+        2 c + 1 of tokens g and g + 8."""
+        return 2 * self.width + 4 * (block * -(-self.width // 16) + pair)
 
 
 class Lane:
@@ -152,7 +169,7 @@ def token_base(g, lane, base):
 def zeros(geometry: Geometry):
     @plgpu.inline_mgpu(return_type=geometry.sums)
     def body(ctx):
-        return array_of([ptx.number(0.0)] * (2 * geometry.width))
+        return array_of([ptx.number(0.0)] * geometry.registers)
 
     return body()
 
@@ -187,7 +204,7 @@ def multiply(geometry: Geometry, acc, ring_ref, stage, normalise=None):
                     for piece in range(4)
                 ]
             )
-            inputs = ptx.sum_of(tokens, lane.matrix_row(half))
+            inputs, all_tokens = ptx.sum_of(tokens, lane.matrix_row(half)), []
             for n in range(g.width // 8):
                 b = ptx.asm(
                     f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$0,$1,$2,$3}}, [$4+{1024 * n}];",
@@ -196,11 +213,35 @@ def multiply(geometry: Geometry, acc, ring_ref, stage, normalise=None):
                 )
                 if normal is not None:
                     b = normal(half, n, b)
+                all_tokens.append(b)
                 for i in range(4):
                     mma(g, sums, i, n, a[i], b, words[i], half)
+            if g.rank:
+                _add_first(g, sums, lane, tokens, half, all_tokens)
         return array_of(sums)
 
     return body(acc, ring_ref, stage)
+
+
+def _add_first(g: Geometry, sums, lane, tokens, half: int, all_tokens: list) -> None:
+    """The tokens' products with an adapter's rows, of 32 inputs.
+
+    What lanes hold of tokens for `mma.sp` is what they need for tokens as rows of `mma`.
+    """
+    rows = ops.add(ptx.sum_of(tokens, ops.mul(lane.lane, 16)), g.left_offset + 512 * half)
+    nothing = [ops.const(0)] * 4
+    for block in range(g.rank // 8):
+        left = ptx.asm(
+            f"ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{$0,$1,$2,$3}}, [$4+{1024 * block}];",
+            rows,
+            results="rrrr",
+        )
+        for pair, low in enumerate(all_tokens[::2]):
+            high = ([*all_tokens, nothing])[2 * pair + 1]
+            at = g.first_register(block, pair)
+            for q in (0, 2):
+                a = [low[q], high[q], low[q + 1], high[q + 1]]
+                sums[at : at + 4] = instruction(g.dtype, sums[at : at + 4], a, left[q : q + 2])
 
 
 def _metadata_words(lane, source):
