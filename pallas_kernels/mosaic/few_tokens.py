@@ -25,8 +25,9 @@ REGISTERS = 65536  # of a processor
 # Tokens whose norm the kernel makes: every warp does it anew, which takes longer than the weights of
 # 64 tokens take to arrive.
 MOST_NORMED = 32
-# Of an adapter whose first product every warp makes of its inputs: its rank, and all entries of l.
-MOST_INNER, MOST_ROWS = 64, 1 << 16
+# Of an adapter whose first product every warp makes of its inputs: its rank, and all entries of l. With a
+# rank of 32 that takes up to twice as long as a kernel for it.
+MOST_INNER, MOST_ROWS = 24, 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
