@@ -1,6 +1,6 @@
 """What the records of prefill and decode say: speed, tokens a second, and bytes of the weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +147,18 @@ def _troubles(parts: list[dict[str, Any]]) -> list[str]:
         for failed in record["failed"]:
             where = f"{failed['model']}, {failed['depth']} layers, {failed['what']}"
             lines.append(f"Failed: {where}: {failed['error'].splitlines()[0]}")
-        lines += [f"Left out for want of time: {left}." for left in record["left_out"]]
+    if left := _left_out(left for record in parts for left in record["left_out"]):
+        lines.append(f"Left out for want of time: {left}.")
     return lines
+
+
+def _left_out(stages: Iterable[str]) -> str:
+    """Stages "MODEL: WHAT", models of which the same is missing together."""
+    models: dict[str, list[str]] = {}
+    for stage in stages:
+        model, _, what = stage.partition(": ")
+        models.setdefault(what, []).append(model)
+    return "; ".join(f"{', '.join(names)} ({what})" for what, names in models.items())
 
 
 def _summary(rows: list[dict[str, Any]], weighed: list[dict[str, Any]]) -> str:
