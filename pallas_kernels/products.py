@@ -204,7 +204,7 @@ def narrow_matmul(
     """
     if left.ndim != 2:
         raise ValueError(f"left has shape {left.shape}; it must be a matrix")
-    _check_rows(x, left.shape[1 if transposed else 0], "x", "in")
+    _check_rows(x, left.shape[1 if transposed else 0], "x", "in", "left")
     _check_same_dtype(x, left, "x", "left")
     query = dispatch.NarrowQuery(
         (x.shape[-1], left.shape[0 if transposed else 1]), str(x.dtype), math.prod(x.shape[:-1])
@@ -245,10 +245,16 @@ def _check_matrix(w: CompressedMatrix) -> None:
         )
 
 
-def _check_rows(x: jax.Array, size: int, name: str, role: str) -> None:
+def _check_rows(
+    x: jax.Array | Sections, size: int, name: str, role: str, matrix: str = "w"
+) -> None:
+    if isinstance(x, Sections):
+        x.check(name)
     check_dtype(x.dtype, name)
     if x.ndim < 1 or x.shape[-1] != size:
-        raise ValueError(f"{name} has shape {x.shape}; its last axis must be w's {role}, {size}")
+        raise ValueError(
+            f"{name} has shape {x.shape}; its last axis must be {matrix}'s {role}, {size}"
+        )
 
 
 def _check_same_dtype(a: jax.Array, b: jax.Array, a_name: str, b_name: str) -> None:

@@ -18,6 +18,18 @@ class Sections:
 
     parts: tuple[jax.Array, ...]
 
+    def check(self, name: str) -> None:
+        """Raises a ValueError unless the parts go together. Not when made: `jax.vmap` makes some of flags."""
+        first = self.parts[0] if self.parts else None
+        if first is None or any(
+            (part.shape[:-1], part.dtype) != (first.shape[:-1], first.dtype) for part in self.parts
+        ):
+            found = ", ".join(f"{part.dtype}{list(part.shape)}" for part in self.parts)
+            raise ValueError(
+                f"{name} has the sections {found or 'none'}; they must have the same leading axes and"
+                " dtype"
+            )
+
     @property
     def sizes(self) -> tuple[int, ...]:
         return tuple(part.shape[-1] for part in self.parts)

@@ -169,9 +169,10 @@ class SparseDense(nn.Dense):
                 " nor a residual"
             )
         if self.pattern is None or not self.joins:
-            y = self._dense(inputs) if self.pattern is None else self._sparse(inputs)
             split = split_sections if self._is_sharded() else epilogue.apart
-            return tuple(split(checkpoint_name(y, PRODUCT), self.sections))
+            if self.pattern is None:
+                return tuple(split(self._dense(inputs), self.sections))
+            return tuple(split(checkpoint_name(self._sparse(inputs), PRODUCT), self.sections))
         if norm is not None:
             return self._joined(inputs, norm, None, sections=self.sections)
         return checkpoint_name(self._sparse(inputs, sections=self.sections), PRODUCT)

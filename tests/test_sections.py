@@ -139,6 +139,16 @@ def test_bad_input_is_named():
         nm_matmul(x, w, sections=(16, 0))
     with pytest.raises(ValueError, match="sections and what is saved of y"):
         nm_matmul(x, w, sections=(8, 8), activation="relu", save_preactivation=True)
+    for other in (jnp.ones((4, 4)), jnp.ones((2, 4), jnp.bfloat16)):
+        parts = Sections((x[:, :4], other))
+        with pytest.raises(ValueError, match=r"x has the sections float32\[2, 4\], .*same leading"):
+            nm_matmul(parts, w)
+        with pytest.raises(
+            ValueError, match=r"dy has the sections float32\[2, 4\], .*same leading"
+        ):
+            nm_sddmm(x, parts, w)
+    with pytest.raises(ValueError, match="x has the sections none"):
+        nm_matmul(Sections(()), w)
     with pytest.raises(ValueError, match="sections and activation='relu' are both given"):
         slope_matmul(x, w, sections=(8, 8), activation="relu")
     with pytest.raises(ValueError, match="sections and a residual are both given"):

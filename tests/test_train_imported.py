@@ -260,16 +260,39 @@ class Request(NamedTuple):
     args: tuple
 
 
-def test_an_import_is_exported_with_its_function(imported, tmp_path, capsys):
+def test_an_import_is_exported_as_it_was(transformers, imported, tmp_path, monkeypatch, capsys):
+    """With its digits, where "auto" computes with fewer, its <s> and both its ends, though its folder is gone."""
     from train import export
+    from train import imported as module
 
-    folder = imported["gpt2"][1]
-    exported = tmp_path / "again"
-    assert export.main([f"--checkpoint={folder}", f"--output={exported}"]) == 0
-    capsys.readouterr()
-    a, b = (serving.from_hf(path, dtype="float32") for path in (folder, exported))
-    jax.tree.map(np.testing.assert_array_equal, a.variables, b.variables)
-    assert b.vocabulary.encode(PROMPTS[0]) == a.vocabulary.encode(PROMPTS[0])
+    folder = shutil.copytree(imported["llama"][1], tmp_path / "llama")
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    first = tokenizer.id_to_token(9)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{first} $A", special_tokens=[(first, 9)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    put(folder, "config.json", bos_token_id=9)
+    put(folder, "generation_config.json", eos_token_id=[0, 7], bos_token_id=9)
+    expected = serving.from_hf(folder, dtype="float32")
+    ids = tokenizer.encode(PROMPTS[0]).ids
+    saved = serving.save(expected, tmp_path / "saved", dtype="float32")
+
+    known = module.compute_dtype
+    monkeypatch.setattr(
+        module, "compute_dtype", lambda c: jnp.bfloat16 if c.dtype == "auto" else known(c)
+    )
+    for number, source in enumerate((folder, saved)):
+        exported = tmp_path / f"exported-{number}"
+        assert export.main([f"--checkpoint={source}", f"--output={exported}"]) == 0
+        capsys.readouterr()
+        shutil.rmtree(folder, ignore_errors=True)  # the second time, it is gone
+        found = serving.from_hf(exported, dtype="float32")
+        jax.tree.map(np.testing.assert_array_equal, found.variables, expected.variables)
+        assert (found.beginning, found.ends) == ([9], (0, 7))
+        theirs = transformers.AutoTokenizer.from_pretrained(exported)
+        assert theirs(PROMPTS[0]).input_ids == ids
+        assert json.loads((exported / "config.json").read_text())["bos_token_id"] == 9
 
 
 def test_the_dtype_is_that_of_the_computation(folder, tmp_path):

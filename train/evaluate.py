@@ -264,7 +264,8 @@ def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
         "--checkpoint",
         type=pathlib.Path,
         required=True,
-        help="folder of a run, one of its checkpoints/STEP, or what train.generate --save wrote",
+        help="folder of a run, one of its checkpoints/STEP, what train.generate --save wrote, or a"
+        " Hugging Face folder",
     )
     parser.add_argument("--step", type=int, help="checkpoint of a run; the latest if not given")
     parser.add_argument("--data", help="as of train.pretrain: text:GLOB, tfds:NAME, docs")

@@ -8,9 +8,12 @@ with zeros where ours are pruned; `--semi-structured` writes 2:4 tensors for PyT
 """
 
 import argparse
+import contextlib
+import json
 import pathlib
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from train.generate import exit_code
@@ -40,7 +43,8 @@ def export_run(
     The tokenizer gives the ids that the model was trained on: of a text alone for a decoder, and with
     [CLS] and [SEP] for a BERT, whose [MASK] takes the white space ahead of it if words carry theirs. But
     where a text spells a special token, it means that token, as is usual with Transformers
-    (`split_special_tokens=True` takes it for text, as our commands do).
+    (`split_special_tokens=True` takes it for text, as our commands do). A model that came from Hugging Face
+    keeps the tokenizer of its folder, with all that ends and begins a text.
 
     Args:
       folder: a new one.
@@ -53,16 +57,57 @@ def export_run(
     """
     from slope_jax.models import export_hf
 
+    with _tokenizer_of(run) as tokenizer:
+        return export_hf(
+            folder, run.model, run.variables, adapters=adapters, dtype=dtype, **tokenizer
+        )
+
+
+@contextlib.contextmanager
+def _tokenizer_of(run: "Trained | Served") -> Iterator[dict[str, Any]]:
+    """`tokenizer` and `special_tokens` as exports take them."""
+    given = run.about.get("imported")
+    if given is None:
+        tokenizer, special = hf_tokenizer(run.vocabulary)
+        yield {"tokenizer": tokenizer, "special_tokens": special}
+        return
+    source = pathlib.Path(given["source"])
+    if _has_tokenizer(source, run.vocabulary):
+        yield {"tokenizer": source}
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        _write_imported(pathlib.Path(folder), run, given)
+        yield {"tokenizer": folder}
+
+
+def _has_tokenizer(folder: pathlib.Path, vocabulary: "Vocabulary") -> bool:
+    """Whether a model's folder still has this tokenizer."""
+    from train.data.tokenizer import load_tokenizer
+
+    end = vocabulary.specials.end_of_text
+    try:
+        found = load_tokenizer(folder / "tokenizer.json", vocabulary.objective, end)
+    except ValueError:
+        return False
+    return found.to_json() == vocabulary.to_json()
+
+
+def _write_imported(folder: pathlib.Path, run: "Served", given: dict[str, Any]) -> None:
+    """The tokenizer of an import whose folder is gone, as that folder had it."""
+    from slope_jax.models.hf_tokenizer import write_tokenizer
+
     tokenizer, special = hf_tokenizer(run.vocabulary)
-    return export_hf(
-        folder,
-        run.model,
-        run.variables,
-        adapters=adapters,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        special_tokens=special,
-    )
+    causal = run.vocabulary.objective == "clm"
+    if causal:
+        tokenizer = run.vocabulary.copy()
+        if given["beginning"]:
+            special["bos_token"] = tokenizer.id_to_token(given["beginning"][0])
+    ids = write_tokenizer(folder, tokenizer, special, run.model.config, causal=causal)
+    (folder / "config.json").write_text(json.dumps(ids))
+    if causal and given["other_ends"]:
+        file = folder / "generation_config.json"
+        ends = {"eos_token_id": [ids["eos_token_id"], *given["other_ends"]]}
+        file.write_text(json.dumps(json.loads(file.read_text()) | ends))
 
 
 def hf_tokenizer(vocabulary: "Vocabulary") -> tuple["tokenizers.Tokenizer", dict[str, str]]:
@@ -72,7 +117,7 @@ def hf_tokenizer(vocabulary: "Vocabulary") -> tuple["tokenizers.Tokenizer", dict
 
     from train.data.tokenizer import ALIASES
 
-    made = tokenizers.Tokenizer.from_str(vocabulary.to_json())
+    made = vocabulary.copy()
     specials = vocabulary.specials
     if vocabulary.objective == "mlm":
         ids = {"pad_token": specials.pad, "cls_token": specials.cls}
@@ -110,27 +155,42 @@ def _run(arguments: argparse.Namespace) -> None:
     if importlib.util.find_spec("safetensors") is None:
         raise ValueError("export needs safetensors: pip install 'slope-jax[hf]'")
     path = arguments.checkpoint.expanduser()
-    load = serving.load if serving.is_apart(path) else serving.load_trained
-    run = load(path, step=arguments.step)
+    run, stored = _loaded(path, arguments.step)
     if arguments.semi_structured:
         if set(run.model.config.patterns.values()) == {DENSE}:
             raise ValueError(
                 "the model prunes nothing, its weights are dense; leave out --semi-structured"
             )
-        tokenizer, special = hf_tokenizer(run.vocabulary)
-        folder = export_semi_structured(
-            arguments.output,
-            run.model,
-            run.variables,
-            dtype=arguments.dtype or "bfloat16",
-            tokenizer=tokenizer,
-            special_tokens=special,
-        )
+        with _tokenizer_of(run) as tokenizer:
+            folder = export_semi_structured(
+                arguments.output,
+                run.model,
+                run.variables,
+                dtype=arguments.dtype or "bfloat16",
+                **tokenizer,
+            )
     else:
         folder = export_run(
-            arguments.output, run, adapters=arguments.adapters or "merge", dtype=arguments.dtype
+            arguments.output,
+            run,
+            adapters=arguments.adapters or "merge",
+            dtype=arguments.dtype or stored,
         )
     print(f"{serving.title(run.about)}: exported to {folder}")
+
+
+def _loaded(path: pathlib.Path, step: int | None) -> tuple["Trained | Served", str | None]:
+    """What is exported, with all the digits that it has, and the dtype of a Hugging Face folder's tensors."""
+    from slope_jax.models.hf_files import read_json
+    from train import imported, serving
+
+    if not serving.is_apart(path):
+        return serving.load_trained(path, step=step), None
+    if step is not None or (path / serving.SERVED_FILE).is_file():
+        return serving.load(path, step=step), None
+    raw = read_json(path / imported.CONFIG_FILE)
+    dtype = raw.get("dtype", raw.get("torch_dtype"))
+    return serving.from_hf(path, dtype="float32"), dtype
 
 
 def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
@@ -156,7 +216,7 @@ def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of the tensors; as they are if not given: float32 of a run",
+        help="of the tensors; as they are if not given: float32 of a run, a folder's own",
     )
     parser.add_argument(
         "--semi-structured",

@@ -43,8 +43,10 @@ class Cut:
         if self.stages < 2:
             raise ValueError(f"{self}: a ring has at least 2 stages")
 
-    def check(self, rank: int) -> None:
-        """Raises a ValueError unless so many columns fit."""
+    def check(self, k: int, rank: int) -> None:
+        """Raises a ValueError unless it fits so many inputs and columns."""
+        if self.share > pl.cdiv(k, STEP):
+            raise ValueError(f"{self}: {k} inputs leave some CTAs without any, {STEP} at a time")
         if rank % COLUMNS or not COLUMNS <= rank <= MOST_RANK:
             raise ValueError(
                 f"rank is {rank}; this kernel takes multiples of {COLUMNS} up to {MOST_RANK}"
@@ -71,14 +73,14 @@ def stage_bytes(rank: int) -> int:
 def choose(tokens: int, k: int, rank: int, *, processors: int = 132) -> Cut:
     """As many CTAs for the same tokens as there are processors for, with as deep a ring as fits.
 
-    Up to four: 16 clusters of eight do not run at once.
+    Up to four: 16 clusters of eight do not run at once, nor do 32 of four.
 
     >>> choose(2048, 5120, 80), choose(8192, 20480, 320)
     (Cut(share=4, stages=7), Cut(share=2, stages=4))
     """
     tiles, steps = pl.cdiv(tokens, TOKENS), pl.cdiv(k, STEP)
     share = 1
-    while share < 4 and 2 * share * tiles <= processors and 2 * share <= steps:
+    while share < 4 and 2 * share <= steps and tiles <= frame.clusters(processors, 2 * share):
         share *= 2
     most = (frame.SHARED_MEMORY - HEAD) // stage_bytes(rank)
     room = pl.cdiv(Cut(share, most).received(rank), stage_bytes(rank))
@@ -100,11 +102,10 @@ def narrow_product(
     """
     tokens = x.shape[0]
     rank = left.shape[0 if transposed else 1]
-    cut.check(rank)
+    cut.check(x.shape[1], rank)
     blocks = pl.cdiv(rank, 64)
     blocked = functools.partial(plgpu.SMEM, dtype=x.dtype, transforms=wgmma.SWIZZLED)
     scratch = {
-        # One after the other, for what is received lies over both.
         "ring": blocked((cut.stages, TOKENS // 64 + blocks, STEP, 64)),
         "full": plgpu.Barrier(num_arrivals=TOKENS // 64 + blocks, num_barriers=cut.stages),
         "empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=cut.stages),

@@ -133,8 +133,8 @@ def _rows(x: jax.Array | Sections, tokens: int) -> jax.Array | Sections:
 
 def _writes_apart(epilogue: Epilogue, tokens: int, dtype, out_dtype) -> bool:
     """Whether the kernel writes the sections apart, if there are any."""
-    fit = all(size % matmul.SECTION == 0 for size in epilogue.sections or ())
-    return fit and tokens > few_tokens.FEW_TOKENS and out_dtype == dtype
+    fitting = all(size % matmul.SECTION == 0 for size in epilogue.sections or ())
+    return fitting and tokens > few_tokens.FEW_TOKENS and out_dtype == dtype
 
 
 def _joined_apart(x, w, epilogue: Epilogue, out_dtype):

@@ -54,6 +54,10 @@ class Vocabulary:
     def to_json(self) -> str:
         return self.tokenizer.to_str()
 
+    def copy(self) -> tokenizers.Tokenizer:
+        """Another tokenizer of the kind, for others to change."""
+        return tokenizers.Tokenizer.from_str(self.to_json())
+
     def save(self, path: Path | str) -> None:
         """Writes ``tokenizer.json``: the old file or the new one, never a part."""
         write_atomically(Path(path), self.to_json())
