@@ -99,8 +99,10 @@ def choose_narrow(query: NarrowQuery, implementation: str | None = None) -> Choi
     'xla'
     """
     _check_name(implementation)
-    if implementation not in (None, "mosaic"):
+    if implementation == "xla":
         return Choice("xla", "asked for")
+    if implementation == "triton":
+        return Choice("xla", "x @ l has no Triton kernel")
     obstacle = support.device_obstacle() or support.narrow_obstacle(
         query.shape, query.dtype, query.tokens
     )

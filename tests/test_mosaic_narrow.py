@@ -104,6 +104,7 @@ def test_what_the_kernel_does_not_take_is_named(monkeypatch):
     query = NarrowQuery((5120, 80), "bfloat16", 2048)
     assert choose_narrow(query).implementation == "mosaic"
     assert choose_narrow(query, "xla") == ("xla", "asked for")
+    assert choose_narrow(query, "triton") == ("xla", "x @ l has no Triton kernel")
 
 
 @needs_jax
