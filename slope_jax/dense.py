@@ -168,14 +168,13 @@ class SparseDense(nn.Dense):
                 f"{self._where()}: apart=True needs sections={self.sections}, and neither an activation"
                 " nor a residual"
             )
-        if self.pattern is None or not self.joins:
+        if self.pattern is None:
             split = split_sections if self._is_sharded() else epilogue.apart
-            if self.pattern is None:
-                return tuple(split(self._dense(inputs), self.sections))
-            return tuple(split(checkpoint_name(self._sparse(inputs), PRODUCT), self.sections))
+            return tuple(split(self._dense(inputs), self.sections))
         if norm is not None:
             return self._joined(inputs, norm, None, sections=self.sections)
-        return checkpoint_name(self._sparse(inputs, sections=self.sections), PRODUCT)
+        options = {"apart": True} if self._is_sharded() else {"sections": self.sections}
+        return checkpoint_name(self._sparse(inputs, **options), PRODUCT)
 
     def _joined(
         self, inputs: jax.Array, norm: Norm | None, residual: Stream | None, **options: Any
@@ -235,7 +234,7 @@ class SparseDense(nn.Dense):
         inputs = inputs.astype(x.dtype) if isinstance(inputs, Activated) else x
         if self._is_sharded():
             matmul = functools.partial(
-                sharded_matmul, cut=cut_of(self.path), sections=self.sections
+                sharded_matmul, cut=cut_of(self.path), sections=self.sections, **options
             )
         else:
             residual = None if residual is None else residual.astype(x.dtype)

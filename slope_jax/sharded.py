@@ -65,6 +65,7 @@ def sharded_matmul(
     cut: Cut,
     *,
     sections: tuple[int, ...] | None = None,
+    apart: bool = False,
     working: Working | None = None,
     bias: jax.Array | None = None,
     activation: str | None = None,
@@ -72,7 +73,7 @@ def sharded_matmul(
     precision: jax.lax.PrecisionLike = None,
     implementation: str | None = None,
     backward: str = matmul.DOUBLE_PRUNED,
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, ...]:
     """`slope_matmul` on the mesh that is set, or the dense product with a dense `w`.
 
     Args:
@@ -81,6 +82,8 @@ def sharded_matmul(
       sections: columns of each projection in the output; None is one. Where `tensor` cuts them, the
         result has the columns of the first device's share of every projection, then of the second's:
         `split_sections` takes them apart.
+      apart: return a tuple of the sections, of a product without an activation: written apart by a
+        kernel, where `tensor` does not cut them.
       The others: as of `slope_matmul`.
 
     Raises:
@@ -97,7 +100,10 @@ def sharded_matmul(
     if problems := cut_problems("a linear", w.shape, getattr(w, "pattern", None), cut, mesh.shape):
         raise ValueError("; ".join(problems) + ": use fewer devices along these axes")
     options = Options(precision, implementation, w.dtype, backward)
-    return _sharded(x, w, working, bias, adapter, activation, options, place)
+    if apart and isinstance(w, CompressedMatrix) and place.tensor == 1:
+        options = options._replace(sections=sections)
+    y = _sharded(x, w, working, bias, adapter, activation, options, place)
+    return tuple(split_sections(y, sections)) if apart and options.sections is None else y
 
 
 def check_batch(rows: int, devices: int) -> None:

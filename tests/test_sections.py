@@ -1,5 +1,6 @@
 """Projections of one matrix: apart on their way out, and their gradients on the way back."""
 
+import contextlib
 import functools
 
 import jax
@@ -9,8 +10,9 @@ import pytest
 
 from pallas_kernels import Sections, compress, decompress, nm_matmul, nm_sddmm
 from pallas_kernels.mosaic import support
-from slope_jax import SparseDense, slope_matmul
+from slope_jax import SparseDense, sharding, slope_matmul
 from slope_jax.normed import Stream
+from slope_jax.sharded import sharded_matmul
 
 obstacle = support.device_obstacle()
 needs_jax = pytest.mark.skipif(
@@ -165,17 +167,22 @@ def test_bad_input_is_named():
 
 
 @needs_jax
-def test_the_kernels_write_and_read_them_apart(monkeypatch):
+@pytest.mark.parametrize("on_mesh", [False, True])
+def test_the_kernels_write_and_read_them_apart(monkeypatch, on_mesh):
     """No slice and no concatenation is left in a training step of a layer."""
     monkeypatch.setattr(support, "device_obstacle", lambda: None)
     sections = (768, 128, 128)
-    x = jax.ShapeDtypeStruct((2048, 768), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((2, 1024, 768), jnp.bfloat16)
     w = jax.eval_shape(
         lambda w: compress(w, "2:4"), jax.ShapeDtypeStruct((768, sum(sections)), jnp.bfloat16)
     )
 
     def loss(x, w, sections):
-        y = slope_matmul(x, w, sections=sections, implementation="mosaic")
+        if on_mesh:
+            product = functools.partial(sharded_matmul, cut=sharding.FUSED, apart=True)
+        else:
+            product = slope_matmul
+        y = product(x, w, sections=sections, implementation="mosaic")
         return sum((part.astype(jnp.float32) ** 2).sum() for part in y)
 
     def operations(sections):
@@ -184,8 +191,11 @@ def test_the_kernels_write_and_read_them_apart(monkeypatch):
         )
         return [text.count(f"stablehlo.{name}") for name in ("slice", "concatenate")]
 
-    assert operations(sections) == [0, 0]
-    assert operations((760, 136, 128)) == [3, 2]  # not multiples of 64
+    auto = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=auto, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh) if on_mesh else contextlib.nullcontext():
+        assert operations(sections) == [0, 0]
+        assert operations((760, 136, 128)) == [3, 2]  # not multiples of 64
 
 
 @needs_jax

@@ -119,6 +119,33 @@ def test_a_linear_and_its_gradients_are_exact_on_any_mesh(sizes, cut, pattern):
     jax.tree.map(np.testing.assert_array_equal, ours[1], gradients)
 
 
+@pytest.mark.parametrize("pattern", [Pattern(2, 4), None], ids=str)
+@pytest.mark.parametrize("adapters", [True, False], ids=["adapters", "none"])
+@pytest.mark.parametrize("sizes", MESHES[1:], ids=str)
+def test_sections_apart_are_exact_on_any_mesh(sizes, adapters, pattern):
+    arguments, dy, sections = linear(pattern, SECTIONS[FUSED.name])
+    assert len(sections) > 1
+    if not adapters:
+        arguments["adapter"] = tuple(jnp.zeros_like(a) for a in arguments["adapter"])
+    if pattern is None:  # of `on_one_device`, whose result then is not negative
+        arguments["bias"] = arguments["bias"] + 2.0**20
+    y, gradients = on_one_device(arguments, dy, None, "double-pruned")
+    with jax.set_mesh(make_mesh(sizes)):
+
+        def function(a):
+            given = {"adapter": a["adapter"]} if adapters else {}
+            parts = sharded.sharded_matmul(
+                a["x"], a["w"], FUSED, sections=sections, apart=True, bias=a["bias"], **given
+            )
+            assert [part.shape[-1] for part in parts] == list(sections)
+            return jnp.concatenate(parts, axis=-1)
+
+        ours = jax.jit(functools.partial(pull, function))(arguments, dy)
+    np.testing.assert_array_equal(ours[0], y)
+    for name in ("x", "w", "bias") + (("adapter",) if adapters else ()):
+        jax.tree.map(np.testing.assert_array_equal, ours[1][name], gradients[name])
+
+
 @pytest.mark.parametrize("cut", [WHOLE, FUSED, ROW], ids=lambda cut: cut.name)
 def test_working_copies_change_nothing(cut):
     arguments, dy, sections = linear(Pattern(2, 4), SECTIONS.get(cut.name))
