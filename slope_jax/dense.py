@@ -152,7 +152,8 @@ class SparseDense(nn.Dense):
             y = self._dense(inputs)
         elif self.activation is not None:
             # The product is needed again to know what entered the activation.
-            y = self._sparse(inputs, activated=activated and self.joins)
+            handed_on = {"activated": True} if activated and self.joins else {}
+            y = self._sparse(inputs, **handed_on)
         elif added is not None and self.joins:
             y, added = self._sparse(inputs, added), None  # the sum, for the caller to name
         else:

@@ -1,4 +1,4 @@
-"""Linear layers and token tables on a mesh: the same functions, piece by piece under `shard_map`.
+"""Linear layers on a mesh: the same functions, piece by piece under `shard_map`.
 
 Arguments and results are global arrays; inside, every device sees plain local matrices, so that the
 sparse kernels run as on one device and are chosen by local shapes. A linear
@@ -13,7 +13,7 @@ Each collective is written out: automatic differentiation of a `shard_map` would
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,6 @@ from slope_jax import matmul, pieces
 from slope_jax.matmul import EXACT, NOTHING, Options, Working
 from slope_jax.sharding import (
     BATCH,
-    COLUMN,
     DATA,
     FSDP,
     TENSOR,
@@ -138,7 +137,7 @@ def transposed(w: CompressedMatrix, cut: Cut, dtype, implementation: str | None)
         return result.values, result.metadata
 
     specs = (P(*lead, inputs, outputs),) * 2
-    values, metadata = _map(local, specs, (P(*lead, outputs, inputs),) * 2)(w.values, w.metadata)
+    values, metadata = mapped(local, specs, (P(*lead, outputs, inputs),) * 2)(w.values, w.metadata)
     return CompressedMatrix(values, metadata, w.pattern, 0, w.shape[::-1])
 
 
@@ -170,8 +169,8 @@ def _run_forward(x, w, working, bias, adapter, activation, options, place, saved
         # The devices' parts of the sum come first; what is not linear follows.
         linear = saved._replace(preactivation=False)
         y, _, t = pieces.product(x, weight, None, adapter, None, options, linear)
-        z = _sum(y, TENSOR)
-        t = None if t is None else _sum(t, TENSOR)
+        z = summed(y, TENSOR)
+        t = None if t is None else summed(t, TENSOR)
         if bias is not None:
             z = z + bias.astype(z.dtype).reshape((1,) * (z.ndim - 1) + (-1,))
         y = z if activation is None else ACTIVATIONS[activation](z)
@@ -184,7 +183,7 @@ def _run_forward(x, w, working, bias, adapter, activation, options, place, saved
         _adapter_specs(place, adapter),
     )
     y_spec = _y_spec(x, place)
-    return _map(local, specs, (y_spec, y_spec, batch_spec(x.ndim)))(*arguments)
+    return mapped(local, specs, (y_spec, y_spec, batch_spec(x.ndim)))(*arguments)
 
 
 def _backward(activation, options, place, residuals, dy):
@@ -212,10 +211,10 @@ def _backward(activation, options, place, residuals, dy):
         saved = (x, weight, other, bias_here, adapter_here, z, t)
         dx, dw, dbias, dadapter = pieces.gradients(activation, options, saved, dy)
         if place.splits_outputs:
-            dx = _sum(dx, TENSOR)
+            dx = summed(dx, TENSOR)
         dw = _scattered(dw, place)
         if dbias is not None:
-            dbias = _sum(_all_columns(dbias, place), BATCH).astype(bias.dtype)
+            dbias = summed(_all_columns(dbias, place), BATCH).astype(bias.dtype)
         if dadapter is not None:
             dadapter = _scattered_adapter(dadapter, adapter, place)
         return dx, dw, dbias, dadapter
@@ -227,7 +226,7 @@ def _backward(activation, options, place, residuals, dy):
     t_spec = batch_spec(x.ndim)
     specs = (_x_spec(x, place), y_spec, y_spec, t_spec, values_spec, metadata_spec, turned)
     outputs = (_x_spec(x, place), values_spec, P(), adapters)
-    dx, dw, dbias, dadapter = _map(local, (*specs, P(), adapters), outputs)(*arguments)
+    dx, dw, dbias, dadapter = mapped(local, (*specs, P(), adapters), outputs)(*arguments)
     if is_sparse:
         no_gradient = np.zeros(w.metadata.shape, jax.dtypes.float0)
         dw = CompressedMatrix(dw, no_gradient, w.pattern, w.axis, w.shape)
@@ -237,14 +236,15 @@ def _backward(activation, options, place, residuals, dy):
 _sharded.defvjp(_forward, _backward, optimize_remat=True)
 
 
-def _sum(x, axes):
+def summed(x, axes):
     """`jax.lax.psum`, but nothing at all over a single device."""
     axes = (axes,) if isinstance(axes, str) else axes
     axes = tuple(axis for axis in axes if lax.axis_size(axis) > 1)
     return lax.psum(x, axes) if axes else x
 
 
-def _map(function, in_specs, out_specs):
+def mapped(function, in_specs, out_specs):
+    """`function` on every device's pieces; collectives are all its own."""
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
@@ -321,7 +321,7 @@ def _scattered(gradient: jax.Array, place: Place) -> jax.Array:
     if place.cut.exchanged and place.tensor > 1:
         gradient = lax.all_to_all(gradient, TENSOR, 0, 1, tiled=True)
         gradient = _regrouped(gradient, 1, place, back=True)
-    return _sum(gradient, DATA)
+    return summed(gradient, DATA)
 
 
 def _regrouped(x: jax.Array, axis: int, place: Place, *, back: bool = False) -> jax.Array:
@@ -377,69 +377,9 @@ def _gathered_adapter(adapter, dtype, place: Place):
 def _scattered_adapter(gradients, adapter, place: Place):
     left, right = gradients
     if place.splits_outputs:
-        left, right = _sum(left, TENSOR), _all_columns(right, place)
+        left, right = summed(left, TENSOR), _all_columns(right, place)
     if place.fsdp > 1:
         left = lax.psum_scatter(left, FSDP, scatter_dimension=0, tiled=True)
         right = lax.psum_scatter(right, FSDP, scatter_dimension=1, tiled=True)
-    left, right = _sum((left, right), DATA)
+    left, right = summed((left, right), DATA)
     return left.astype(adapter[0].dtype), right.astype(adapter[1].dtype)
-
-
-# The token table
-
-
-def sharded_take(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
-    """Rows (B, S, hidden) of a table (vocabulary, hidden) that is cut by `tensor` and `fsdp`."""
-    mesh = active_mesh()
-    check_batch(tokens.shape[0], size_of(mesh, BATCH))
-    return _take(table, tokens, jnp.dtype(dtype), mesh.shape[FSDP], mesh.shape[TENSOR])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _take(table, tokens, dtype, fsdp, tensor):
-    def local(table, tokens):
-        table = table.astype(dtype)
-        if fsdp > 1:
-            table = lax.all_gather(table, FSDP, axis=1, tiled=True)
-        if tensor == 1:
-            return jnp.take(table, tokens, axis=0)
-        rows, here = _own_rows(tokens, table.shape[0])
-        found = jnp.where(here[..., None], jnp.take(table, rows, axis=0), jnp.zeros((), dtype))
-        return _sum(found, TENSOR)
-
-    specs = (P(TENSOR, FSDP), batch_spec(tokens.ndim))
-    return _map(local, specs, batch_spec(tokens.ndim + 1))(table, tokens)
-
-
-def _take_forward(table, tokens, dtype, fsdp, tensor):
-    return _take(table, tokens, dtype, fsdp, tensor), (table, tokens)
-
-
-def _take_backward(dtype, fsdp, tensor, residuals, dy):
-    table, tokens = residuals
-
-    def local(tokens, dy):
-        rows, here = _own_rows(tokens, table.shape[0] // tensor)
-        dy = jnp.where(here[..., None], dy.astype(table.dtype), jnp.zeros((), table.dtype))
-        gradient = jnp.zeros((table.shape[0] // tensor, table.shape[1]), table.dtype)
-        gradient = gradient.at[rows].add(dy)
-        if fsdp > 1:
-            gradient = lax.psum_scatter(gradient, FSDP, scatter_dimension=1, tiled=True)
-        return _sum(gradient, DATA)
-
-    specs = (batch_spec(tokens.ndim), batch_spec(tokens.ndim + 1))
-    return _map(local, specs, P(TENSOR, FSDP))(tokens, dy), None
-
-
-_take.defvjp(_take_forward, _take_backward)
-
-
-def _own_rows(tokens: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    rows = tokens - lax.axis_index(TENSOR).astype(tokens.dtype) * count
-    here = (rows >= 0) & (rows < count)
-    return jnp.where(here, rows, 0), here
-
-
-def sharded_head(x: jax.Array, table: jax.Array, dtype: Any) -> jax.Array:
-    """Products (B, ..., vocabulary) of x (B, ..., hidden) with the rows of a token table."""
-    return sharded_matmul(x.astype(dtype), table.T, COLUMN)

@@ -15,7 +15,8 @@ from slope_jax.dense import PRODUCT, SparseDense, inverse_rank_normal
 from slope_jax.models.config import TransformerConfig
 from slope_jax.normed import Normed, Stream
 from slope_jax.policy import DENSE
-from slope_jax.sharded import sharded_head, sharded_take, split_sections
+from slope_jax.sharded import split_sections
+from slope_jax.sharded_tables import sharded_head, sharded_take
 from slope_jax.sharding import WHOLE, active_mesh, constrain, cut_of
 
 normal_init = nn.initializers.normal(0.02)
