@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec
 
 from pallas_kernels import CompressedMatrix, nm_transpose
 from pallas_kernels.epilogue import ACTIVATIONS
+from pallas_kernels.epilogue import apart as apart_of
 from slope_jax import matmul, pieces
 from slope_jax.matmul import EXACT, NOTHING, Options, Working
 from slope_jax.sharding import (
@@ -117,12 +118,11 @@ def check_batch(rows: int, devices: int) -> None:
 def split_sections(y: jax.Array, sections: tuple[int, ...]) -> list[jax.Array]:
     """The projections (..., section) in the output of a linear that has several."""
     mesh = active_mesh()
-    bounds = np.cumsum(sections)[:-1].tolist()
     if mesh is None or mesh.shape[TENSOR] == 1:
-        return jnp.split(y, bounds, axis=-1)
+        return list(apart_of(y, sections))
     count = mesh.shape[TENSOR]
     shares = y.reshape(*y.shape[:-1], count, y.shape[-1] // count)
-    parts = jnp.split(shares, [b // count for b in bounds], axis=-1)
+    parts = apart_of(shares, tuple(size // count for size in sections))
     return [part.reshape(*y.shape[:-1], -1) for part in parts]
 
 

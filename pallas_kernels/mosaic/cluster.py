@@ -6,11 +6,10 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.mosaic.gpu import utils as mutils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from pallas_kernels.mosaic import activations, launch, normed, ops, ptx, warps
+from pallas_kernels.mosaic import activations, exchange, launch, normed, ops, ptx, warps
 
 
 def kernel(geometry: warps.Geometry, body, *, out_type, grid: dict[str, int], name: str):
@@ -52,13 +51,7 @@ def open_exchange(geometry: warps.Geometry, ring_ref, share) -> None:
     def body(ctx, ring, share):
         units = ptx.minus(ops.const(g.units + g.split - 1), share.registers.item())
         expected = ops.mul(llvm.udiv(units, ops.const(g.split)), warps.UNIT_BYTES * g.split)
-        ptx.asm(
-            "{ .reg .pred p; setp.eq.s32 p, $2, 0; @p mbarrier.init.shared.b64 [$0], 1;"
-            " @p mbarrier.arrive.expect_tx.shared.b64 _, [$0], $1; }",
-            ops.add(ptx.shared_address(ring), g.barrier_offset),
-            expected,
-            mutils.thread_idx(),
-        )
+        exchange.expect(ops.add(ptx.shared_address(ring), g.barrier_offset), expected)
         ptx.asm("fence.mbarrier_init.release.cluster;")
         ptx.asm("barrier.cluster.arrive.relaxed.aligned;")
 
@@ -99,11 +92,7 @@ def finish(
         ptx.asm("barrier.cluster.wait.acquire.aligned;")
         for unit, known, values in units:
             _send(g, lane, ring, share, unit, known, values)
-        ptx.asm(
-            "{ .reg .pred p; WAIT: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64"
-            " p, [$0], 0; @!p bra WAIT; }",
-            ops.add(ring, g.barrier_offset),
-        )
+        exchange.wait(ops.add(ring, g.barrier_offset))
         for unit, known, values in _received_units(g, lane, ring, share):
             complete(unit, known, values)
 

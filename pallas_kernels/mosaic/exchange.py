@@ -27,13 +27,7 @@ def prepare(ref, parts: int, values: int) -> None:
     @plgpu.inline_mgpu(arg_types=(REF,))
     def body(ctx, ref):
         for wg in range(CONSUMERS):
-            ptx.asm(
-                "{ .reg .pred p; setp.eq.s32 p, $2, 0; @p mbarrier.init.shared.b64 [$0], 1;"
-                " @p mbarrier.arrive.expect_tx.shared.b64 _, [$0], $1; }",
-                ops.add(ptx.shared_address(ref), 8 * wg),
-                ops.const(expected),
-                mutils.thread_idx(),
-            )
+            expect(ops.add(ptx.shared_address(ref), 8 * wg), ops.const(expected))
         ptx.asm("fence.mbarrier_init.release.cluster;")
         ptx.asm("barrier.cluster.arrive.release.aligned;")
 
@@ -50,10 +44,7 @@ def send(mine, held: Registers, ref, part) -> None:
         place = _place(here, len(values), part.registers.item())
         barrier = ptx.sum_of(here, ops.mul(_warpgroup(), 8))
         ptx.asm("barrier.cluster.wait.acquire.aligned;")
-        target, barrier = (
-            ptx.asm("mapa.shared::cluster.u32 $0, $1, 0;", address, results="r", pure=True)
-            for address in (place, barrier)
-        )
+        target, barrier = (of_cta(address, 0) for address in (place, barrier))
         for i in range(0, len(values), 4):
             ptx.asm(
                 "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32"
@@ -73,11 +64,7 @@ def receive(mine, held: Registers, ref, parts: int):
     def body(ctx, mine, ref):
         here = ptx.shared_address(ref)
         ptx.asm("barrier.cluster.wait.acquire.aligned;")
-        ptx.asm(
-            "{ .reg .pred p; WAIT: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64"
-            " p, [$0], 0; @!p bra WAIT; }",
-            ptx.sum_of(here, ops.mul(_warpgroup(), 8)),
-        )
+        wait(ptx.sum_of(here, ops.mul(_warpgroup(), 8)))
         values = held.values_of(mine)
         for part in range(parts):
             place = _place(here, len(values), ops.const(part))
@@ -89,6 +76,34 @@ def receive(mine, held: Registers, ref, parts: int):
         return held.from_values(values)
 
     return body(mine, ref)
+
+
+# What a CTA receives once, in inline code: bytes that others store into its shared memory.
+
+
+def expect(barrier, count) -> None:
+    """One thread prepares a barrier for so many bytes; a fence and a barrier of the cluster must follow."""
+    ptx.asm(
+        "{ .reg .pred p; setp.eq.s32 p, $2, 0; @p mbarrier.init.shared.b64 [$0], 1;"
+        " @p mbarrier.arrive.expect_tx.shared.b64 _, [$0], $1; }",
+        barrier,
+        count,
+        mutils.thread_idx(),
+    )
+
+
+def of_cta(address, owner: int):
+    """An address of shared memory, in another CTA of the cluster."""
+    return ptx.asm(f"mapa.shared::cluster.u32 $0, $1, {owner};", address, results="r", pure=True)
+
+
+def wait(barrier) -> None:
+    """Until all bytes are there."""
+    ptx.asm(
+        "{ .reg .pred p; WAIT: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64"
+        " p, [$0], 0; @!p bra WAIT; }",
+        barrier,
+    )
 
 
 def _warpgroup():

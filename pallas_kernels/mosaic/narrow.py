@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental.mosaic.gpu import utils as mutils
 from jaxlib.mlir.dialects import llvm
 
-from pallas_kernels.mosaic import frame, launch, ops, ptx, wgmma
+from pallas_kernels.mosaic import exchange, frame, launch, ops, ptx, wgmma
 from pallas_kernels.mosaic.frame import CONSUMERS, STEP
 from pallas_kernels.mosaic.support import MOST_RANK
 
@@ -159,13 +159,7 @@ class _Kernel:
         def body(ctx, head, share):
             own = ptx.minus(ops.const(units + cut.share - 1), share.registers.item())
             expected = ops.mul(llvm.udiv(own, ops.const(cut.share)), UNIT_BYTES * cut.share)
-            ptx.asm(
-                "{ .reg .pred p; setp.eq.s32 p, $2, 0; @p mbarrier.init.shared.b64 [$0], 1;"
-                " @p mbarrier.arrive.expect_tx.shared.b64 _, [$0], $1; }",
-                ptx.shared_address(head),
-                expected,
-                mutils.thread_idx(),
-            )
+            exchange.expect(ptx.shared_address(head), expected)
             ptx.asm("fence.mbarrier_init.release.cluster;")
 
         body(self.refs["head"], self.share)
@@ -246,11 +240,7 @@ class _Kernel:
             for unit, four in enumerate(units):
                 number, owner = divmod(unit, cut.share)
                 _send(ops.add(place, number * UNIT_BYTES), barrier, owner, four)
-            ptx.asm(
-                "{ .reg .pred p; WAIT: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64"
-                " p, [$0], 0; @!p bra WAIT; }",
-                barrier,
-            )
+            exchange.wait(barrier)
             for number in range(cut.units(rank)):
                 column = ops.mul(ops.add(share, number * cut.share), COLUMNS)
                 total = None
@@ -273,10 +263,7 @@ def _place(ring, part, units: int):
 
 
 def _send(place, barrier, owner: int, four) -> None:
-    target, barrier = (
-        ptx.asm(f"mapa.shared::cluster.u32 $0, $1, {owner};", address, results="r", pure=True)
-        for address in (place, barrier)
-    )
+    target, barrier = (exchange.of_cta(address, owner) for address in (place, barrier))
     ptx.asm(
         "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32"
         " [$0], {$2,$3,$4,$5}, [$1];",
