@@ -38,8 +38,8 @@ class Cut:
     stages: int = 4
 
     def __post_init__(self):
-        if self.share not in (1, 2, 4, 8):
-            raise ValueError(f"{self}: share must be 1, 2, 4 or 8, the CTAs of a cluster")
+        if self.share not in (1, 2, 4):
+            raise ValueError(f"{self}: share must be 1, 2 or 4, the CTAs of a cluster")
         if self.stages < 2:
             raise ValueError(f"{self}: a ring has at least 2 stages")
 
@@ -54,16 +54,10 @@ class Cut:
         needed = self.stages * stage_bytes(rank) + HEAD
         if needed > frame.SHARED_MEMORY:
             raise ValueError(f"{self}: needs {needed} bytes of {frame.SHARED_MEMORY}")
-        if self.received(rank) > self.stages * stage_bytes(rank):
-            raise ValueError(f"{self}: its ring has no room for the sums of {rank} columns")
 
     def units(self, rank: int) -> int:
-        """Of `COLUMNS` columns, that a CTA completes at most."""
+        """Of `COLUMNS` columns, that a CTA completes at most. Two stages have room for their sums."""
         return pl.cdiv(rank // COLUMNS, self.share)
-
-    def received(self, rank: int) -> int:
-        """Bytes of all sums that a CTA completes."""
-        return self.share * self.units(rank) * UNIT_BYTES if self.share > 1 else 0
 
 
 def stage_bytes(rank: int) -> int:
@@ -75,16 +69,15 @@ def choose(tokens: int, k: int, rank: int, *, processors: int = 132) -> Cut:
 
     Up to four: 16 clusters of eight do not run at once, nor do 32 of four.
 
-    >>> choose(2048, 5120, 80), choose(8192, 20480, 320)
-    (Cut(share=4, stages=7), Cut(share=2, stages=4))
+    >>> choose(2048, 5120, 80), choose(8192, 4096, 64)
+    (Cut(share=4, stages=7), Cut(share=2, stages=9))
     """
     tiles, steps = pl.cdiv(tokens, TOKENS), pl.cdiv(k, STEP)
     share = 1
     while share < 4 and 2 * share <= steps and tiles <= frame.clusters(processors, 2 * share):
         share *= 2
     most = (frame.SHARED_MEMORY - HEAD) // stage_bytes(rank)
-    room = pl.cdiv(Cut(share, most).received(rank), stage_bytes(rank))
-    return Cut(share, min(most, max(2, pl.cdiv(steps, share), room)))
+    return Cut(share, min(most, max(2, pl.cdiv(steps, share))))
 
 
 @launch.once("cut", "transposed")
@@ -95,7 +88,7 @@ def narrow_product(
 
     Args:
       x: (tokens, in), bfloat16 or float16; in is a multiple of 8, tokens are any number > 0.
-      left: (in, rank) in x's dtype, or (rank, in) if transposed; rank a multiple of 8 up to 384.
+      left: (in, rank) in x's dtype, or (rank, in) if transposed; rank a multiple of 8 up to 128.
 
     Raises:
       ValueError: the cut does not fit the product.

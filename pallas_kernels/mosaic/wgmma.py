@@ -117,22 +117,14 @@ def multiply_rows(acc, x_ref, b_ref, columns: int, dtype: str, transposed: bool)
 
     b_ref: (blocks, 64, 64), inputs x columns; if transposed, columns x inputs.
     """
-    most = 256  # columns of an instruction
 
     def prepare(x, b):
         x_base, b_base = _descriptor(x), _descriptor(b, block_bytes=16 if transposed else 8192)
+        step, kind = (32, "0, 0") if transposed else (2048, "0, 1")
 
         def issue(registers, block, k, accumulate):
-            new = []
-            for first in range(0, columns, most):
-                width = min(most, columns - first)
-                b_desc = _at(b_base, 128 * first + (32 if transposed else 2048) * k)
-                mine = registers[first // 2 : (first + width) // 2]
-                kind = f"0, {int(not transposed)}"
-                new += _wgmma_dense(
-                    mine, _at(x_base, 32 * k), b_desc, width, kind, dtype, accumulate
-                )
-            return new
+            b_desc, x_desc = _at(b_base, step * k), _at(x_base, 32 * k)
+            return _wgmma_dense(registers, x_desc, b_desc, columns, kind, dtype, accumulate)
 
         return issue
 
