@@ -21,8 +21,8 @@ class Row:
     """One linear layer; `layers` of them when it is a scanned stack.
 
     `shape` is (in, out); `choices` maps y, dx and dw to what runs and why, and `first_product` says
-    so of an adapter's x @ l, where the product itself has a kernel; bytes are those stored for kernel, metadata and adapters, and for a dense
-    kernel of the same dtype.
+    so of an adapter's x @ l, where the product itself has a kernel; bytes are those stored for
+    kernel, metadata and adapters, and for a dense kernel of the same dtype.
     """
 
     path: str

@@ -112,8 +112,8 @@ def slope_matmul(
         product. For comparisons: it is what the second pruning approximates.
 
     Returns:
-      (..., out) in x's dtype, an `Activated` of it, or a tuple of its sections. Gradients are in the dtypes of their
-      operands; that of w comes straight from float32 accumulators.
+      (..., out) in x's dtype, an `Activated` of it, or a tuple of its sections. Gradients are in the
+      dtypes of their operands; that of w comes straight from float32 accumulators.
 
     Raises:
       ValueError: shapes or dtypes do not fit, the activation or `backward` is unknown, or what is
@@ -132,7 +132,7 @@ def slope_matmul(
         _check_activated(through, source, x)
     check_operands(x, w, working, adapter, backward)
     _check_terms(x, w, activation, residual, activated)
-    _check_sections(sections, activation, residual)
+    check_sections(sections, activation, residual)
     added = residual is not None
     options = Options(
         precision, implementation, w.dtype, backward, through, activated, added, sections
@@ -356,7 +356,8 @@ def _check_terms(x, w, activation: str | None, residual, activated: bool) -> Non
         raise ValueError("activated=True needs an activation: there is none to go back through")
 
 
-def _check_sections(sections, activation: str | None, residual) -> None:
+def check_sections(sections, activation: str | None, residual) -> None:
+    """Raises a ValueError if anything is asked of sections that is for y in one piece."""
     if sections is not None and (activation is not None or residual is not None):
         other = "a residual" if activation is None else f"activation={activation!r}"
         raise ValueError(f"sections and {other} are both given; sections are of a product alone")

@@ -97,6 +97,7 @@ def sharded_matmul(
     place = Place(cut, sections, mesh.shape[FSDP], mesh.shape[TENSOR])
     working = Working() if working is None else working
     matmul.check_operands(x, w, working, adapter, backward)
+    matmul.check_sections(sections if apart else None, activation, None)
     if problems := cut_problems("a linear", w.shape, getattr(w, "pattern", None), cut, mesh.shape):
         raise ValueError("; ".join(problems) + ": use fewer devices along these axes")
     options = Options(precision, implementation, w.dtype, backward)

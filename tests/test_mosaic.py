@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper import needs_gpu, needs_jax
 
 from pallas_kernels import (
     Pattern,
@@ -24,14 +25,6 @@ from pallas_kernels.mosaic import support
 
 obstacle = support.device_obstacle()
 
-
-def needs_gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(obstacle is not None, reason=str(obstacle))(test))
-
-
-needs_jax = pytest.mark.skipif(
-    support.version_obstacle() is not None, reason=str(support.version_obstacle())
-)
 
 # tokens, in, out: whole tiles, partial tiles in every direction, one row, many tiles per CTA
 SHAPES = [

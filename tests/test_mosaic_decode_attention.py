@@ -8,14 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper import needs_gpu, needs_jax
 
 from pallas_kernels.mosaic import support
 from slope_jax import models
 
 obstacle = support.device_obstacle()
-needs_jax = pytest.mark.skipif(
-    support.version_obstacle() is not None, reason=str(support.version_obstacle())
-)
 # Sequences, heads, queries that share one, slots, width.
 SHAPES = [
     (1, 40, 1, 528, 128),
@@ -25,10 +23,6 @@ SHAPES = [
     (16, 3, 2, 33, 96),
     (17, 8, 1, 160, 128),
 ]
-
-
-def needs_gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(obstacle is not None, reason=str(obstacle))(test))
 
 
 def problem(shape, dtype=jnp.bfloat16):

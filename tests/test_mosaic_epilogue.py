@@ -6,23 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper import needs_gpu, needs_jax
 
 from pallas_kernels import compress, decompress, nm_matmul
 from pallas_kernels.epilogue import ACTIVATIONS, Epilogue
 from pallas_kernels.mosaic import support
 from slope_jax import sharding, slope_matmul
 from slope_jax.sharded import sharded_matmul
-
-obstacle = support.device_obstacle()
-
-
-def needs_gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(obstacle is not None, reason=str(obstacle))(test))
-
-
-needs_jax = pytest.mark.skipif(
-    support.version_obstacle() is not None, reason=str(support.version_obstacle())
-)
 
 # tokens, in, out, rank: partial tiles, ranks of part of a stage, of several, and not of 8
 # The last one is for tiles that the CTAs of a cluster share.

@@ -7,16 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper import needs_gpu, needs_jax
 
 from pallas_kernels import compress, decompress, kept_mask
 from pallas_kernels.epilogue import Norm, moments
 from pallas_kernels.mosaic import support
 from slope_jax import models
-
-obstacle = support.device_obstacle()
-needs_jax = pytest.mark.skipif(
-    support.version_obstacle() is not None, reason=str(support.version_obstacle())
-)
 
 # Names of configurations: across, along, split, stages.
 CONFIGS = [(4, 1, 1, 3), (1, 4, 2, 4), (2, 4, 4, 3), (8, 1, 8, 2), (1, 8, 1, 2), (1, 16, 2, 2)]
@@ -26,10 +22,6 @@ ACTIVATIONS = {
     "gelu_tanh": jax.nn.gelu,
     "silu": jax.nn.silu,
 }
-
-
-def needs_gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(obstacle is not None, reason=str(obstacle))(test))
 
 
 def integers(seed, shape, dtype=jnp.bfloat16):

@@ -7,16 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper import lowered, needs_gpu, needs_jax
 
 from pallas_kernels import compress, decompress, nm_matmul
 from pallas_kernels.epilogue import Epilogue, Norm, moments
 from pallas_kernels.mosaic import support
 from slope_jax import slope_matmul
-
-obstacle = support.device_obstacle()
-needs_jax = pytest.mark.skipif(
-    support.version_obstacle() is not None, reason=str(support.version_obstacle())
-)
 
 # along, split, parts
 CONFIGS = [(1, 4, 2, 4), (2, 2, 4, 3), (4, 1, 1, 2), (8, 1, 2, 3), (1, 8, 8, 2)]  # of the product
@@ -32,10 +28,6 @@ SHAPES = [
     (64, 20480, 80),
     (2, 4096, 1024),
 ]
-
-
-def needs_gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(obstacle is not None, reason=str(obstacle))(test))
 
 
 def integers(seed, shape, dtype=jnp.bfloat16, most=4):
@@ -73,11 +65,6 @@ def exact(x, w, adapter):
     left, right = adapter
     t = jnp.asarray(float64(x) @ float64(left), jnp.float32).astype(x.dtype)
     return float64(x) @ float64(dense(w)) + float64(t) @ float64(right)
-
-
-def lowered(function, *args) -> str:
-    traced = jax.jit(function).trace(*args)
-    return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def shapes_of(*args):

@@ -6,22 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper import needs_gpu, needs_jax
 from test_epilogue import ACTIVATIONS, formula, integers
 from test_joining import chain
 
 from pallas_kernels import compress, decompress, nm_matmul
 from pallas_kernels.mosaic import support
-
-obstacle = support.device_obstacle()
-
-
-def needs_gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(obstacle is not None, reason=str(obstacle))(test))
-
-
-needs_jax = pytest.mark.skipif(
-    support.version_obstacle() is not None, reason=str(support.version_obstacle())
-)
 
 
 def joined(shape, dtype, tile, **options):

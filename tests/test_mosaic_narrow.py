@@ -7,15 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper import lowered, needs_gpu, needs_jax
 
 from pallas_kernels import NarrowQuery, choose_narrow, compress, narrow_matmul, nm_matmul
 from pallas_kernels.mosaic import support
 from slope_jax import slope_matmul
 
-obstacle = support.device_obstacle()
-needs_jax = pytest.mark.skipif(
-    support.version_obstacle() is not None, reason=str(support.version_obstacle())
-)
 SHARES = (1, 2, 4)
 # tokens, in, rank: parts of tiles, of stages and of blocks; the widest
 SHAPES = [
@@ -29,10 +26,6 @@ SHAPES = [
 ]
 
 
-def needs_gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(obstacle is not None, reason=str(obstacle))(test))
-
-
 def integers(seed, shape, dtype=jnp.bfloat16, most=4):
     values = np.random.default_rng(seed).integers(-most, most + 1, shape)
     return jnp.asarray(values.astype(dtype))
@@ -43,11 +36,6 @@ def exact(x, left):
     return np.asarray(
         (np.asarray(x, np.float32) @ np.asarray(left, np.float32)).astype(x.dtype), np.float32
     )
-
-
-def lowered(function, *args) -> str:
-    traced = jax.jit(function).trace(*args)
-    return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def of_kernel(x, left, share=None, *, transposed=False):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper import needs_gpu, needs_jax
 
 from pallas_kernels import compress, kept_mask, nm_sddmm
 from pallas_kernels.mosaic import support
@@ -17,17 +18,6 @@ from pallas_kernels.mosaic.sddmm_tiles import (
     candidates,
     choose,
     estimate,
-)
-
-obstacle = support.device_obstacle()
-
-
-def needs_gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(obstacle is not None, reason=str(obstacle))(test))
-
-
-needs_jax = pytest.mark.skipif(
-    support.version_obstacle() is not None, reason=str(support.version_obstacle())
 )
 
 

@@ -7,21 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper import needs_gpu, needs_jax
 
 from pallas_kernels import Pattern, compress, nm_transpose
 from pallas_kernels.compressed import CompressedMatrix
-from pallas_kernels.mosaic import select, support
-
-obstacle = support.device_obstacle()
-
-
-def needs_gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(obstacle is not None, reason=str(obstacle))(test))
-
-
-needs_jax = pytest.mark.skipif(
-    support.version_obstacle() is not None, reason=str(support.version_obstacle())
-)
+from pallas_kernels.mosaic import select
 
 DTYPES = ["float32", "bfloat16", "float16"]
 BITS = {"float32": np.uint32, "bfloat16": np.uint16, "float16": np.uint16}

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper import lowered, needs_gpu, needs_jax
 
 from pallas_kernels import Sections, compress, decompress, nm_matmul, nm_sddmm
 from pallas_kernels.mosaic import support
@@ -14,10 +15,6 @@ from slope_jax import SparseDense, sharding, slope_matmul
 from slope_jax.normed import Stream
 from slope_jax.sharded import sharded_matmul
 
-obstacle = support.device_obstacle()
-needs_jax = pytest.mark.skipif(
-    support.version_obstacle() is not None, reason=str(support.version_obstacle())
-)
 # tokens, in, sections: ragged tiles, sections within a tile, a last one that is not of a whole tile
 SHAPES = [
     (300, 128, (64, 192, 128)),
@@ -25,10 +22,6 @@ SHAPES = [
     (1000, 776, (512, 128, 128)),
     (2048, 768, (768, 768, 768)),
 ]
-
-
-def needs_gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(obstacle is not None, reason=str(obstacle))(test))
 
 
 def integers(seed, shape, dtype=jnp.bfloat16):
@@ -50,11 +43,6 @@ def rounded(x, dtype=jnp.bfloat16):
 
 def split(x, sections):
     return np.split(x, np.cumsum(sections)[:-1], axis=-1)
-
-
-def lowered(function, *args) -> str:
-    traced = jax.jit(function).trace(*args)
-    return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def same(found, expected):

@@ -186,6 +186,11 @@ def test_a_batch_that_the_devices_cannot_share_is_refused():
         pytest.raises(ValueError, match=r"the input axis has 64, .* in multiples of 32: use fewer"),
     ):
         sharded.sharded_matmul(jnp.zeros((8, 64)), compress(narrow, "2:8"), WHOLE)
+    with (
+        jax.set_mesh(make_mesh((1, 8, 1))),
+        pytest.raises(ValueError, match="sections and activation='relu' are both given"),
+    ):
+        sharded.sharded_matmul(arguments["x"], arguments["w"], WHOLE, apart=True, activation="relu")
     with pytest.raises(ValueError, match="no mesh with the axes data, fsdp and tensor"):
         sharded.sharded_matmul(arguments["x"], arguments["w"], COLUMN)
 

@@ -246,16 +246,16 @@ def _kernel(
         ring.fetch(g, arrays, stages, tile, first + number * g.along, stage, limit)
 
     cluster.open_exchange(g, stages, share)
-    adapter = Product(g, refs["t"], refs["r"], tile, share, g.split) if "t" in refs else None
+    low_rank = Product(g, refs["t"], refs["r"], tile, share, g.split) if "t" in refs else None
     second = Second(g, refs["r"], tile) if g.rank else None
-    # Its loads go ahead of the ring's, and arrive with the first stage.
-    started = (adapter or second).start() if adapter or second else None
+    # Loads of r go ahead of the ring's, and arrive with the first stage.
+    started = (low_rank or second).start() if "r" in refs else None
     ring.start(g, fetch)
     if g.norms:
         normed.measure(g, form, refs["moments_of_x"], stages)
     acc = warps.zeros(g)
-    if adapter:
-        acc = adapter.add(acc, started)
+    if low_rank:
+        acc = low_rank.add(acc, started)
 
     def multiply(number, state):
         acc, stage = state

@@ -47,9 +47,7 @@ class Geometry:
     split: int  # CTAs of a cluster that share the inputs
     stages: int
     norms: int = 0  # parameters of a norm of the tokens: scale, shift; 0 for none
-    rank: int = (
-        0  # of an adapter whose first product is made beside the sparse one; a multiple of 8
-    )
+    rank: int = 0  # of an adapter whose first product is made as well; a multiple of 8
 
     @property
     def width(self) -> int:
