@@ -55,7 +55,7 @@ BATCHES = (1, 16, 4, 64)
 RANKS = (0.0, steps.ADAPTERS, 0.0625)
 FIRST = 2  # of each come first
 CONTEXT = 512  # tokens before those that are decoded
-FIRST_SECONDS, SWITCH_SECONDS = 0.5, 0.03  # of preheating: the first of all, and at each switch
+FIRST_SECONDS, SWITCH_SECONDS = 0.5, 0.1  # of preheating: the first of all, and at each switch
 THREADS = 8
 
 
