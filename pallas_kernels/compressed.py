@@ -69,6 +69,10 @@ class CompressedMatrix:
 
     def check(self) -> "CompressedMatrix":
         """Returns itself, or raises a ValueError naming the leaf whose shape or dtype is wrong."""
+        if not isinstance(self.pattern, Pattern):
+            raise ValueError(
+                f"pattern is {self.pattern!r}; a matrix holds a Pattern: Pattern.parse"
+            )
         want = compressed_shapes(self.shape, self.pattern, self.axis)
         for name, leaf, shape in zip(
             ("values", "metadata"), (self.values, self.metadata), want, strict=True

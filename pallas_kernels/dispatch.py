@@ -3,9 +3,8 @@
 import dataclasses
 from typing import NamedTuple
 
-import jax
-
 from pallas_kernels import tuning
+from pallas_kernels.device import current
 from pallas_kernels.mosaic import support
 from pallas_kernels.pattern import Pattern
 from pallas_kernels.triton import support as triton_support
@@ -72,8 +71,8 @@ def choose(query: Query, implementation: str | None = None) -> Choice:
         if obstacle:
             raise NotImplementedError(f"implementation 'mosaic': {obstacle}; use None or 'xla'")
         return Choice("mosaic", "asked for")
-    if query.tokens == 0 and implementation is None:
-        return Choice("xla", "there are no tokens")
+    if implementation is None and (query.tokens == 0 or 0 in query.shape):
+        return Choice("xla", f"there are no {'entries' if 0 in query.shape else 'tokens'}")
     obstacle_to_second = obstacle_to_triton(query)
     if implementation == "triton":
         if obstacle_to_second:
@@ -85,7 +84,8 @@ def choose(query: Query, implementation: str | None = None) -> Choice:
     if reason and not obstacle_to_second:
         return Choice("triton", reason)
     if obstacle:
-        return Choice("xla", f"dense product on the decompressed weight: {obstacle}")
+        wanted = f"; {obstacle_to_second}" if reason else ""
+        return Choice("xla", f"{_instead(query)}: {obstacle}{wanted}")
     return _by_measurement(query)
 
 
@@ -125,7 +125,7 @@ def _by_measurement(query: Query) -> Choice:
         return Choice("mosaic", "one pass at memory speed")
     if query.tokens is None:
         return Choice("mosaic", "the number of tokens is not known here")
-    device = jax.devices()[0]
+    device = current()
     verdict = tuning.verdict(
         support.kernel_of(query.op, query.tokens),
         query.tokens,
@@ -136,9 +136,19 @@ def _by_measurement(query: Query) -> Choice:
     )
     if verdict is None:
         return Choice("mosaic", f"sparse tensor cores; {query.op} is not measured on this device")
+    reason = verdict.reason
+    if 2 * query.pattern.n != query.pattern.m:
+        reason = f"by the times of 2:4, which {query.pattern} is first written as: {reason}"
     if verdict.use_sparse:
-        return Choice("mosaic", verdict.reason)
-    return Choice("xla", f"dense product on the decompressed weight: {verdict.reason}")
+        return Choice("mosaic", reason)
+    return Choice("xla", f"{_instead(query)}: {reason}")
+
+
+def _instead(query: Query) -> str:
+    """What XLA runs."""
+    if query.op == "nm_transpose":
+        return "XLA's operations, in several passes"
+    return "dense product on the decompressed weight"
 
 
 def obstacle_to_mosaic(query: Query) -> str | None:

@@ -105,6 +105,14 @@ class Epilogue:
         low_rank = (first_product(x, left, precision), right)
         return dataclasses.replace(self, low_rank=low_rank, adapter=None)
 
+    def without_nothing(self) -> "Epilogue":
+        """The same without an adapter or low-rank term of rank 0."""
+        adapter, low_rank = (
+            pair if pair is None or pair[1].shape[0] else None
+            for pair in (self.adapter, self.low_rank)
+        )
+        return dataclasses.replace(self, adapter=adapter, low_rank=low_rank)
+
     def normalised(self, x: jax.Array) -> tuple[jax.Array, "Epilogue"]:
         """The norm of x, made, and what is left to do."""
         if self.norm is None:

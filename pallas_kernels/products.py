@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, xla
-from pallas_kernels.compressed import CompressedMatrix, check_dtype
+from pallas_kernels.compressed import DTYPES, CompressedMatrix, check_dtype
 from pallas_kernels.epilogue import Epilogue, Norm, first_product
 from pallas_kernels.sections import Sections, whole
 
@@ -38,7 +38,8 @@ def nm_matmul(
       w: (in, out), compressed along the input axis (axis 0), in x's dtype.
       bias: (out,), added in float32.
       activation: "relu", "gelu" (exact), "gelu_tanh" or "silu"; None for none. In 16-bit results
-        the kernels may err by 5e-4 of its argument, less than the result's rounding there.
+        of more than 64 tokens the kernels may err by 3e-4 of its argument's size: less than bfloat16's
+        rounding where the result is near the argument, more where it is near 0, at negative ones.
       low_rank: t (..., rank) and r (rank, out) in x's dtype, as of adapters: t = x @ adapter_l.
       adapter: l (in, rank) and r in x's dtype, in the place of `low_rank`, with t = x @ l: for
         whoever has no use for t. For few tokens the kernels multiply it themselves, which is faster.
@@ -95,7 +96,8 @@ def nm_matmul(
         sections=None if sections is None else tuple(sections),
     )
     epilogue.check(x, w.shape[1])
-    out_dtype = jnp.dtype(out_dtype or x.dtype)
+    epilogue = epilogue.without_nothing()
+    out_dtype = _written(out_dtype or x.dtype)
     choice = dispatch.choose(_query("nm_matmul", w, x, out_dtype), implementation)
     x = x if choice.implementation == "mosaic" else whole(x)
     return _run(choice).nm_matmul(x, w, out_dtype, precision, epilogue)
@@ -141,7 +143,7 @@ def nm_sddmm(
     _check_same_dtype(x, dy, "x", "dy")
     if x.shape[:-1] != dy.shape[:-1]:
         raise ValueError(f"x {x.shape} and dy {dy.shape} must have the same tokens")
-    out_dtype = jnp.dtype(out_dtype or (w if into is None else into).dtype)
+    out_dtype = _written(out_dtype or (w if into is None else into).dtype)
     _check_into(into, w, out_dtype)
     choice = dispatch.choose(_query("nm_sddmm", w, x), implementation)
     dy = dy if choice.implementation == "mosaic" else whole(dy)
@@ -167,12 +169,13 @@ def nm_transpose(
     Raises:
       ValueError: w is compressed along axis 1, or m does not divide the output axis.
     """
-    w.check()
+    _check_compressed(w)
     if w.axis != 0:
         raise ValueError("w is compressed along axis 1; nm_transpose needs axis 0 (input)")
     w.pattern.check_divides(w.shape[1], f"output axis of shape {w.shape}")
+    dtype = _written(dtype or w.dtype, "dtype")
     choice = dispatch.choose(_query("nm_transpose", w), implementation)
-    return _run(choice).nm_transpose(w, jnp.dtype(dtype or w.dtype))
+    return _run(choice).nm_transpose(w, dtype)
 
 
 def narrow_matmul(
@@ -237,8 +240,23 @@ def _query(
     return dispatch.Query(op, w.shape, w.pattern, str(dtype), tokens, w.axis, written)
 
 
-def _check_matrix(w: CompressedMatrix) -> None:
+def _written(dtype, name: str = "out_dtype") -> jnp.dtype:
+    dtype = jnp.dtype(dtype)
+    if dtype not in DTYPES:
+        raise ValueError(f"{name} is {dtype}; it must be float32, bfloat16 or float16")
+    return dtype
+
+
+def _check_compressed(w: CompressedMatrix) -> None:
+    if not isinstance(w, CompressedMatrix):
+        raise TypeError(
+            f"w is a {type(w).__name__}; it must be a CompressedMatrix: compress(w, '2:4')"
+        )
     w.check()
+
+
+def _check_matrix(w: CompressedMatrix) -> None:
+    _check_compressed(w)
     if w.values.ndim != 2:
         raise ValueError(
             f"w.values has shape {w.values.shape}: a stack of matrices; use jax.vmap or scan"
@@ -250,6 +268,8 @@ def _check_rows(
 ) -> None:
     if isinstance(x, Sections):
         x.check(name)
+    elif not hasattr(x, "dtype"):
+        raise TypeError(f"{name} is a {type(x).__name__}; it must be an array: jnp.asarray({name})")
     check_dtype(x.dtype, name)
     if x.ndim < 1 or x.shape[-1] != size:
         raise ValueError(

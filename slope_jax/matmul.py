@@ -18,6 +18,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.epilogue import gradient_through, sums_of
 from pallas_kernels.sections import Sections
+from pallas_kernels.varying import alike
 
 DOUBLE_PRUNED, EXACT = "double-pruned", "exact"
 BACKWARDS = (DOUBLE_PRUNED, EXACT)
@@ -113,7 +114,8 @@ def slope_matmul(
 
     Returns:
       (..., out) in x's dtype, an `Activated` of it, or a tuple of its sections. Gradients are in the
-      dtypes of their operands; that of w comes straight from float32 accumulators.
+      dtypes of their operands; that of w comes straight from float32 accumulators. There are no second
+      derivatives.
 
     Raises:
       ValueError: shapes or dtypes do not fit, the activation or `backward` is unknown, or what is
@@ -138,6 +140,7 @@ def slope_matmul(
         precision, implementation, w.dtype, backward, through, activated, added, sections
     )
     terms = Terms(bias, adapter, residual, source)
+    x, w, working, terms = alike((x, w, working, terms))
     y = _slope_matmul(x, w, working, terms, activation, options)
     return Activated(*y, activation) if activated else y
 

@@ -74,7 +74,7 @@ def test_attention_asks_jax_for_what_the_path_says(monkeypatch):
         return asked[-1]
 
     assert trace(dtype="bfloat16") == ("xla", "float32")
-    monkeypatch.setattr(attention, "_default_device", device)
+    monkeypatch.setattr(attention, "current", device)
     assert trace(dtype="bfloat16") == ("cudnn", "bfloat16")
     assert trace(dtype="bfloat16", attention="xla") == ("xla", "bfloat16")
     assert trace(dtype="float32") == ("xla", "float32")
@@ -170,10 +170,3 @@ def test_fused_attention_is_as_close_as_xla(name, overrides):
     for factor, got, xla, want in zip((2, 3), fused, plain, exact, strict=True):
         assert np.isfinite(got).all()
         assert relative(got, want) <= factor * relative(xla, want)
-
-
-def test_default_device_is_honoured():
-    with jax.default_device("cpu"):
-        assert attention._default_device().platform == "cpu"
-    with jax.default_device(jax.devices("cpu")[0]):
-        assert attention._default_device() == jax.devices("cpu")[0]

@@ -1,5 +1,6 @@
 """What is chosen and traced on a Hopper GPU by default, on a machine that has none."""
 
+import dataclasses
 import json
 import math
 
@@ -7,18 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper import lowered, needs_jax
 
 from benchmarks.record import RESULTS
 from pallas_kernels import Pattern, Query, choose, compress, nm_matmul, nm_sddmm, nm_transpose
+from pallas_kernels.dispatch import NarrowQuery, choose_narrow
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.mosaic import support
+from pallas_kernels.triton import support as triton_support
 from slope_jax import SparseDense
 
 H100 = "NVIDIA H100 80GB HBM3"
 NOISE = 0.03  # of one timing, see pallas_kernels/NOTES.md
-needs_jax = pytest.mark.skipif(
-    support.version_obstacle() is not None, reason=str(support.version_obstacle())
-)
 
 
 class Device:
@@ -157,3 +158,93 @@ def test_the_kernel_writes_what_it_can_and_xla_the_rest(hopper, out_dtype, runs)
     x = jax.ShapeDtypeStruct((65, 64), jnp.bfloat16)
     jaxpr = jax.make_jaxpr(lambda x, w: nm_matmul(x, w, out_dtype=out_dtype))(x, w)
     assert ("dot_general" in str(jaxpr)) != runs
+
+
+@needs_jax
+@pytest.mark.parametrize("tokens", [4, 2048])
+@pytest.mark.parametrize("term", ["adapter", "low_rank"])
+def test_adapters_of_rank_0_are_none(hopper, tokens, term):
+    shape = jax.ShapeDtypeStruct
+    w = jax.eval_shape(lambda w: compress(w, "2:4"), shape((1536, 128), jnp.bfloat16))
+    x, r = shape((tokens, 1536), jnp.bfloat16), shape((0, 128), jnp.bfloat16)
+    first = {"adapter": shape((1536, 0), x.dtype), "low_rank": shape((tokens, 0), x.dtype)}[term]
+
+    def run(x, w, first, r):
+        return nm_matmul(x, w, **{term: (first, r)})
+
+    assert lowered(run, x, w, first, r) == lowered(run, x, w, first, r)
+    assert "dot_general" not in lowered(run, x, w, first, r)
+    assert choose_narrow(NarrowQuery((1536, 0), "bfloat16", 2048)).reason.endswith("128, not 0")
+
+
+@pytest.mark.parametrize("size", [(0, 8), (8, 0), (0, 0)])
+def test_matrices_without_entries_are_left_to_xla(hopper, size):
+    w = compress(jnp.ones(size, jnp.bfloat16), "2:4")
+    x, dy = jnp.ones((70, size[0]), w.dtype), jnp.ones((70, size[1]), w.dtype)
+    np.testing.assert_array_equal(nm_matmul(x, w), jnp.zeros(dy.shape))
+    assert nm_sddmm(x, dy, w).shape == w.values.shape
+    query = Query("nm_matmul", size, Pattern(2, 4), "bfloat16", 70)
+    assert choose(query) == ("xla", "there are no entries")
+    with pytest.raises(NotImplementedError, match="multiples of 8, not"):
+        choose(query, "mosaic")
+
+
+def test_the_default_device_is_the_one_that_is_chosen_for(monkeypatch):
+    cpu, gpu = jax.devices()[0], Device()
+    monkeypatch.setattr(jax, "devices", lambda platform=None: [cpu if platform == "cpu" else gpu])
+    monkeypatch.setattr(support, "version_obstacle", lambda *_: None)
+    query = Query("nm_matmul", (4096, 4096), Pattern(2, 4), "bfloat16", 8192)
+    assert choose(query).implementation == "mosaic"
+    for here in ("cpu", cpu):
+        with jax.default_device(here):
+            assert "this is cpu" in choose(query).reason
+
+
+@needs_jax
+def test_a_kernel_says_where_it_cannot_run(hopper):
+    """On a machine with a GPU: arrays of the CPU, derivatives, and arrays spread over a mesh."""
+    w = compress(jnp.ones((64, 128), jnp.bfloat16), "2:4")
+    x = jnp.ones((72, 64), jnp.bfloat16)
+    run = jax.jit(nm_matmul)
+    with pytest.raises(ValueError, match="this program is for cpu; pass implementation='xla'"):
+        run.trace(x, w).lower(lowering_platforms=("cpu",))
+    with pytest.raises(NotImplementedError, match="slope_matmul and SparseDense have"):
+        jax.eval_shape(jax.grad(lambda x: nm_matmul(x, w).sum()), x)
+    mesh = jax.sharding.AbstractMesh((2,), ("data",), (jax.sharding.AxisType.Explicit,))
+    with jax.sharding.use_abstract_mesh(mesh):
+        cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+        rows = jax.ShapeDtypeStruct((256, 64), jnp.bfloat16, sharding=cut)
+        with pytest.raises(ValueError, match="call it in jax[.]shard_map"):
+            jax.eval_shape(nm_matmul, rows, w)
+
+
+def test_other_patterns_go_by_the_times_of_two_four(hopper):
+    query = Query("nm_matmul", (4096, 4096), Pattern(1, 4), "bfloat16", 8192)
+    assert choose(query).reason.startswith("by the times of 2:4, which 1:4 is first written as")
+
+
+def test_a_gpu_that_lacks_a_package_alone_says_which(monkeypatch):
+    monkeypatch.setattr(Device, "compute_capability", "8.0")
+    monkeypatch.setattr(jax, "devices", lambda *_: [Device()])
+    monkeypatch.setattr(triton_support, "package_obstacle", lambda: "it needs the extra 'triton'")
+    query = Query("nm_matmul", (4096, 4096), Pattern(2, 4), "bfloat16", 8)
+    assert choose(query).reason.endswith("; it needs the extra 'triton'")
+
+
+def test_operands_of_other_kinds_are_named():
+    w, x = compress(jnp.ones((8, 8)), "2:4"), jnp.ones((4, 8))
+    for call, error, message in [
+        (lambda: nm_matmul(x, jnp.ones((8, 8))), TypeError, "must be a CompressedMatrix"),
+        (lambda: nm_transpose(jnp.ones((8, 8))), TypeError, "must be a CompressedMatrix"),
+        (lambda: nm_matmul([[1.0] * 8], w), TypeError, "x is a list; it must be an array"),
+        (lambda: nm_matmul(x, w, out_dtype="int32"), ValueError, "out_dtype is int32"),
+        (lambda: nm_sddmm(x, x, w, out_dtype="int32"), ValueError, "out_dtype is int32"),
+        (lambda: nm_transpose(w, dtype="int8"), ValueError, "dtype is int8"),
+        (
+            lambda: nm_matmul(x, dataclasses.replace(w, pattern="2:4")),
+            ValueError,
+            "pattern is '2:4'",
+        ),
+    ]:
+        with pytest.raises(error, match=message):
+            call()

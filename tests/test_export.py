@@ -109,7 +109,7 @@ def test_programs_for_other_platforms_hold_what_runs_there(
         gpu = types.SimpleNamespace(
             platform="gpu", compute_capability="9.0", device_kind="NVIDIA H100"
         )
-        monkeypatch.setattr(attention, "_default_device", lambda: gpu)
+        monkeypatch.setattr(attention, "current", lambda: gpu)
         monkeypatch.setattr(export.jax_export, "default_export_platform", lambda: here)
     exported = export.export(
         model, variables, batch=2, prompt=6, max_new_tokens=4, platforms=platforms

@@ -17,6 +17,7 @@ from pallas_kernels import (
     compress,
     decompress,
     kept_mask,
+    narrow_matmul,
     nm_matmul,
     nm_sddmm,
 )
@@ -308,9 +309,10 @@ def test_matmul_is_within_twice_the_error_of_the_dense_product(shape, dtype):
 
 
 @needs_gpu
+@pytest.mark.parametrize("tokens", [3, 40])  # twice: the kernel for few, and that for many
 @pytest.mark.parametrize("pattern", [str(p) for p in support.FITTING])
-def test_matmul_is_exact_on_integers_of_any_fitting_pattern(pattern):
-    x, w = integers(0, (2, 3, 64)), compress(integers(1, (64, 48)), pattern)
+def test_matmul_is_exact_on_integers_of_any_fitting_pattern(pattern, tokens):
+    x, w = integers(0, (2, tokens, 64)), compress(integers(1, (64, 48)), pattern)
     y = nm_matmul(x, w, implementation="mosaic")
     exact = np.asarray(x, np.float32) @ np.asarray(decompress(w), np.float32)
     np.testing.assert_array_equal(np.asarray(y, np.float32), exact.astype(jnp.bfloat16))
@@ -344,3 +346,23 @@ def test_the_whole_gradient_is_that_of_xla():
         results.append((y, dx, dw.values))
     for mosaic, xla in zip(*results, strict=True):
         np.testing.assert_array_equal(np.asarray(mosaic, np.float32), np.asarray(xla, np.float32))
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda x, w: nm_matmul(x, w), "nm_matmul_mosaic"),
+        (lambda x, w: nm_matmul(x[:8], w), "nm_matmul_few"),
+        (lambda x, w: nm_sddmm(x, x[:, :256], w), "nm_sddmm"),
+        (lambda x, w: narrow_matmul(x, x[:1536, :16]), "narrow_product"),
+        (lambda x, w: nm_matmul(x[:8], w, adapter=(x[:1536, :64], x[:64, :256])), "first_product"),
+    ],
+)
+def test_the_kernels_names_are_in_the_profile(call, name):
+    from pallas_kernels.device_time import device_microseconds
+
+    x, w = integers(0, (1536, 1536)), compress(integers(1, (1536, 256)), "2:4")
+    run = jax.jit(call)
+    _, names = device_microseconds(lambda: run(x, w), 2)
+    assert any(name in found for found in names), names

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hopper import needs_gpu, needs_jax
+from hopper import lowered, needs_gpu, needs_jax
 
 from pallas_kernels import compress, decompress, nm_matmul
 from pallas_kernels.epilogue import ACTIVATIONS, Epilogue
@@ -34,18 +34,17 @@ def problem(shape, dtype=jnp.bfloat16):
 def test_every_epilogue_lowers_for_cuda():
     x, w, bias, low_rank = jax.eval_shape(lambda: problem(SHAPES[1]))
 
-    def lowered(out_dtype, **options):
+    def program(out_dtype, **options):
         from pallas_kernels.mosaic import products
 
         def run(x, w, bias, low_rank):
             epilogue = Epilogue(bias, low_rank, **options)
             return products.nm_matmul(x, w, out_dtype, None, epilogue)
 
-        traced = jax.jit(run).trace(x, w, bias, low_rank)
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
+        return lowered(run, x, w, bias, low_rank)
 
     for activation, out_dtype in itertools.product(ACTIVATIONS, (jnp.bfloat16, jnp.float32)):
-        text = lowered(out_dtype, activation=activation, save_preactivation=True)
+        text = program(out_dtype, activation=activation, save_preactivation=True)
         assert "nm_matmul" in text
 
 
@@ -68,14 +67,16 @@ def test_bias_and_low_rank_are_exact_on_integers(shape, dtype):
 
 
 @needs_gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("tokens", [3, 70])  # the kernel for few, and that for many
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
-def test_activations_are_within_the_rounding_of_their_results(activation):
-    """-30 .. 30 and the special numbers, as products with the identity."""
+def test_activations_are_as_precise_as_it_says(activation, tokens, dtype):
+    """-30 .. 30 and the special numbers, as biases of a product that is 0."""
     special = [0.0, -0.0, jnp.inf, jnp.nan]
     z = jnp.concatenate([jnp.linspace(-30, 30, 4091), jnp.array(special)])
     bias = jnp.pad(z, (0, 1))  # 4096
-    x = jnp.zeros((3, 64), jnp.bfloat16)
-    w = compress(jnp.zeros((64, bias.size), jnp.bfloat16), "2:4")
+    x = jnp.zeros((tokens, 64), dtype)
+    w = compress(jnp.zeros((64, bias.size), dtype), "2:4")
     function = ACTIVATIONS[activation]
     exact = np.asarray(function(bias), np.float32)
     options = {"bias": bias, "activation": activation, "implementation": "mosaic"}
@@ -84,15 +85,20 @@ def test_activations_are_within_the_rounding_of_their_results(activation):
     np.testing.assert_array_equal(np.isnan(fast), np.isnan(exact))
     np.testing.assert_array_equal(np.isnan(precise), np.isnan(exact))
     finite = np.isfinite(exact)
-    size = np.maximum(1, np.abs(np.asarray(bias)))[finite]
-    assert (np.abs(precise - exact)[finite] <= 4 * np.finfo(np.float32).eps * size).all()
-    assert (np.abs(fast - exact)[finite] <= 2.0**-8 * size).all()  # bfloat16's own rounding
+    size, exact = np.abs(np.asarray(bias))[finite], exact[finite]
+    off = 4 * np.finfo(np.float32).eps * np.maximum(1, size)
+    assert (np.abs(precise[finite] - exact) <= off).all()
+    if tokens == 70 and activation != "relu":
+        off = off + 3e-4 * size
+    rounding = jnp.finfo(dtype).eps / 2 * np.abs(exact) + jnp.finfo(dtype).smallest_subnormal
+    assert (np.abs(fast[finite] - exact) <= off + rounding).all()
     assert fast[np.asarray(bias) == np.inf] == np.inf
 
 
 @needs_gpu
-def test_vmap_scan_and_remat_reach_the_kernel():
-    x, w = integers(0, (3, 40, 64)), compress(integers(1, (3, 64, 128)), "2:4")
+@pytest.mark.parametrize("tokens", [40, 72])  # the kernel for few, and that for many
+def test_vmap_scan_and_remat_reach_the_kernel(tokens):
+    x, w = integers(0, (3, tokens, 64)), compress(integers(1, (3, 64, 128)), "2:4")
     bias = integers(2, (3, 128), jnp.float32)
     one = jax.tree.map(lambda leaf: leaf[0], w)
 
@@ -142,20 +148,45 @@ def sharded(call):
         mesh=mesh,
         in_specs=(spec("data"), spec(), spec()),
         out_specs=spec("data"),
-        check_vma=False,
     )
 
 
 @needs_jax
-def test_kernels_lower_under_shard_map():
+@pytest.mark.parametrize("tokens", [64, 128])  # the kernel for few, and that for many
+def test_kernels_lower_under_shard_map(tokens):
     from pallas_kernels.mosaic import products
 
     def call(x, w, bias):
         return products.nm_matmul(x, w, x.dtype, None, Epilogue(bias, activation="gelu"))
 
-    x, w, bias, _ = jax.eval_shape(lambda: problem((64, 128, 256, 8)))
-    lowered = jax.jit(sharded(call)).trace(x, w, bias).lower(lowering_platforms=("cuda",))
-    assert "nm_matmul" in lowered.as_text()
+    x, w, bias, _ = jax.eval_shape(lambda: problem((tokens, 128, 256, 8)))
+    text = lowered(sharded(call), x, w, bias)
+    assert ("nm_matmul_few" in text) == (tokens == 64)
+    assert "nm_matmul" in text
+
+
+@needs_jax
+def test_gradients_of_what_the_devices_share_are_sums_over_them(monkeypatch):
+    """In `jax.shard_map` as it is by default."""
+    monkeypatch.setattr(support, "device_obstacle", lambda: None)
+
+    def gradients(x, w, bias):
+        def loss(values, bias):
+            shared = w.with_values(values)
+            y = slope_matmul(x, shared, bias=bias, activation="relu", implementation="mosaic")
+            return jax.lax.psum(y.astype(jnp.float32).sum(), "data")
+
+        return jax.grad(loss, argnums=(0, 1))(w.values, bias)
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+    call = jax.shard_map(
+        gradients, mesh=mesh, in_specs=(spec("data"), spec(), spec()), out_specs=spec()
+    )
+    x, w, bias, _ = jax.eval_shape(lambda: problem((256, 128, 256, 8)))
+    text = lowered(call, x, w, bias)
+    assert "nm_sddmm" in text
+    assert text.count("stablehlo.all_reduce") == 2  # of values and of bias
 
 
 @needs_jax
@@ -181,9 +212,10 @@ def test_kernels_lower_inside_of_a_model_on_a_mesh(cut, monkeypatch):
 
 
 @needs_gpu
-def test_kernels_run_under_shard_map():
+@pytest.mark.parametrize("tokens", [64, 128])
+def test_kernels_run_under_shard_map(tokens):
     def call(x, w, bias):
         return nm_matmul(x, w, bias=bias, activation="gelu", implementation="mosaic")
 
-    x, w, bias, _ = problem((64, 128, 256, 8))
+    x, w, bias, _ = problem((tokens, 128, 256, 8))
     np.testing.assert_array_equal(jax.jit(sharded(call))(x, w, bias), call(x, w, bias))

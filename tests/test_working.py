@@ -215,7 +215,6 @@ def test_vmap_and_shard_map():
         mesh=mesh,
         in_specs=(rows, whole, whole),
         out_specs=rows,
-        check_vma=False,
     )
     np.testing.assert_array_equal(jax.jit(shared)(x[0], one, copies), -slope_matmul(x[0], one))
 

@@ -1,12 +1,23 @@
-"""How the kernels of this package are made, so that those which are alike are compiled once."""
+"""How the kernels of this package are made, and what JAX may do with them.
 
+A kernel is a primitive of JAX (`kernel_p`). Pallas' own would do but for what it says where it cannot run:
+of a device that is no NVIDIA GPU, of a derivative, and of `jax.shard_map`, which it needs check_vma=False in.
+"""
+
+import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import PartitionSpec
 from jaxlib.mlir import ir
+
+from pallas_kernels.varying import alike
 
 DUMP_NAME = "mosaic_gpu.dump_basename"
 
@@ -17,7 +28,128 @@ def once(*static: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     Args:
       static: names of its arguments that are no arrays.
     """
-    return functools.partial(jax.jit, static_argnames=static)
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled = jax.jit(function, static_argnames=static)
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            given = signature.bind(*args, **kwargs).arguments
+            fixed = tuple((name, given.pop(name)) for name in sorted(given) if name in static)
+            operands, tree = jax.tree.flatten(given)
+            made = _Call(compiled, fixed, tree)
+            results = kernel_p.bind(*alike(operands), call=made)
+            return jax.tree.unflatten(jax.tree.structure(made.shapes(operands)), results)
+
+        return call
+
+    return decorate
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class _Call:
+    """A function that makes a kernel, with what is fixed of its arguments."""
+
+    function: Callable[..., Any]
+    fixed: tuple[tuple[str, Any], ...]
+    tree: Any
+
+    def __call__(self, *operands):
+        return self.function(**jax.tree.unflatten(self.tree, operands), **dict(self.fixed))
+
+    def shapes(self, operands):
+        """Of its results, on one device."""
+        own = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
+        return jax.eval_shape(self, *own)
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+kernel_p = Primitive("sparse_kernel")
+kernel_p.multiple_results = True
+
+
+@kernel_p.def_impl
+def _run(*operands, call: _Call):
+    return _compiled(call)(*operands)
+
+
+@functools.cache
+def _compiled(call: _Call):
+    return jax.jit(functools.partial(kernel_p.bind, call=call))
+
+
+@kernel_p.def_abstract_eval
+def _results(*operands, call: _Call):
+    for operand in operands:
+        if any(part is not None for part in operand.sharding.spec):
+            raise ValueError(
+                f"{call.name}: an operand is sharded as {operand.sharding.spec}; a kernel runs on what one"
+                " device has: call it in jax.shard_map, or use slope_jax.sharded_matmul"
+            )
+    first = operands[0]
+
+    def result(shape):
+        whole = first.sharding.update(spec=PartitionSpec(*(None,) * len(shape.shape)))
+        return first.update(shape=shape.shape, dtype=shape.dtype, weak_type=False, sharding=whole)
+
+    return [result(shape) for shape in jax.tree.leaves(call.shapes(operands))]
+
+
+def _lower(ctx, *operands, call: _Call):
+    def strip(avals):
+        return [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in avals]
+
+    own = ctx.replace(avals_in=strip(ctx.avals_in), avals_out=strip(ctx.avals_out))
+    flat = mlir.lower_fun(lambda *arrays: jax.tree.leaves(call(*arrays)), multiple_results=True)
+    return flat(own, *operands)
+
+
+def _lower_elsewhere(ctx, *operands, call: _Call):
+    platforms = ", ".join(ctx.module_context.platforms)
+    raise ValueError(
+        f"{call.name}: the kernel was chosen for the GPU that JAX computes on by default, and this program"
+        f" is for {platforms}; pass implementation='xla', or set jax.default_device for what is not to run"
+        " on the GPU"
+    )
+
+
+def _derivative(operands, tangents, *, call: _Call):
+    raise NotImplementedError(
+        f"{call.name} has no derivative of its own; slope_jax.slope_matmul and SparseDense have one, with the"
+        " double-pruned backward pass, and implementation='xla' runs what JAX differentiates"
+    )
+
+
+def _one_by_one(operands, axes, *, call: _Call):
+    moving = [
+        jax.numpy.moveaxis(x, axis, 0)
+        for x, axis in zip(operands, axes, strict=True)
+        if axis is not batching.not_mapped
+    ]
+
+    def one(slices):
+        slices = iter(slices)
+        own = [
+            x if axis is batching.not_mapped else next(slices)
+            for x, axis in zip(operands, axes, strict=True)
+        ]
+        return kernel_p.bind(*own, call=call)
+
+    results = jax.lax.map(one, moving)
+    return results, [0] * len(results)
+
+
+mlir.register_lowering(kernel_p, _lower_elsewhere)
+mlir.register_lowering(kernel_p, _lower, platform="cuda")
+ad.primitive_jvps[kernel_p] = _derivative
+batching.primitive_batchers[kernel_p] = _one_by_one
 
 
 def kernel(body: Callable[..., None], *, name: str, **options: Any) -> Callable[..., Any]:

@@ -207,7 +207,8 @@ class Second:
         return body(self.r, self.tile)
 
     def add(self, acc, words):
-        """acc + t @ r, t rounded to the geometry's dtype."""
+        """acc + t @ r, where t keeps twice the digits of the geometry's dtype: warps' parts of t may
+        be far larger than t, and rounded each by itself they would not cancel."""
         g = self.geometry
 
         @plgpu.inline_mgpu(
@@ -221,16 +222,22 @@ class Second:
                 a = warps.operands(pieces[PIECES * unit : PIECES * (unit + 1)])
                 for n in range(g.width // 8):
                     b = [self._tokens(sums, 2 * unit + block, n) for block in (0, 1)]
-                    for i in range(4):
-                        warps.mma(g, sums, i, n, a[i], b)
+                    for digits, i in itertools.product(zip(*b, strict=True), range(4)):
+                        warps.mma(g, sums, i, n, a[i], digits)
             return warps.array_of(sums)
 
         return body(acc, words)
 
     def _tokens(self, sums, block: int, n: int):
-        """8 columns of 8 tokens of t."""
+        """8 columns of 8 tokens of t: rounded, and what the rounding left."""
         g = self.geometry
         if block >= g.rank // 8:
-            return ops.const(0)
+            return ops.const(0), ops.const(0)
         at = g.first_register(block, n // 2) + 2 * (n % 2)
-        return ptx.pack(sums[at], sums[at + 1], g.dtype)
+        pair = sums[at : at + 2]
+        rounded = ptx.pack(*pair, g.dtype)
+        left = [
+            llvm.fsub(value, near)
+            for value, near in zip(pair, ptx.floats_of([rounded], g.dtype), strict=True)
+        ]
+        return rounded, ptx.pack(*left, g.dtype)

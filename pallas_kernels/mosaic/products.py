@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import batching, tuning
 from pallas_kernels.compressed import CompressedMatrix
+from pallas_kernels.device import current
 from pallas_kernels.epilogue import (
     Epilogue,
     Norm,
@@ -202,7 +203,7 @@ def _norm_options(x, f: int, config, norm: Norm | None) -> dict[str, Any]:
 
 
 def _measured(op: str, tokens: int, k: int, f: int, dtype) -> tuning.Entry | None:
-    device = jax.devices()[0]
+    device = current()
     return tuning.best(
         op, tokens, k, f, dtype, device.device_kind, getattr(device, "compute_capability", None)
     )

@@ -2,6 +2,7 @@
 
 import jax
 
+from pallas_kernels.device import current
 from pallas_kernels.pattern import Pattern
 
 OLDEST_JAX = (0, 11, 2)
@@ -31,7 +32,7 @@ PROCESSORS = 132  # of an H100 SXM, an H200 and a GH200
 
 def processors(device: jax.Device | None = None) -> int:
     """Streaming multiprocessors of a GPU, for kernels that put one CTA on each; without a GPU, an H100's."""
-    device = device or jax.devices()[0]
+    device = device or current()
     known = getattr(device, "core_count", None) if device.platform == "gpu" else None
     return known or PROCESSORS
 
@@ -40,7 +41,7 @@ def device_obstacle(
     device: jax.Device | None = None, kernels: str = "the sparse kernels"
 ) -> str | None:
     """Why this machine, or one device of it, cannot run `kernels`, or None."""
-    device = device or jax.devices()[0]
+    device = device or current()
     if device.platform != "gpu":
         return f"{kernels} need an NVIDIA Hopper GPU, and this is {device.platform}"
     capability = str(getattr(device, "compute_capability", "unknown"))
@@ -76,8 +77,8 @@ def narrow_obstacle(shape: tuple[int, int], dtype: str, tokens: int) -> str | No
         return f"x @ l has a kernel for {' or '.join(DTYPES)}, not {dtype}"
     if shape[0] % 8:
         return f"x @ l has a kernel for inputs that are a multiple of 8, not {shape[0]}"
-    if shape[1] > MOST_RANK:
-        return f"x @ l has a kernel for ranks up to {MOST_RANK}, not {shape[1]}"
+    if not 1 <= shape[1] <= MOST_RANK:
+        return f"x @ l has a kernel for ranks from 1 to {MOST_RANK}, not {shape[1]}"
     for found, name, least in (
         (shape[0], "inputs", FASTER_INPUTS),
         (tokens, "tokens", FASTER_TOKENS),
@@ -106,6 +107,6 @@ def problem_obstacle(
         return f"{op} has a kernel for matrices compressed along axis 0 (input), not axis {axis}"
     if op == "nm_matmul" and out_dtype not in (None, dtype, "float32"):
         return f"{op} writes {dtype}, as x is, or float32, not {out_dtype}"
-    if shape[0] % 8 or shape[1] % 8:
+    if any(size % 8 or size == 0 for size in shape):
         return f"the sparse kernels need sizes that are multiples of 8, not {shape}"
     return None

@@ -6,6 +6,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.device import current
+
 SMALL_SHARED_MEMORY = ("8.6", "8.9", "12.0", "12.1")  # 100 KiB per processor
 
 
@@ -21,7 +23,7 @@ class Processors:
 
     @classmethod
     def here(cls) -> "Processors":
-        device = jax.devices()[0]
+        device = current()
         if device.platform != "gpu":
             return cls()
         return cls(device.core_count, device.compute_capability not in SMALL_SHARED_MEMORY)

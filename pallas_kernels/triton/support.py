@@ -3,8 +3,7 @@
 import importlib.util
 import math
 
-import jax
-
+from pallas_kernels.device import current
 from pallas_kernels.pattern import Pattern
 
 OLDEST_CAPABILITY = (8, 0)
@@ -15,7 +14,7 @@ LARGE = 2**23  # entries; below, launches and sums take as long as reading the w
 
 def device_obstacle() -> str | None:
     """Why this machine cannot run the kernel, or None."""
-    device = jax.devices()[0]
+    device = current()
     capability = _capability(device)
     if capability is None:
         return (
@@ -49,14 +48,14 @@ def problem_obstacle(op: str, shape: tuple[int, int], pattern: Pattern, dtype: s
         return f"the Triton kernel computes in {' or '.join(DTYPES)}, not {dtype}"
     if pattern != Pattern(2, 4):
         return f"the Triton kernel takes 2:4, not {pattern}"
-    if shape[0] % 8 or shape[1] % 8:
+    if any(size % 8 or size == 0 for size in shape):
         return f"the Triton kernel needs sizes that are multiples of 8, not {shape}"
     return None
 
 
 def reason_to_choose(op: str, shape: tuple[int, int], tokens: int | None) -> str | None:
     """Why the kernel is the best choice on this device, provided that it can run; or None."""
-    device = jax.devices()[0]
+    device = current()
     capability = _capability(device)
     if op != "nm_matmul" or tokens is None or tokens > FEW_TOKENS or math.prod(shape) < LARGE:
         return None

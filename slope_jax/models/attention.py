@@ -11,6 +11,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from pallas_kernels import batching
+from pallas_kernels.device import current
 from pallas_kernels.mosaic import support
 from slope_jax.models.cache import CACHE
 from slope_jax.models.config import TransformerConfig
@@ -44,7 +45,7 @@ def attention_path(dtype, head_dim: int, *, device: jax.Device | None = None) ->
     >>> attention_path(jnp.float32, 64, device=jax.devices("cpu")[0])
     AttentionPath(implementation='xla', reason='cuDNN attention needs an NVIDIA GPU, this is cpu')
     """
-    device = device or _default_device()
+    device = device or current()
     # "9.0" on NVIDIA GPUs; AMD's are spelled like "gfx90a", and a CPU has none.
     version = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
     if device.platform == "cpu" or not version:
@@ -68,13 +69,6 @@ def attention_path(dtype, head_dim: int, *, device: jax.Device | None = None) ->
     return AttentionPath(
         "cudnn", f"fused attention: {name}, heads of {head_dim}, {device.device_kind}"
     )
-
-
-def _default_device() -> jax.Device:
-    chosen = jax.config.jax_default_device
-    if isinstance(chosen, str):
-        return jax.devices(chosen)[0]
-    return chosen or jax.local_devices()[0]
 
 
 class Context(NamedTuple):
@@ -111,7 +105,7 @@ def decode_path(config: TransformerConfig, *, device: jax.Device | None = None) 
             "xla", "the kernel of a decode step runs on one device, without a mesh"
         )
     name, queries = jnp.dtype(config.dtype).name, config.num_heads // config.num_kv_heads
-    why = support.device_obstacle(device or _default_device(), "kernels for attention")
+    why = support.device_obstacle(device or current(), "kernels for attention")
     why = why or support.attention_obstacle(name, config.head_dim, queries)
     if why:
         return AttentionPath("xla", why)
@@ -145,7 +139,7 @@ def _attend_once(config: TransformerConfig, query, new, cache, positions):
 
 
 def _attend(config: TransformerConfig, query, key, value, causal: bool, context: Context):
-    device = _default_device()
+    device = current()
     best = attention_path(query.dtype, config.head_dim, device=device)
     if config.attention == "cudnn" and best.implementation != "cudnn":
         raise NotImplementedError(f"attention='cudnn': {best.reason}; use attention=None")
