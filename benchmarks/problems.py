@@ -179,8 +179,8 @@ def _adapters(problem: Problem, implementation: str) -> Case:
     def fused(x, w, t, right):
         return nm_matmul(x, w, low_rank=(t, right), implementation=implementation)
 
-    def whole(x, w, left, right):
-        return fused(x, w, jnp.matmul(x, left), right)
+    def whole(x, w, left, right):  # x @ l by what is chosen for it
+        return nm_matmul(x, w, adapter=(left, right), implementation=implementation)
 
     def dense(x, w, left, right):
         return jnp.matmul(x, w) + jnp.matmul(jnp.matmul(x, left), right)
