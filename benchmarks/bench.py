@@ -60,12 +60,16 @@ class Bench:
         self.results: list[dict[str, Any]] = []
         self.failed: list[dict[str, Any]] = []
         self.seen: set[Problem] = set()  # timed or failed
+        self._kept: dict[
+            tuple, tuple[Problem, dict[str, Any]]
+        ] = {}  # programs, for the peer's turn
         self._pool = ThreadPoolExecutor(THREADS)
 
     def run(self, batch: Sequence[Problem]) -> Iterator[str]:
         """Makes a batch ready and times it; a line to read after each problem."""
         first = FIRST_OF_BATCH_SECONDS
         for ready in self._made_ready(batch):
+            programs = {name: calls[0].function for name, calls in ready.calls.items()}
             try:
                 found = self._timed(ready, first)
             except Exception as error:  # one product must not end the run; it is named at its end
@@ -76,6 +80,8 @@ class Bench:
             first = FIRST_SECONDS
             self.seen.add(ready.problem)
             self.results.append(found)
+            if self.peer is not None:
+                self._kept[_shape(found)] = ready.problem, programs
             yield line(found)
 
     def with_peer(self) -> list[dict[str, Any]]:
@@ -90,20 +96,32 @@ class Bench:
         ]
 
     def beside(self, found: dict[str, Any]) -> str:
-        """Adds the peer's numbers to a result; a line to read.
+        """Adds the peer's numbers to a result, and ours once more, from right before; a line to read.
 
         For when all else is timed: seconds of another library's work between two of a problem's
-        turns leave the card in another state for each of them.
+        turns leave the card in another state for each of them. Minutes do so as well: hence once more.
         """
         if not self.peer.alive:
             return f"{line(found)}; without the peer, whose process has ended"
         try:
+            again = self._again(found)
             numbers = self.peer.measure(found["tokens"], (found["in"], found["out"]))
         except RuntimeError as error:
             self._failed(found, error)
             return f"{line(found)}; {error}"
-        found |= {name: rounded(value) for name, value in numbers.items()}
+        found |= {name: rounded(value) for name, value in (again | numbers).items()}
         return line(found)
+
+    def _again(self, found: dict[str, Any]) -> dict[str, float]:
+        """Microseconds of ours and of the dense product, under the peer's conditions."""
+        problem, programs = self._kept[_shape(found)]
+        case = problems.make(problem, self.implementation)
+        calls = {
+            name: [_Call(programs[name], each) for each in case.variants[name].operands]
+            for name in ("sparse", "dense")
+        }
+        times = device_time.sustained(calls, rounds=peers.ROUNDS, repeats=self.repeats)
+        return {"beside_us": times["sparse"], "beside_dense_us": times["dense"]}
 
     def _timed(self, ready: Ready, first: float) -> dict[str, Any]:
         times = device_time.measure(
@@ -160,6 +178,10 @@ class Bench:
         named_fields = {name: what[name] for name in NAMED}
         self.failed.append({**named_fields, "error": text[:500]})
         print(f"failed: {named_fields}: {text[:300]}", file=sys.stderr)
+
+
+def _shape(found: dict[str, Any]) -> tuple:
+    return found["kind"], found["tokens"], found["in"], found["out"]
 
 
 def _ready(problem: Problem, case: Case, compiled: dict, check) -> Ready:
