@@ -102,7 +102,8 @@ def listed(kind: str, models: Iterable[str], tokens: Sequence[int]) -> list[Prob
         found = [(shape, {"epilogue": name}) for shape, name in shapes.epilogues(models)]
     elif kind == "adapters":
         forward = shapes.unique(models, dx=False)
-        found = [(shape, {"rank": shapes.adapter_rank(shape.size[0])}) for shape in forward]
+        # the model's width is the smaller side of each of its matrices
+        found = [(shape, {"rank": shapes.adapter_rank(min(shape.size))}) for shape in forward]
     else:
         found = [(shape, {}) for shape in shapes.unique(models, dx=False)]
     return [

@@ -181,7 +181,7 @@ def _costs(device: Device) -> str:
     fused = [r["sparse_us"] / r["bare_us"] - 1 for r in found]
     whole = [r["whole_us"] / r["bare_us"] - 1 for r in found]
     return (
-        f"Adapters of rank 1.56 % of the inputs add {_percent(fused)} to the product (worst"
+        f"Adapters of rank 1.56 % of the hidden size add {_percent(fused)} to the product (worst"
         f" {max(fused):.1%}), and {_percent(whole)} with x @ L (worst {max(whole):.1%}); geometric"
         f" mean of {len(found)} shapes."
     )
