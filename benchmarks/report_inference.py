@@ -1,5 +1,6 @@
 """What the records of prefill and decode say: speed, tokens a second, and bytes of the weights."""
 
+import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -147,9 +148,22 @@ def _troubles(parts: list[dict[str, Any]]) -> list[str]:
         for failed in record["failed"]:
             where = f"{failed['model']}, {failed['depth']} layers, {failed['what']}"
             lines.append(f"Failed: {where}: {failed['error'].splitlines()[0]}")
-    if left := _left_out(left for record in parts for left in record["left_out"]):
+    measured = {
+        (row["model"], _work(row), f"{row['share']:g}")
+        for record in parts
+        for row in record["results"]
+    }
+    stages = dict.fromkeys(left for record in parts for left in record["left_out"])
+    if left := _left_out(stage for stage in stages if _points(stage) - measured):
         lines.append(f"Left out for want of time: {left}.")
     return lines
+
+
+def _points(stage: str) -> set[tuple[str, str, str]]:
+    """The model, work and share of ranks of each point of "MODEL: WORK, ...; rank SHARE, ..."."""
+    model, _, what = stage.partition(": ")
+    works, _, ranks = what.partition("; rank ")
+    return {(model, *point) for point in itertools.product(works.split(", "), ranks.split(", "))}
 
 
 def _left_out(stages: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hopper import needs_gpu, needs_jax
+from hopper import lowered, needs_gpu, needs_jax
 
 from pallas_kernels.mosaic import support
 from slope_jax import models
@@ -100,8 +100,7 @@ def plain(shape, rows, key, value, positions):
 def test_it_lowers_for_cuda_without_a_gpu(shape, window, strict_dtypes):
     arrays = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in problem(shape)]
     attend = functools.partial(run, queries=shape[2], window=window)
-    lowered = jax.jit(attend).trace(*arrays).lower(lowering_platforms=("cuda",))
-    assert "decode_attention" in lowered.as_text()
+    assert "decode_attention" in lowered(attend, *arrays)
 
 
 @needs_jax
@@ -266,6 +265,18 @@ def test_positions_beyond_the_cache_are_its_ends():
     found = run(rows, key, value, jnp.array([-7, 300, 2**30], jnp.int32), queries=4)
     ends = run(rows, key, value, jnp.array([0, 299, 299], jnp.int32), queries=4)
     jax.tree.map(np.testing.assert_array_equal, found, ends)
+
+
+@needs_jax
+def test_it_lowers_under_vmap():
+    arrays = [jax.ShapeDtypeStruct((3, *a.shape), a.dtype) for a in problem((2, 2, 4, 300, 64))]
+    shared = functools.partial(run, queries=4)
+    text = lowered(jax.vmap(shared), *arrays)
+    assert "decode_attention" in text
+    one_cache = jax.vmap(shared, in_axes=(0, None, None, 0))
+    rows, key, value, positions = arrays
+    key, value = (jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in (key, value))
+    assert "decode_attention" in lowered(one_cache, rows, key, value, positions)
 
 
 @needs_gpu

@@ -131,15 +131,12 @@ def _one_by_one(operands, axes, *, call: _Call):
     moving = [
         jax.numpy.moveaxis(x, axis, 0)
         for x, axis in zip(operands, axes, strict=True)
-        if axis is not batching.not_mapped
+        if axis is not None
     ]
 
     def one(slices):
         slices = iter(slices)
-        own = [
-            x if axis is batching.not_mapped else next(slices)
-            for x, axis in zip(operands, axes, strict=True)
-        ]
+        own = [x if axis is None else next(slices) for x, axis in zip(operands, axes, strict=True)]
         return kernel_p.bind(*own, call=call)
 
     results = jax.lax.map(one, moving)
