@@ -16,6 +16,7 @@ from slope_jax import models
 
 # Names of configurations: across, along, split, stages.
 CONFIGS = [(4, 1, 1, 3), (1, 4, 2, 4), (2, 4, 4, 3), (8, 1, 8, 2), (1, 8, 1, 2), (1, 16, 2, 2)]
+WIDE = {"across": 2, "along": 8, "split": 1, "stages": 2}  # too wide for 64 tokens
 ACTIVATIONS = {
     "relu": jax.nn.relu,
     "gelu": lambda z: jax.nn.gelu(z, approximate=False),
@@ -306,3 +307,21 @@ def test_nan_and_inf_reach_the_outputs_that_they_belong_to():
     y = float64(run(x, w, activation="gelu"))
     assert np.isfinite(np.delete(y, [7, 12], axis=0)).all()
     np.testing.assert_array_equal(np.isnan(y[7]), np.asarray(jax.jit(kept_mask)(w))[3])
+
+
+@needs_jax
+@pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "NVIDIA H200"])
+def test_what_was_measured_with_some_tokens_runs_with_others(kind, monkeypatch):
+    from pallas_kernels import tuning
+    from pallas_kernels.mosaic import few_tokens, products
+
+    entries = [e for e in tuning.load(kind).entries if e.op == "few_tokens"]
+    assert len(entries) > 10
+    for entry, tokens in itertools.product(entries, (1, 8, 9, 16, 17, 33, 64)):
+        assert few_tokens.fits(few_tokens.Config(**entry.config), tokens, *entry.size), entry
+    wide = tuning.Entry("few_tokens", "16-bit", 16, (8192, 8192), WIDE, 1.0, 2.0)
+    monkeypatch.setattr(products, "_measured", lambda *_: wide)
+    for tokens in (16, 64):
+        few = products.configuration("few_tokens", tokens, 8192, 8192, "bfloat16")
+        assert few_tokens.fits(few, tokens, 8192, 8192)
+    assert not few_tokens.fits(few_tokens.Config(**WIDE), 64, 8192, 8192)

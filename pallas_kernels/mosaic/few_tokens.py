@@ -94,9 +94,14 @@ def makes_first(
     """Whether an adapter's first product is best made here, where every CTA reads all its rows, or apart."""
     if rank > MOST_INNER or tokens > MOST_FIRST or k * rank > MOST_ROWS:
         return False
+    return fits(config, tokens, k, f, dtype, norms, rank)
+
+
+def fits(config: Config, *problem) -> bool:
+    """Whether shared memory holds what it needs for a problem, as of `Config.geometry`."""
     try:
-        config.geometry(tokens, k, f, dtype, norms, rank)
-    except ValueError:  # no room for its rows
+        config.geometry(*problem)
+    except ValueError:
         return False
     return True
 
@@ -114,9 +119,7 @@ def _ranked(tokens: int, most_tokens: int, k: int, f: int) -> list[Config]:
             continue
         for stages in {4: (4, 6, 3), 8: (3, 4, 2)}[warp_count]:
             config = Config(across, along, split, stages)
-            try:
-                config.geometry(most_tokens, k, f)
-            except ValueError:
+            if not fits(config, most_tokens, k, f):
                 continue
             times[config] = _time(config.geometry(tokens, k, f))
     return sorted(times, key=times.get)

@@ -178,9 +178,11 @@ def configuration(op: str, tokens: int, k: int, f: int, dtype):
     if entry is None:
         return module.choose(tokens, k, f, **_where(module))
     config = make(**entry.config)
-    if module is not matmul:
-        return config
-    return matmul.suited(config, entry.tokens, tokens, k, f, **_where(module))
+    if module is matmul:
+        return matmul.suited(config, entry.tokens, tokens, k, f, **_where(module))
+    if module is few_tokens and not few_tokens.fits(config, tokens, k, f):
+        return few_tokens.choose(tokens, k, f)
+    return config
 
 
 def _where(module) -> dict[str, int]:
