@@ -163,9 +163,9 @@ def test_what_is_generated_greedily_is_scored_as_greedy(served):
     ]
 
 
-def rolled(served, text):
+def rolled(served, text, ahead=()):
     """Nats of a text: each window but the first has all the context that fits, scoring new ones."""
-    tokens = [served.vocabulary.specials.end_of_text, *served.vocabulary.encode(text)]
+    tokens = [served.vocabulary.specials.end_of_text, *ahead, *served.vocabulary.encode(text)]
     total, done = 0.0, 1
     while done < len(tokens):
         stop = min(done + LONGEST, len(tokens))
@@ -182,6 +182,53 @@ def test_a_whole_text_is_scored_in_windows_that_are_full(served):
     whole, empty = Harness(served).loglikelihood_rolling([request(text), request("")])
     assert whole == pytest.approx(-rolled(served, text), rel=1e-5)
     assert empty == 0.0
+
+
+@pytest.fixture
+def begun(served):
+    """With an end of text ahead of every text, as an OPT has it."""
+    end = served.vocabulary.specials.end_of_text
+    imported = {"end_of_text": end, "beginning": [end], "bos": end}
+    return served._replace(about=served.about | {"imported": imported})
+
+
+@pytest.mark.parametrize("add", [True, False])
+def test_what_the_tokenizer_puts_ahead_of_texts_is_ahead_of_contexts(begun, add, monkeypatch):
+    encode, end = begun.vocabulary.encode, begun.vocabulary.specials.end_of_text
+    ahead, harness = [end] * add, Harness(begun, add_bos_token=add)
+    cases = [
+        (("The sparse", " kernel"), [*ahead, *encode("The sparse")]),
+        (("", " kernel"), [end]),
+        (("<|endoftext|>The sparse", " kernel"), [end, *encode("The sparse")]),
+        (("", "<|endoftext|> kernel"), [end]),
+    ]
+    after = encode(" kernel")
+    for (nats, _), (_, before) in zip(
+        harness.loglikelihood([request(*case) for case, _ in cases]), cases, strict=True
+    ):
+        rows = log_probabilities(begun, [*before, *after[:-1]])[-len(after) :]
+        assert nats == pytest.approx(sum(rows[range(len(after)), after]), rel=1e-4)
+
+    for text in ("Dense kernel mask values layer. " * 4, ""):
+        (whole,) = harness.loglikelihood_rolling([request(text)])
+        assert whole == pytest.approx(-rolled(begun, text, ahead), rel=1e-5)
+
+    stream = mock.Mock(side_effect=lambda *args, **options: iter([np.array([after])]))
+    monkeypatch.setattr("train.harness.stream", stream)
+    for context, before in (("The sparse", [*ahead, *encode("The sparse")]), ("", [end])):
+        assert harness.generate_until([request(context, {"max_gen_toks": 8})]) == [" kernel"]
+        count = stream.call_args.kwargs["lengths"][0]
+        assert np.asarray(stream.call_args.args[2])[0, :count].tolist() == before
+
+
+def test_without_a_token_ahead_of_texts_the_one_that_begins_them_by_name_is_an_empty_context(
+    served,
+):
+    about = served.about | {"imported": {"beginning": [], "bos": 9}}
+    ((nats, _),) = Harness(served._replace(about=about)).loglikelihood([request("", "mask")])
+    after = served.vocabulary.encode("mask")
+    rows = log_probabilities(served, [9, *after[:-1]])
+    assert nats == pytest.approx(sum(rows[range(len(after)), after]), rel=1e-4)
 
 
 def test_text_is_generated_up_to_a_stop(served):
@@ -320,7 +367,7 @@ def test_a_long_context_keeps_what_fits_beside_the_new_tokens(served, monkeypatc
     monkeypatch.setattr("train.harness.stream", stream)
     text = "rank token " * 30
     tokens = served.vocabulary.encode(text)
-    for wanted, count in ((5, 5), (12, 12), (13, 12), (10_000, 12)):
+    for wanted, count in ((5, 5), (23, 23), (24, 12), (10_000, 12)):
         options = {"until": ["stop", "two"], "max_gen_toks": wanted}
         assert Harness(served).generate_until([request(text, options)]) == ["one "]
         assert seen.pop() == (tokens[-(LONGEST - count) :], count)

@@ -249,9 +249,54 @@ def test_prompts_begin_and_end_as_those_of_transformers(torch, transformers, imp
 
     tokens, *_ = evaluate._tokens(served, [PROMPTS[0], "a"], None)
     assert tokens.tolist() == [*ids, 0, *served.vocabulary.encode("a"), 0]
-    (nats,) = Harness(served).loglikelihood_rolling([Request((PROMPTS[0],))])
+    harness = Harness(served, add_bos_token=False)  # the token ahead is not scored
+    (nats,) = harness.loglikelihood_rolling([Request((PROMPTS[0],))])
     theirs = perplexity_of_windows(torch, model, ids, 40, 40) * (len(ids) - 1)
     assert -nats == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # the harness and what it imports are not ours
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_numbers_of_tasks_are_those_of_the_harness(transformers, imported, tmp_path, family):
+    """Of its own model class, which reads the same folder."""
+    theirs = pytest.importorskip("lm_eval.models.huggingface", reason="lm_eval is not installed")
+    model, given = imported[family]
+    folder = shutil.copytree(given, tmp_path / family)
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    if family == "llama":
+        tokenizer.add_special_tokens(["<s>"])
+        special["bos_token"] = "<s>"
+        begin = tokenizer.token_to_id("<s>")
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", begin)]
+        )
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+    served = serving.from_hf(folder, dtype="float32")
+    begun = tokenizer.bos_token + PROMPTS[0]
+    pairs = [("Sparse", " kernel"), ("", " mask"), ("a ", "rank"), ("rank " * 60, " mask")]
+    pairs += [(begun, " mask"), ("", tokenizer.bos_token + " rank")]
+    texts = [*PROMPTS, "Mask values dense. " * 20, begun]
+    for add in (None, False):
+        ours = Harness(served, add_bos_token=add is None)
+        reference = theirs.HFLM(
+            pretrained=model, tokenizer=tokenizer, batch_size=1, add_bos_token=add
+        )
+        for name, arguments in (
+            ("loglikelihood", pairs),
+            ("loglikelihood_rolling", [(text,) for text in texts]),
+            ("generate_until", [(text, {"until": ["q"], "max_gen_toks": 9}) for text in texts]),
+        ):
+            found, expected = (
+                getattr(lm, name)([Request(one) for one in arguments], disable_tqdm=True)
+                for lm in (ours, reference)
+            )
+            if name == "generate_until":
+                assert found == expected
+            else:
+                np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 class Request(NamedTuple):

@@ -31,7 +31,7 @@ MOST_WINDOW = 4096  # tokens where none are asked for: some imported models have
 # Options that one of the two ways takes alone.
 _OF_MODE = {
     "data": ("held_out", "max_tokens", "window", "stride", "cache_dir"),
-    "tasks": ("shots", "limit"),
+    "tasks": ("shots", "limit", "no_bos_token"),
 }
 
 
@@ -122,6 +122,7 @@ def _run(arguments: argparse.Namespace) -> None:
             shots=arguments.shots,
             limit=arguments.limit,
             batch_size=arguments.batch,
+            add_bos_token=not arguments.no_bos_token,
         )
         for name, numbers in found.items():
             for metric, value in numbers.items():
@@ -283,6 +284,12 @@ def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
         "--shots", type=int, help="solved examples ahead of each; the task's if not given"
     )
     parser.add_argument("--limit", type=int, help="examples of each task; all if not given")
+    parser.add_argument(
+        "--no-bos-token",
+        action="store_true",
+        default=None,
+        help="tasks: put nothing ahead of texts, not even what the tokenizer does",
+    )
     parser.add_argument("--cache-dir", type=pathlib.Path, help="of the data, as of train.pretrain")
     parser.add_argument("--output", type=pathlib.Path, help="JSON file for the numbers")
     return parser.parse_args(args)

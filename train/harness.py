@@ -22,16 +22,29 @@ class Harness:
     Requests are its `Instance`s, of which only `args` is read. Texts longer than the sequences that
     the model was trained on (`Served.longest`) lose their beginning.
 
+    Texts become tokens as in the harness's own `HFLM`: behind what the tokenizer puts ahead of every
+    text, such as LLaMA's <s>, unless they spell it themselves; and where a text spells a special
+    token, it is that token. An empty context is the token that begins a text, or, without one, the
+    one that ends it.
+
     Args:
       served: what `train.serving.load` gives, a decoder.
       batch_size: requests at a time.
+      add_bos_token: False leaves out what the tokenizer puts ahead, as that of `HFLM` does.
     """
 
-    def __init__(self, served: Served, batch_size: int = 8):
+    def __init__(self, served: Served, batch_size: int = 8, *, add_bos_token: bool = True):
         check_decoder(served)
         self.served, self.size = served, batch_size
         self.longest = served.longest
-        self.start = [*served.beginning, served.vocabulary.specials.end_of_text][0]  # of a text
+        self.tokenizer = served.vocabulary.copy()
+        self.tokenizer.encode_special_tokens = False  # what spells a token is one
+        self.beginning = served.beginning if add_bos_token else []
+        self.start = _start(served)
+        names = {
+            token: self.tokenizer.id_to_token(token) for token in served.vocabulary.specials.all
+        }
+        self.specials = {token: name for token, name in names.items() if token not in served.ends}
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False):
         """For args (context, continuation): nats of the continuation's likelihood, and whether
@@ -58,11 +71,13 @@ class Harness:
         """For args (text,): nats of the whole text's likelihood, in windows that score side by side.
 
         Each reads as much as fits, so that the last one scores what is left behind a full context,
-        as the harness asks.
+        as the harness asks. As in `HFLM`, the token that begins a text stands ahead of all: where the
+        tokenizer puts it ahead, too, it is there twice, and the second one is scored like the text's
+        tokens. `add_bos_token=False` scores those alone.
         """
         pieces, owners = [], []
         for number, (text,) in enumerate(request.args for request in requests):
-            tokens = np.array([self.start, *self.served.vocabulary.encode(text)], np.int32)
+            tokens = np.array([self.start, *self._encode(text)], np.int32)
             if len(tokens) < 2:
                 continue  # no tokens are certain
             for w in strided_windows(len(tokens), self.longest, self.longest):
@@ -77,8 +92,10 @@ class Harness:
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """For args (context, options): the greedy continuation ahead of the first stop.
 
-        Options: `until`, a text or several; `max_gen_toks`, of which half the model's longest
-        sequence is given at most, the rest being the prompt's; sampling is refused.
+        Options: `until`, a text or several; `max_gen_toks`, of which a prompt leaves room for all, or,
+        where they are not fewer than the model's longest sequence, for half of that; sampling is
+        refused. The new tokens are decoded by themselves and without special ones, as in `HFLM`: some
+        tokenizers write no space ahead of a first word.
 
         Raises:
           ValueError: no new tokens are asked for, or there is no room for any prompt; says by whom.
@@ -101,11 +118,11 @@ class Harness:
 
     def _generate(self, context: str, options: dict[str, Any]) -> str:
         stops = options.get("until") or []
-        vocabulary = self.served.vocabulary
-        stops = stop_texts(vocabulary, [stops] if isinstance(stops, str) else stops)
-        count = min(_wanted(options), self.longest // 2)
+        stops = stop_texts(self.served.vocabulary, [stops] if isinstance(stops, str) else stops)
+        wanted = _wanted(options)
+        count = wanted if wanted < self.longest else self.longest // 2
         room = self.longest - count
-        prompt = (vocabulary.encode(context) or [self.start])[-room:]
+        prompt = (self._encode(context) or [self.start])[-room:]
         width = min(room, -(-len(prompt) // 64) * 64)  # few shapes to compile
         ids = np.zeros((1, width), np.int32)
         ids[0, : len(prompt)] = prompt
@@ -119,9 +136,10 @@ class Harness:
             end_token=self.served.ends,
         )
         text, tokens = "", []
+        unseen = {i for i, name in self.specials.items() if not any(name in stop for stop in stops)}
         for piece in pieces:
-            tokens.extend(piece[0].tolist())
-            text, ended = continued_text(self.served, prompt, tokens, stops)
+            tokens.extend(token for token in piece[0].tolist() if token not in unseen)
+            text, ended = continued_text(self.served, [], tokens, stops)
             if ended:
                 break
         return text
@@ -129,10 +147,15 @@ class Harness:
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Tokens of both, those of the continuation from where they are not the context's alone.
 
-        It has one at least, even where it only makes the context's last word longer. The last spaces
-        of the context go along with it.
+        It has one at least, even where it only makes the context's last word longer: `HFLM` scores
+        the tokens behind as many as the context has, and so leaves out some of its letters there. The
+        last spaces of the context go along with it.
         """
-        encode = self.served.vocabulary.encode
+        encode = self._encode
+        if not context:
+            tokens = self._bare(continuation)
+            cut = int(tokens[:1] == [self.start])
+            return tokens[:cut] or [self.start], tokens[cut:]
         if not continuation:
             return encode(context), []
         if spaces := len(context) - len(context.rstrip()):
@@ -142,9 +165,25 @@ class Harness:
         cut = min(sum(1 for _ in same), len(both) - 1)
         return both[:cut] or [self.start], both[cut:]
 
+    def _bare(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _encode(self, text: str) -> list[int]:
+        """Behind what the tokenizer puts ahead, which a chat template writes into the text."""
+        spelled = text.startswith(self.tokenizer.decode([self.start], skip_special_tokens=False))
+        return self._bare(text) if spelled else [*self.beginning, *self._bare(text)]
+
     def _score(self, pieces):
         model, variables = self.served.model, self.served.variables
         return score(model, variables, pieces, batch_size=self.size)
+
+
+def _start(served: Served) -> int:
+    """What a text begins with where something must: its first token by name, else what ends texts."""
+    named = served.about.get("imported", {}).get("bos")
+    if named is not None:
+        return named
+    return [*served.beginning, served.vocabulary.specials.end_of_text][0]
 
 
 def _wanted(options: dict[str, Any]) -> int:
@@ -158,8 +197,8 @@ def _shown(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:28]} ... {text[-27:]}")
 
 
-def harness_model(served: Served, batch_size: int = 8):
-    """A `Harness` that is an `lm_eval.api.model.LM`.
+def harness_model(served: Served, batch_size: int = 8, *, add_bos_token: bool = True):
+    """A `Harness` that is an `lm_eval.api.model.LM`; arguments are those of `Harness`.
 
     Raises:
       ValueError: the harness is not installed, or the model is no decoder.
@@ -169,7 +208,7 @@ def harness_model(served: Served, batch_size: int = 8):
     class SlopeModel(Harness, base):
         def __init__(self):
             base.__init__(self)
-            Harness.__init__(self, served, batch_size)
+            Harness.__init__(self, served, batch_size, add_bos_token=add_bos_token)
 
     return SlopeModel()
 
@@ -181,6 +220,7 @@ def evaluate_tasks(
     shots: int | None = None,
     limit: int | None = None,
     batch_size: int = 8,
+    add_bos_token: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Numbers by task and metric, from the harness.
 
@@ -190,12 +230,13 @@ def evaluate_tasks(
       shots: solved examples ahead of each; None: as each task has it.
       limit: examples of each task; None: all.
       batch_size: requests at a time.
+      add_bos_token: as of `Harness`.
 
     Raises:
       ValueError: the harness is not installed.
     """
     harness = _lm_eval("lm_eval")
-    model = harness_model(served, batch_size)
+    model = harness_model(served, batch_size, add_bos_token=add_bos_token)
     found = harness.simple_evaluate(model=model, tasks=list(tasks), num_fewshot=shots, limit=limit)
     return {
         name: {metric: value for metric, value in numbers.items() if isinstance(value, float)}

@@ -102,6 +102,7 @@ def _about(
             "end_of_text": vocabulary.specials.end_of_text,
             "other_ends": _ends_of_text(folder, raw)[1:],
             "beginning": _beginning(vocabulary),
+            "bos": _bos(folder, vocabulary),
             "fields": fields | {"dropout": config.dropout, "sparsity": str(config.sparsity)},
         },
     }
@@ -181,6 +182,17 @@ def _beginning(vocabulary: Vocabulary) -> list[int]:
     plain, whole = (encode("a", add_special_tokens=special).ids for special in (False, True))
     found = (n for n in range(len(whole)) if whole[n : n + len(plain)] == plain)
     return whole[: next(found, 0)]
+
+
+def _bos(folder: pathlib.Path, vocabulary: Vocabulary) -> int | None:
+    """The id that the folder names as bos_token, whether or not the tokenizer puts it ahead of texts."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        file = folder / name
+        token = (read_json(file) if file.is_file() else {}).get("bos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            return vocabulary.tokenizer.token_to_id(token)
+    return None
 
 
 def _objective(family: str) -> str:

@@ -151,7 +151,7 @@ def from_hf(
 
     Texts end with any eos_token_id of the folder, else with the tokenizer's usual end of text. Prompts
     begin with what the tokenizer puts ahead of a text (`Served.beginning`), and so does a text that is
-    evaluated; what tasks of the LM Evaluation Harness give as context stays as it is.
+    evaluated, and what a task of the LM Evaluation Harness gives as context.
 
     >>> served = from_hf("~/models/gpt2", sparsity="2:4")  # doctest: +SKIP
     >>> save(served, "gpt2-2to4")  # doctest: +SKIP
