@@ -1,10 +1,10 @@
-"""What training holds in memory, item by item, from shapes alone."""
+"""What training or serving holds in memory, item by item, from shapes alone."""
 
 import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,12 +14,16 @@ from flax import traverse_util
 
 from slope_jax.adapters import example_inputs
 from slope_jax.dense import ADAPTER_L, ADAPTER_R, MASKS, SparseDense
+from slope_jax.models.cache import init_cache
+from slope_jax.models.decoder import Decoder
+from slope_jax.prompts import is_integer
 from slope_jax.working import find_layers, working_copies
 
 PRUNED, KERNELS, HEADS = "pruned kernels", "dense kernels", "heads"
 PARTS = (PRUNED, KERNELS, HEADS, "embeddings", "biases", "norms", "adapters", "other")
 PARAMETERS, METADATA, GRADIENTS = "parameters", "metadata", "gradients"
 CAST, TRANSPOSED, ACTIVATIONS = "cast copies", "transposed copies", "activations"
+CACHED = "keys and values"
 _LAYERS = "layers_"  # how the models' stacks of layers are named
 
 Bytes = dict[tuple[str, str], int]  # by kind and part
@@ -111,14 +115,17 @@ def memory(
     dense: nn.Module | None = None,
     accumulation: int = 1,
     activations: bool = True,
+    cache: tuple[int, int] | None = None,
     **kwargs,
 ) -> Memory:
-    """Itemises what a training step holds, sparse and dense, in bytes. Allocates nothing.
+    """Itemises what a training step, or a served model, holds, sparse and dense. Allocates nothing.
 
-    Sizes are those of the actual arrays: parameters and masks as given, the optimizer's state as
-    `tx.init` makes it, gradients in the parameters' dtypes. Kinds of rows:
+    Sizes are bytes of the actual arrays: parameters and masks as given, the optimizer's state as
+    `tx.init` makes it, gradients in the parameters' dtypes, and the dense model in the same ones.
+    Kinds of rows:
 
     * "parameters", "metadata" (positions of the survivors), "gradients";
+    * "keys and values" of earlier tokens, which generation keeps;
     * each field of the optimizer's state that follows the parameters, by its own name ("mu", "nu",
       "trace", ...), and "optimizer counters";
     * "cast copies" and "transposed copies", which products multiply: with `accumulation` > 1 those
@@ -141,10 +148,12 @@ def memory(
         and a lone `SparseDense`. Without one, nothing is compared.
       accumulation: micro-batches in a step.
       activations: whether to count these; it takes as long as all the rest.
+      cache: (sequences, tokens of each, prompt and new ones) to generate at once, by a decoder; None:
+        nothing is generated.
 
     Raises:
       ValueError: no example inputs, variables that are not those of the model, `accumulation`
-        below 1, or a `dense` model with other kernels.
+        below 1, a `dense` model with other kernels, or a `cache` of nothing or of no decoder.
 
     >>> import jax.numpy as jnp
     >>> layer = SparseDense(64)
@@ -162,6 +171,7 @@ def memory(
             f"variables hold {', '.join(variables) or 'nothing'}; pass what model.init returns, or"
             " its shapes: {'params': ..., 'masks': ...}"
         )
+    cached = None if cache is None else cache_bytes(model, *_checked_cache(cache))
     args, kwargs = example_inputs(model, args, kwargs)
     account = functools.partial(
         _account,
@@ -169,13 +179,14 @@ def memory(
         accumulation=accumulation,
         activations=activations,
         inputs=(args, kwargs),
+        cached=cached,
     )
     ours = account(model, variables)
     if (twin := dense or _dense_twin(model)) is None:
         theirs = None
     else:
         shapes = jax.eval_shape(twin.init, jax.random.key(0), *args, **kwargs)
-        theirs = _aligned(account(twin, shapes), ours)
+        theirs = _aligned(account(twin, _of_dtypes(shapes, variables)), ours)
     kinds = dict.fromkeys(kind for kind, _ in (*ours, *(theirs or ())))
     order = sorted(kinds, key=lambda kind: kind == ACTIVATIONS)
     return Memory(
@@ -188,7 +199,52 @@ def memory(
     )
 
 
-def _account(model, variables, *, tx, accumulation: int, activations: bool, inputs) -> Bytes:
+def cache_bytes(model: Decoder, batch: int, length: int) -> int:
+    """Bytes of the keys and values that a decoder keeps for `batch` sequences of `length` tokens.
+
+    Raises:
+      ValueError: not a decoder.
+    """
+    if not isinstance(model, Decoder):
+        raise ValueError(
+            f"a {type(model).__name__} keeps no keys and values; leave out the cache, or give a"
+            " GPT-2, OPT, LLaMA or Mistral"
+        )
+    made = jax.eval_shape(lambda: init_cache(model.config, batch, length))
+    return sum(map(_nbytes, jax.tree.leaves(made)))
+
+
+def _checked_cache(cache: Any) -> tuple[int, int]:
+    pair = isinstance(cache, Sequence) and len(cache) == 2
+    if not pair or not all(is_integer(count) and count > 0 for count in cache):
+        raise ValueError(
+            f"cache={cache!r} must be two positive integers: sequences, and tokens of each"
+        )
+    return tuple(cache)
+
+
+def _of_dtypes(shapes: Mapping[str, Any], variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Shapes of the dense model's variables with the dtypes that the parameters of ours have.
+
+    Its layers may be in other stacks, so that a parameter is told by its name in any layer.
+    """
+
+    def anonymous(path: tuple[str, ...]) -> tuple[str, ...]:
+        return (path[0].split("_")[0] if path[0].startswith(_LAYERS) else path[0], *path[1:])
+
+    ours = traverse_util.flatten_dict(variables["params"])
+    dtypes = {anonymous(path): leaf.dtype for path, leaf in ours.items()}
+    theirs = traverse_util.flatten_dict(shapes["params"])
+    params = {
+        path: jax.ShapeDtypeStruct(leaf.shape, dtypes.get(anonymous(path), leaf.dtype))
+        for path, leaf in theirs.items()
+    }
+    return {**shapes, "params": traverse_util.unflatten_dict(params)}
+
+
+def _account(
+    model, variables, *, tx, accumulation: int, activations: bool, inputs, cached: int | None
+) -> Bytes:
     args, kwargs = inputs
     params, masks = variables["params"], variables.get(MASKS, {})
     parts = _parts(params, masks)
@@ -197,6 +253,8 @@ def _account(model, variables, *, tx, accumulation: int, activations: bool, inpu
         found[PARAMETERS, parts[path]] += _nbytes(leaf)
     for leaf in jax.tree.leaves(masks):
         found[METADATA, PRUNED] += _nbytes(leaf)
+    if cached is not None:
+        found[CACHED, "other"] = cached
     if tx is None:
         return found
     for path, leaf in traverse_util.flatten_dict(params).items():

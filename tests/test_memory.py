@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 
 from slope_jax import Memory, SparseDense, TrainState, lazy_adapters, memory, models
+from slope_jax.generate import inference_variables
 
 VOCAB, POSITIONS, LAYERS, HIDDEN = 64, 32, 4, 128
 ALL = 12 * HIDDEN**2 * LAYERS  # entries of the layers' kernels
@@ -149,6 +150,53 @@ def test_without_an_optimizer_only_the_variables_count():
     found = account(gpt2())
     assert {row.kind for row in found.rows} == {"parameters", "metadata"}
     assert found.ratio == found.state_bytes / found.dense_state_bytes < 0.6
+
+
+@pytest.mark.parametrize("variant", ["gpt2-nano", "llama-nano"])
+def test_a_served_model_is_compared_with_dense_in_its_own_precisions(variant):
+    """Kernels and tables in 16 bits, norms and biases in 32."""
+
+    def served(sparsity):
+        model = models.build(variant, vocab_size=VOCAB, sparsity=sparsity, dtype=jnp.bfloat16)
+        made = []
+
+        def convert(variables):
+            apart, variables = inference_variables(model, variables)
+            made.append(apart)
+            return variables
+
+        shapes = jax.eval_shape(convert, shapes_of(model))
+        return made[0], shapes
+
+    def nbytes(shapes):
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+    (sparse, ours), (dense, theirs) = served("2:4"), served("dense")
+    found = memory(sparse, ours)
+    assert found.state_bytes == nbytes(ours)
+    assert found.dense_state_bytes == nbytes(theirs)
+    assert memory(dense, theirs).ratio == 1.0
+    # The stacks of the dense model are others where the first layer is sparse only in part.
+    model = models.build(variant, vocab_size=VOCAB)
+    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), shapes_of(model))
+    found = memory(model, {**shapes_of(model), "params": stacked["params"]})
+    whole = models.build(variant, vocab_size=VOCAB, sparsity="dense")
+    assert found.dense_state_bytes == nbytes(shapes_of(whole)) // 2
+
+
+def test_keys_and_values_are_counted_for_the_sequences_asked_for():
+    model = models.build("llama-nano", vocab_size=VOCAB, dtype=jnp.bfloat16)
+    config = model.config
+    found, bare = account(model, cache=(3, 20)), account(model)
+    kept = 2 * 2 * 3 * 20 * config.num_layers * config.num_kv_heads * config.head_dim
+    assert found.total("keys and values") == found.dense_total("keys and values") == kept
+    assert found.state_bytes - bare.state_bytes == kept
+    assert "keys and values" in str(found)
+    for wrong in (3, (3,), (0, 20), (3, 2.5), ("3", 20)):
+        with pytest.raises(ValueError, match=r"cache=.* must be two positive integers"):
+            account(model, cache=wrong)
+    with pytest.raises(ValueError, match="a Bert keeps no keys and values"):
+        account(models.build("bert-tiny", vocab_size=64), cache=(1, 8))
 
 
 def test_the_table_has_every_kind_and_the_ratio():

@@ -110,6 +110,9 @@ def option(name: str) -> str:
 
 
 def _continue(served: "Served", arguments: argparse.Namespace) -> None:
+    from slope_jax.memory import cache_bytes
+    from train.display import size
+
     prompts = arguments.prompt
     count = NEW_TOKENS if arguments.max_new_tokens is None else arguments.max_new_tokens
     begin = time.perf_counter()
@@ -129,6 +132,11 @@ def _continue(served: "Served", arguments: argparse.Namespace) -> None:
         longest + count,
         f"a prompt of {longest} tokens and {count} new ones are {longest + count}",
         "Give a shorter prompt or a lower --max-new-tokens",
+    )
+    print(
+        f"{size(cache_bytes(served.model, len(prompts), longest + count - 1))} of keys and values, for"
+        f" {len(prompts)} x {longest + count - 1} tokens",  # the last one is never read
+        file=sys.stderr,
     )
     print(f"a new token: {paths(served, len(prompts))}", file=sys.stderr)
     alone = len(prompts) == 1
