@@ -473,9 +473,35 @@ def test_names_of_tasks_may_have_spaces_around_them(served, monkeypatch):
     evaluated = mock.Mock(return_value={})
     monkeypatch.setattr("train.serving.load", lambda path, step=None: served)
     monkeypatch.setattr("train.harness.evaluate_tasks", evaluated)
-    monkeypatch.setattr("train.harness.check_installed", lambda: None)
+    monkeypatch.setattr("train.harness.check_tasks", lambda names: None)
     assert main(["--checkpoint=run", "--tasks= a, b", "--shots=0"]) == 0
     assert evaluated.call_args.args[1] == ["a", "b"]
+
+
+@pytest.mark.parametrize("real", [True, False])
+def test_unknown_tasks_are_named_before_the_model_is_loaded(monkeypatch, tmp_path, capsys, real):
+    if real:
+        pytest.importorskip("lm_eval", reason="lm_eval is not installed (the extra eval)")
+    else:
+        manager = types.SimpleNamespace(all_tasks=["hellaswag"])
+        monkeypatch.setattr("train.harness._task_manager", lambda: manager)
+        monkeypatch.setattr("train.harness._lm_eval", lambda name: None)
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    loaded = mock.Mock(side_effect=ValueError("loaded"))
+    monkeypatch.setattr("train.serving.load", loaded)
+    (tmp_path / "good.yaml").write_text(yaml.safe_dump({"task": "good"}) + "a: !function b.c\n")
+    (tmp_path / "bad.yaml").write_text("task: [")
+    for names, message in (
+        ("hellaswag,nosuchtask", "error: 'nosuchtask' is neither a task of the LM Evaluation"),
+        (f"{tmp_path}/none.yaml", "none.yaml' is neither a task"),
+        (str(tmp_path), "' is neither a task"),
+        (f"{tmp_path}/bad.yaml", "bad.yaml is no YAML, so no task"),
+    ):
+        assert main(["--checkpoint=run", f"--tasks={names}"]) == 2
+        assert message in capsys.readouterr().err
+    loaded.assert_not_called()
+    assert main(["--checkpoint=run", f"--tasks=hellaswag,{tmp_path}/good.yaml"]) == 2
+    assert "error: loaded" in capsys.readouterr().err
 
 
 def test_an_output_that_cannot_be_written_is_refused_at_once(monkeypatch, tmp_path, capsys):

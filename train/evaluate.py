@@ -152,10 +152,9 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.output is not None:
         _check_output(arguments.output)
     if arguments.tasks is not None:
-        from train.harness import check_installed
+        from train.harness import check_tasks
 
-        _task_names(arguments.tasks)
-        check_installed()
+        check_tasks(_task_names(arguments.tasks))
 
 
 def _check_output(path: pathlib.Path) -> None:

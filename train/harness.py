@@ -1,6 +1,8 @@
 """Trained models under EleutherAI's LM Evaluation Harness (the extra `eval`)."""
 
-from collections.abc import Sequence
+import functools
+import pathlib
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -233,20 +235,54 @@ def evaluate_tasks(
       add_bos_token: as of `Harness`.
 
     Raises:
-      ValueError: the harness is not installed.
+      ValueError: the harness is not installed, or as `check_tasks`.
     """
     harness = _lm_eval("lm_eval")
+    check_tasks(task for task in tasks if isinstance(task, str))
     model = harness_model(served, batch_size, add_bos_token=add_bos_token)
-    found = harness.simple_evaluate(model=model, tasks=list(tasks), num_fewshot=shots, limit=limit)
+    found = harness.simple_evaluate(
+        model=model,
+        tasks=list(tasks),
+        num_fewshot=shots,
+        limit=limit,
+        task_manager=_task_manager(),
+    )
     return {
         name: {metric: value for metric, value in numbers.items() if isinstance(value, float)}
         for name, numbers in found["results"].items()
     }
 
 
-def check_installed() -> None:
-    """Raises a ValueError unless there is a harness."""
+def check_tasks(names: Iterable[str]) -> None:
+    """Raises a ValueError unless there is a harness, and these are its tasks or files of others."""
     _lm_eval("lm_eval")
+    known = set(_task_manager().all_tasks)
+    for name in names:
+        if name in known:
+            continue
+        file = pathlib.Path(name).expanduser()
+        if not file.is_file():
+            raise ValueError(
+                f"{name!r} is neither a task of the LM Evaluation Harness nor a .yaml file that is"
+                " there; `lm-eval ls tasks` lists its tasks, groups and tags"
+            )
+        _check_yaml(file)
+
+
+def _check_yaml(file: pathlib.Path) -> None:
+    import yaml  # comes with the harness
+
+    try:
+        for _ in yaml.parse(file.read_text(encoding="utf-8")):
+            pass
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no YAML, so no task: {error}") from error
+
+
+@functools.cache
+def _task_manager():
+    """What knows the harness's tasks; it reads thousands of files to."""
+    return _lm_eval("lm_eval.tasks").TaskManager()
 
 
 def _lm_eval(name: str):
