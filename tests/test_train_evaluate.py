@@ -330,7 +330,7 @@ def test_the_harness_itself_gives_what_loops_give(served, tmp_path, monkeypatch,
         for task in tasks:
             names.append(tmp_path / f"{task['task']}.yaml")
             names[-1].write_text(json.dumps(task))  # JSON is YAML
-        monkeypatch.setattr("train.serving.load", lambda path, step=None: served)
+        monkeypatch.setattr("train.serving.load", lambda path, **options: served)
         options = [f"--tasks={','.join(map(str, names))}", f"--output={tmp_path / 'numbers.json'}"]
         assert main(["--checkpoint=run", *options]) == 0
         found = json.loads((tmp_path / "numbers.json").read_text())["results"]
@@ -432,7 +432,7 @@ def test_a_continuation_keeps_the_space_ahead_of_it(tokenizer):
 def test_the_command_says_what_is_missing_or_wrong(
     served, monkeypatch, tmp_path, capsys, small_text
 ):
-    monkeypatch.setattr("train.serving.load", lambda path, step=None: served)
+    monkeypatch.setattr("train.serving.load", lambda path, **options: served)
     options = ["--checkpoint=run", f"--cache-dir={tmp_path / 'cache'}"]
     data = f"--data=text:{small_text}/*.txt"
     output = tmp_path / "numbers.json"
@@ -456,7 +456,7 @@ def test_the_command_says_what_is_missing_or_wrong(
 
 
 def test_windows_longer_than_what_was_trained_are_warned_of(served, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("train.serving.load", lambda path, step=None: served)
+    monkeypatch.setattr("train.serving.load", lambda path, **options: served)
     text = tmp_path / "text.txt"
     text.write_text("Sparse kernel mask. " * 20)
     options = ["--checkpoint=run", f"--data=text:{text}", f"--cache-dir={tmp_path / 'cache'}"]
@@ -471,7 +471,7 @@ def test_windows_longer_than_what_was_trained_are_warned_of(served, monkeypatch,
 
 def test_names_of_tasks_may_have_spaces_around_them(served, monkeypatch):
     evaluated = mock.Mock(return_value={})
-    monkeypatch.setattr("train.serving.load", lambda path, step=None: served)
+    monkeypatch.setattr("train.serving.load", lambda path, **options: served)
     monkeypatch.setattr("train.harness.evaluate_tasks", evaluated)
     monkeypatch.setattr("train.harness.check_tasks", lambda names: None)
     assert main(["--checkpoint=run", "--tasks= a, b", "--shots=0"]) == 0

@@ -30,7 +30,7 @@ def bert(tmp_path_factory, small_text):
 @pytest.fixture
 def filled(bert, monkeypatch):
     """Runs the command on a BERT that was trained on 16 tokens."""
-    monkeypatch.setattr("train.serving.load", lambda path, step=None: bert)
+    monkeypatch.setattr("train.serving.load", lambda path, **options: bert)
     return lambda *options: main(["--checkpoint=run", *options])
 
 
@@ -50,7 +50,7 @@ def written(monkeypatch):
     variables = jax.jit(model.init)(jax.random.key(0), **model.example_inputs())
     about = {"config": {"model": "gpt2-nano", "seq_len": [128]}, "step": 1, "adapters": False}
     served = Served(model, variables, vocabulary, about)
-    monkeypatch.setattr("train.serving.load", lambda path, step=None: served)
+    monkeypatch.setattr("train.serving.load", lambda path, **options: served)
 
     def run(text, *options):
         rows = [np.array([[token]], np.int32) for token in vocabulary.encode(text)]

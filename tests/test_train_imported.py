@@ -345,6 +345,10 @@ def test_the_dtype_is_that_of_the_computation(folder, tmp_path):
     assert served.model.config.dtype == jnp.bfloat16
     same(serving.load(serving.save(served, tmp_path / "saved")), served)
     assert serving.saved_dtype(serving.from_hf(folder, dtype="float32").about) == "float32"
+    same(serving.load(folder, dtype="bfloat16"), served)
+    wider = serving.load(tmp_path / "saved", dtype="float32")
+    assert wider.model.config.dtype == jnp.float32
+    jax.tree.map(np.testing.assert_array_equal, wider.variables, served.variables)
 
 
 def remove(name):

@@ -130,6 +130,33 @@ def test_weights_are_saved_in_16_bits_unless_float32_is_asked_for(
     jax.tree.map(np.testing.assert_array_equal, again.variables, rounded)
 
 
+@pytest.mark.parametrize("trained", ["float32", "bfloat16"])
+def test_a_run_is_served_in_the_dtype_that_is_asked_for(trained_in, tmp_path, capsys, trained):
+    run = trained_in(trained)
+    for asked in ("bfloat16", "float32"):
+        served = serving.load(run, dtype=asked)
+        assert served.model.config.dtype == asked
+        assert served.about["config"]["dtype"] == asked
+        full = serving.load_trained(run)
+        config = dataclasses.replace(full.model.config, dtype=jnp.dtype(asked))
+        _, expected = inference_variables(type(full.model)(config), full.variables)
+        jax.tree.map(np.testing.assert_array_equal, served.variables, expected)
+        kernel = served.variables["params"]["layers_1"]["mlp"]["up"]["kernel"]
+        assert kernel.dtype == asked
+        # What is saved of it is loaded in either.
+        folder = serving.save(served, tmp_path / asked, dtype="float32")
+        again = serving.load(folder, dtype="float32")
+        assert again.model.config.dtype == jnp.float32
+        np.testing.assert_array_equal(
+            again.variables["params"]["layers_1"]["mlp"]["up"]["kernel"],
+            kernel.astype(jnp.float32),
+        )
+    assert main([f"--checkpoint={run}", "--dtype=bfloat16", f"--save={tmp_path / 'saved'}"]) == 0
+    assert "weights in bfloat16" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="dtype='float64' must be one of auto, bfloat16, float32"):
+        serving.load(run, dtype="float64")
+
+
 def continued(served, text, count):
     ids = jnp.asarray([served.vocabulary.encode(text)])
     tokens = generate(served.model, served.variables, ids, max_new_tokens=count).tokens
@@ -162,7 +189,7 @@ def streamed(served, monkeypatch):
 
     def run(pieces, *options):
         rows = [np.array([piece], np.int32) for piece in pieces]
-        monkeypatch.setattr("train.serving.load", lambda path, step=None: served)
+        monkeypatch.setattr("train.serving.load", lambda path, **options: served)
         monkeypatch.setattr("slope_jax.generate.stream", lambda *args, **kwargs: iter(rows))
         return main(["--checkpoint=run", *options])
 
@@ -239,7 +266,7 @@ def test_damaged_and_unwritable_files_end_the_command(run, served, tmp_path, mon
     assert evaluate.main([f"--checkpoint={folder}", "--data=text:none"]) == 1
     assert "is damaged" in capsys.readouterr().err
     full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr("train.serving.load", lambda path, step=None: served)
+    monkeypatch.setattr("train.serving.load", lambda path, **options: served)
     monkeypatch.setattr("train.serving.write_atomically", mock.Mock(side_effect=full))
     assert main(["--checkpoint=run", f"--save={tmp_path / 'saved'}"]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: there is no room to write")

@@ -111,7 +111,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from train import serving
 
     _check(arguments)
-    served = serving.load(arguments.checkpoint, step=arguments.step)
+    served = serving.load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype)
     check_decoder(served)
     if arguments.tasks is not None:
         from train.harness import evaluate_tasks
@@ -268,6 +268,11 @@ def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
         " Hugging Face folder",
     )
     parser.add_argument("--step", type=int, help="checkpoint of a run; the latest if not given")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16", "float32"),
+        help="of the computation; that of the run if not given",
+    )
     parser.add_argument("--data", help="as of train.pretrain: text:GLOB, tfds:NAME, docs")
     parser.add_argument(
         "--held-out", action="store_true", default=None, help="what the run held out alone"

@@ -59,7 +59,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from train.display import size
 
     _check(arguments)
-    served = serving.load(arguments.checkpoint, step=arguments.step)
+    served = serving.load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype)
     about = served.about
     masked = isinstance(served.model, Bert)
     if masked:
@@ -250,6 +250,11 @@ def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
         help="folder of a run, one of its checkpoints/STEP, what --save wrote, or one of Hugging Face",
     )
     parser.add_argument("--step", type=int, help="checkpoint of a run; the latest if not given")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16", "float32"),
+        help="of the computation; that of the run if not given",
+    )
     parser.add_argument(
         "--prompt", type=_text, action="append", default=[], help="may be given again"
     )

@@ -8,6 +8,7 @@
 No masters, no transposed copies, no optimizer state.
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -32,9 +33,10 @@ from train import imported, integrity
 from train.checkpoint import Checkpoints, placed
 from train.config import from_json, to_json
 from train.data.tokenizer import Vocabulary, vocabulary_from_json
-from train.state import abstract_state, make_setup
+from train.state import abstract_state, compute_dtype, make_setup
 
 SERVED_FILE, TOKENIZER_FILE, VARIABLES = "served.json", "tokenizer.json", "variables"
+DTYPES = ("auto", "bfloat16", "float32")  # of computations
 _AGAIN = "Copy it again, or save it again from the run"
 
 
@@ -115,18 +117,23 @@ def is_apart(path: pathlib.Path) -> bool:
     return not (path / "checkpoints").is_dir() and imported.is_folder(path)
 
 
-def load(path: pathlib.Path | str, *, step: int | None = None) -> Served:
+def load(path: pathlib.Path | str, *, step: int | None = None, dtype: str | None = None) -> Served:
     """A trained model from a run's folder, one of its checkpoints, what `save` wrote, or Hugging Face.
 
     Args:
       path: RUN, RUN/checkpoints/STEP, the folder given to `save`, or one of Hugging Face, whose
         weights stay as they are (see `from_hf`).
       step: which checkpoint of a RUN; None: the latest.
+      dtype: of the computation, "bfloat16", "float32" or "auto", as that of a run; None: the run's.
 
     Raises:
-      ValueError: there is no run, no checkpoint, or not this one; says what there is.
+      ValueError: there is no run, no checkpoint, or not this one; says what there is. Or another dtype.
       DamagedError: files are not what was written, or some are missing.
     """
+    if dtype not in (None, *DTYPES):
+        raise ValueError(
+            f"dtype={dtype!r} must be one of {', '.join(DTYPES)}, or None for the run's"
+        )
     path = _resolved(path, step)
     if is_apart(path):
         if step is not None:
@@ -134,10 +141,15 @@ def load(path: pathlib.Path | str, *, step: int | None = None) -> Served:
                 f"{path} holds one model, not the steps of a run: leave out step={step}, or give the"
                 " --run-dir of the run"
             )
-        return _load_served(path) if (path / SERVED_FILE).is_file() else from_hf(path)
+        if (path / SERVED_FILE).is_file():
+            return _load_served(path, dtype)
+        return from_hf(path, dtype=dtype or "auto")
     trained = load_trained(path, step=step)
-    model, variables = inference_variables(trained.model, trained.variables)
-    return Served(model, variables, trained.vocabulary, _about(trained.about, model))
+    about = _in_dtype(trained.about, dtype)
+    computes = compute_dtype(from_json(about["config"]))
+    model = type(trained.model)(dataclasses.replace(trained.model.config, dtype=computes))
+    model, variables = inference_variables(model, trained.variables)
+    return Served(model, variables, trained.vocabulary, _about(about, model))
 
 
 def from_hf(
@@ -216,7 +228,7 @@ def save(
       served: what `load` gives.
       folder: a new one.
       dtype: of kernels, tables and adapters in the folder: float32, bfloat16 or float16. None: float32
-        if the run (or `from_hf`) was given dtype="float32", else bfloat16, on whatever device: where
+        if the run (or `load`, or `from_hf`) was given dtype="float32", else bfloat16, on whatever device: where
         "auto" computes in float32, as on a CPU, `load` makes that of them again.
 
     Raises:
@@ -282,9 +294,9 @@ def _from_run(folder: pathlib.Path, step: int | None) -> Trained:
         checkpoints.close()
 
 
-def _load_served(folder: pathlib.Path) -> Served:
+def _load_served(folder: pathlib.Path, dtype: str | None) -> Served:
     integrity.check(folder, _AGAIN)
-    about = _read_about(folder / SERVED_FILE)
+    about = _in_dtype(_read_about(folder / SERVED_FILE), dtype)
     tokenizer = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")
     if "imported" in about:
         model, shapes, vocabulary = imported.described(about, tokenizer)
@@ -310,6 +322,11 @@ def _read_about(file: pathlib.Path) -> dict[str, Any]:
 
 def _warn(text: str) -> None:
     print(text, file=sys.stderr)
+
+
+def _in_dtype(about: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    """Of a model that computes in another dtype than the run; None: as it did."""
+    return about if dtype is None else about | {"config": about["config"] | {"dtype": dtype}}
 
 
 def _about(about: dict[str, Any], model: nn.Module) -> dict[str, Any]:
