@@ -17,6 +17,7 @@ from slope_jax.models.decoder import Decoder
 from slope_jax.models.stack import unstack_layers
 from slope_jax.prompts import checked_prompts, is_integer
 
+_COLDEST, _HOTTEST = 1e-30, 1e30  # temperatures by which float32 logits divide to finite numbers
 _CAST = ("kernel", "embedding", ADAPTER_L, ADAPTER_R)
 
 
@@ -84,7 +85,7 @@ def generate(
     *,
     max_new_tokens: int,
     lengths: jax.Array | None = None,
-    end_token: int | Sequence[int] | None = None,
+    end_token: int | Sequence[int] | jax.Array | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -100,7 +101,7 @@ def generate(
       lengths: (B,) integers in 1 .. P, valid tokens of each prompt; None: all P.
       end_token: an id, or several, any of which ends a row, and the loop as soon as all rows have
         ended; None: nothing does.
-      temperature: 0 takes the likeliest token; above it, logits are divided by it and sampled.
+      temperature: 0 takes the likeliest token; from 1e-30 to 1e30, logits are divided by it and sampled.
       top_k: sample from the k likeliest tokens only.
       top_p: sample from the fewest tokens that hold this probability together, in (0, 1].
       key: PRNG key, needed for sampling.
@@ -139,7 +140,7 @@ def stream(
     max_new_tokens: int,
     chunk: int = 8,
     lengths: jax.Array | None = None,
-    end_token: int | Sequence[int] | None = None,
+    end_token: int | Sequence[int] | jax.Array | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -158,8 +159,8 @@ def stream(
     >>> [piece.shape for piece in pieces]
     [(1, 1), (1, 4), (1, 1)]
     """
-    if chunk < 1:
-        raise ValueError(f"chunk={chunk} must be at least 1 token")
+    if not is_integer(chunk) or chunk < 1:
+        raise ValueError(f"chunk={chunk!r} must be a positive integer, tokens made at once")
     how, given, prompts = _prepared(
         model,
         variables,
@@ -331,7 +332,9 @@ def _likely(logits: jax.Array, top_k: int | None, top_p: jax.Array | None) -> ja
 
 
 def _checked_ends(end_token: Any, vocab_size: int) -> tuple[int, ...]:
-    several = isinstance(end_token, Sequence | np.ndarray) and not isinstance(end_token, str)
+    if isinstance(end_token, np.ndarray | jax.Array):
+        end_token = np.asarray(end_token).tolist()
+    several = isinstance(end_token, Sequence) and not isinstance(end_token, str)
     ends = tuple(end_token) if several else () if end_token is None else (end_token,)
     if (several and not ends) or not all(is_integer(e) and 0 <= e < vocab_size for e in ends):
         raise ValueError(
@@ -356,6 +359,11 @@ def _check_sampling(vocab_size: int, temperature, top_k, top_p, key) -> None:
         raise ValueError(f"temperature={temperature!r} must be a number; 0 is greedy")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature} must not be negative or infinite; 0 is greedy")
+    if temperature and not _COLDEST <= temperature <= _HOTTEST:
+        raise ValueError(
+            f"temperature={temperature} divides logits in float32, so it must be 0, which is greedy, or"
+            f" lie between {_COLDEST:g} and {_HOTTEST:g}"
+        )
     if top_k is not None and not (is_integer(top_k) and 1 <= top_k <= vocab_size):
         raise ValueError(f"top_k={top_k!r} must be an integer between 1 and {vocab_size} tokens")
     if top_p is not None and (not _is_number(top_p) or not 0 < top_p <= 1):

@@ -154,7 +154,7 @@ def test_any_of_several_end_tokens_ends_a_row():
     free = np.asarray(generate(model, variables, PROMPTS, **options).tokens)
     ends = [int(free[0, 2]), int(free[1, 4])]
     got = generate(model, variables, PROMPTS, end_token=np.array(ends), **options)
-    pieces = stream(model, variables, PROMPTS, end_token=ends, chunk=2, **options)
+    pieces = stream(model, variables, PROMPTS, end_token=jnp.array(ends), chunk=2, **options)
     streamed = np.concatenate(list(pieces), axis=1)
     for row, expected in enumerate(free):
         hits = np.flatnonzero(np.isin(expected, ends))
@@ -255,9 +255,14 @@ def test_prompts_may_be_traced():
         ({"temperature": float("nan")}, "temperature=nan must not be"),
         ({"temperature": float("inf"), "key": KEY}, "temperature=inf must not be .* infinite"),
         ({"max_new_tokens": 2.0}, "max_new_tokens=2.0 must be a positive integer"),
+        ({"temperature": 1e-46, "key": KEY}, "temperature=1e-46 divides .* 1e-30 and 1e[+]30"),
+        ({"temperature": 1e39, "key": KEY}, r"temperature=1e[+]39 divides"),
         ({"end_token": 61}, r"end_token=61 must be an integer between 0 and 60"),
         ({"end_token": -1}, "end_token=-1 must be"),
         ({"end_token": [3, 61]}, r"end_token=\[3, 61\] must be"),
+        ({"end_token": jnp.array([3, 61])}, r"end_token=\[3, 61\] must be"),
+        ({"end_token": jnp.array([3.0])}, r"end_token=\[3.0\] must be"),
+        ({"end_token": np.array(61)}, r"end_token=61 must be"),
         ({"end_token": []}, r"end_token=\[\] must be"),
         ({"end_token": "</s>"}, "end_token='</s>' must be"),
         ({"temperature": None}, "temperature=None must be a number"),
@@ -319,5 +324,6 @@ def test_a_stream_is_the_whole_in_pieces():
     found = np.concatenate(pieces, axis=1)[0]
     np.testing.assert_array_equal(found, ended.tokens[0, : len(found)])
     assert len(found) == ended.lengths[0] <= 3
-    with pytest.raises(ValueError, match="chunk=0"):
-        stream(model, variables, PROMPTS, max_new_tokens=2, chunk=0)
+    for chunk in (0, 1.5, True, None):
+        with pytest.raises(ValueError, match=f"chunk={chunk} must be a positive integer"):
+            stream(model, variables, PROMPTS, max_new_tokens=2, chunk=chunk)

@@ -71,10 +71,26 @@ def test_a_stop_ends_a_text_and_what_is_settled_stays(served):
         assert later.text.startswith(row.text[: row.settled])
 
 
+def test_a_stop_may_be_one_text_or_none(served):
+    (whole,) = complete(served, "Some", max_new_tokens=20)
+    stop = whole[len(whole) // 2 :][:2]
+    kept = [whole[: whole.index(stop)]]
+    assert complete(served, "Some", max_new_tokens=20, stops=stop) == kept
+    assert complete(served, "Some", max_new_tokens=20, stops=iter([stop])) == kept
+    assert complete(served, "Some", max_new_tokens=20, stops=None) == [whole]
+
+
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
         ([], {}, "at least one prompt"),
+        (3, {}, "prompts=3 must be a text or several"),
+        (["a", 3], {}, r"prompts=\['a', 3\] must be a text or several"),
+        ("a", {"stops": [3]}, r"stops=\[3\] must be a text or several"),
+        ("a", {"stops": ""}, "no empty text to stop at"),
+        ("a", {"seed": None, "temperature": 1.0}, r"seed=None must be an integer in \[0, 2"),
+        ("a", {"seed": 2**31}, "seed=2147483648 must be"),
+        ("a", {"temperature": 1e-46}, "temperature=1e-46"),
         ("a", {"stops": [""]}, "no empty text to stop at"),
         ("a", {"max_new_tokens": 0}, "max_new_tokens=0"),
         ("a", {"temperature": -1.0}, "temperature=-1.0"),

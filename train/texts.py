@@ -1,6 +1,6 @@
 """Text in, text out: what a served model continues or fills, in words instead of ids."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -56,7 +56,7 @@ def continuations(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    stops: Sequence[str] = (),
+    stops: str | Sequence[str] | None = (),
     seed: int = 0,
 ) -> Iterator[list[Continuation]]:
     """Texts as they grow: of each prompt, the first token, then a few more at a time.
@@ -65,8 +65,8 @@ def continuations(
       served: a GPT-2, OPT, LLaMA or Mistral, from `serving.load`.
       prompts: a text, or several, which are continued together.
       max_new_tokens, temperature, top_k, top_p: as for `slope_jax.generate.generate`.
-      stops: texts that end a continuation, ahead of `max_new_tokens`.
-      seed: of the sampling.
+      stops: a text that ends a continuation, ahead of `max_new_tokens`, or several; None: no text does.
+      seed: of the sampling, an integer in [0, 2**31).
 
     Raises:
       ValueError: no prompt, an empty stop, a model that does not generate, or an option out of range.
@@ -74,10 +74,13 @@ def continuations(
     import jax
 
     from slope_jax.generate import stream
+    from slope_jax.prompts import is_integer
 
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts, stops = _texts("prompts", prompts), _texts("stops", () if stops is None else stops)
     if not prompts or "" in stops:
         raise ValueError("give at least one prompt, and no empty text to stop at")
+    if not is_integer(seed) or not 0 <= seed < 2**31:
+        raise ValueError(f"seed={seed!r} must be an integer in [0, 2**31)")
     vocabulary = served.vocabulary
     rows = encoded(served, prompts)
     lengths = np.array([len(row) for row in rows])
@@ -98,6 +101,14 @@ def continuations(
         key=jax.random.key(seed) if temperature else None,
     )
     return _grown(served, rows, pieces, stop_texts(vocabulary, stops))
+
+
+def _texts(name: str, given: str | Sequence[str]) -> list[str]:
+    texts = [given] if isinstance(given, str) else given
+    texts = list(texts) if isinstance(texts, Iterable) else [texts]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{name}={given!r} must be a text or several")
+    return texts
 
 
 def _grown(served, prompts, pieces, stops) -> Iterator[list[Continuation]]:
