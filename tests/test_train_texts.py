@@ -5,10 +5,11 @@ import itertools
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from slope_jax import models
 from slope_jax.generate import generate
-from train.data.tokenizer import train_tokenizer
+from train.data.tokenizer import train_tokenizer, vocabulary_from_json
 from train.serving import Served
 from train.texts import complete, continuations
 
@@ -67,6 +68,66 @@ def test_a_stop_ends_a_text_and_what_is_settled_stays(served):
     assert grown[-1].text == whole[: whole.index(stop)]
     assert grown[-1].ended
     assert [row.tokens for row in grown] == sorted({row.tokens for row in grown})
+    for row, later in itertools.pairwise(grown):
+        assert later.text.startswith(row.text[: row.settled])
+
+
+@pytest.fixture
+def of_bytes(served):
+    """With bytes that stand for themselves where a character has no token, as LLaMA 2 has them."""
+    words = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "\u2581",
+        "a",
+        "b",
+    ]
+    vocab = {word: number for number, word in enumerate(words)}
+    model = tokenizers.models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    made = tokenizers.Tokenizer(model)
+    made.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    decoders = tokenizers.decoders
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return served._replace(vocabulary=vocabulary_from_json(made.to_str(), "clm"))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 20])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n\U0001f600 a",
+        "a\n\n\U0001f600",
+        "\nb",
+        "a \u65e5\u672c b\n",
+        "a\n",
+        b"\n\xf0 a",
+        b"a\n\xf0",
+    ],
+)
+@pytest.mark.parametrize("stops", [(), ("\n",), (" b", "\U0001f600")])
+def test_bytes_are_settled_by_what_follows_them(of_bytes, monkeypatch, chunk, text, stops):
+    if isinstance(text, str):
+        tokens, expected = of_bytes.vocabulary.encode(text), text
+    else:
+        token = of_bytes.vocabulary.tokenizer.token_to_id
+        names = (
+            chr(byte).replace(" ", "\u2581") if byte in b" a" else f"<0x{byte:02X}>"
+            for byte in text
+        )
+        tokens = [token(name) for name in names]
+        expected = text.replace(b"\n\xf0", "\ufffd\ufffd".encode()).decode()
+        if "\n" in stops:  # it was there when the token came
+            expected = text.split(b"\xf0")[0].decode()
+    pieces = [np.array([tokens[i : i + chunk]]) for i in range(0, len(tokens), chunk)]
+    monkeypatch.setattr("slope_jax.generate.stream", lambda *args, **options: iter(pieces))
+    grown = [row for (row,) in continuations(of_bytes, "b", stops=stops)]
+    cut = min([expected.index(stop) for stop in stops if stop in expected], default=len(expected))
+    assert grown[-1].text == expected[:cut]
+    assert grown[-1].ended == any(stop in expected for stop in stops)
     for row, later in itertools.pairwise(grown):
         assert later.text.startswith(row.text[: row.settled])
 

@@ -1,5 +1,7 @@
 """Text in, text out: what a served model continues or fills, in words instead of ids."""
 
+import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
 
 CHUNK = 8  # tokens that are made between two looks at them
 NEW_TOKENS = 64  # where none are asked for
+_BYTE = re.compile("<0x([0-9A-F]{2})>")  # a token that is a byte, in vocabularies such as LLaMA 2's
 
 
 class Continuation(NamedTuple):
@@ -118,7 +121,7 @@ def _grown(served, prompts, pieces, stops) -> Iterator[list[Continuation]]:
         for prompt, row, tokens in zip(prompts, rows, piece.tolist(), strict=True):
             row.extend(tokens)
             text, ended = continued_text(served, prompt, row, stops)
-            settled = len(text) if ended else _settled(text, stops)
+            settled = len(text) if ended else _settled(served, prompt, row, stops)
             found.append(Continuation(text, settled, ended, len(row)))
         yield found
         if all(row.ended for row in found):
@@ -146,9 +149,44 @@ def continued_text(
     ended = bool(places)
     tokens = tokens[: places[0]] if ended else tokens
     prompt = [token for token in prompt if token not in ends]
-    text = decode([*prompt, *tokens])[len(decode(prompt)) :]
-    found = [text.index(stop) for stop in stops if stop and stop in text]
-    return (text[: min(found)], True) if found else (text, ended)
+    first = len(decode(prompt))
+    for count in [*(_unspoiled(served, tokens) if stops else ()), len(tokens)]:
+        text = decode([*prompt, *tokens[:count]])[first:]
+        found = [text.index(stop) for stop in stops if stop and stop in text]
+        if found:
+            return text[: min(found)], True
+    return text, ended
+
+
+def _unspoiled(served: "Served", tokens: Sequence[int]) -> Iterator[int]:
+    """After how many tokens there were whole characters that are not to be seen in the text of all.
+
+    Of tokens that are a byte each, those in a row are decoded together: none of their characters are
+    there if one byte is wrong, not even a newline ahead of it, which may have been a stop.
+    """
+    for start, run in _byte_runs(served, tokens):
+        if _is_text(run):
+            continue
+        yield from (start + n for n in range(1, len(run)) if _is_text(run[:n]))
+
+
+def _byte_runs(served: "Served", tokens: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    """Bytes that stand for themselves, as those in a row, and where these begin."""
+    name = served.vocabulary.tokenizer.id_to_token
+    values = [_BYTE.fullmatch(name(token) or "") for token in tokens]
+    places = itertools.groupby(range(len(tokens)), lambda place: values[place] is not None)
+    for is_run, run in places:
+        if is_run:
+            run = list(run)
+            yield run[0], bytes(int(values[place][1], 16) for place in run)
+
+
+def _is_text(run: bytes) -> bool:
+    try:
+        run.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def stop_texts(vocabulary: "Vocabulary", stops: Sequence[str]) -> list[str]:
@@ -158,9 +196,15 @@ def stop_texts(vocabulary: "Vocabulary", stops: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([*stops, *spelled]))
 
 
-def _settled(text: str, stops: Sequence[str]) -> int:
-    """Characters ahead of what may yet become another character, or turn out to begin a stop."""
-    text = text.rstrip("\ufffd")
+def _settled(served: "Served", prompt: list[int], tokens: list[int], stops: Sequence[str]) -> int:
+    """Characters ahead of what may yet become another character, or turn out to begin a stop.
+
+    Bytes in a row are decoded together, so that each of the last ones hangs on the next token.
+    """
+    for start, run in _byte_runs(served, tokens):
+        if start + len(run) == len(tokens):
+            tokens = tokens[:start]
+    text = continued_text(served, prompt, tokens, ())[0].rstrip("\ufffd")
     begun = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
     return len(text) - max(begun, default=0)
 
