@@ -143,7 +143,7 @@ def test_errors_name_the_request(served):
         harness.loglikelihood([request(long, "")])
     for options, error, message in (
         ({"max_gen_toks": 0}, ValueError, "max_gen_toks=0 must be 1 or more"),
-        ({"do_sample": True}, NotImplementedError, "do_sample"),
+        ({"num_beams": 3, "until": "a"}, NotImplementedError, "num_beams=3; generation here takes"),
     ):
         with (
             mock.patch("train.harness.stream", side_effect=AssertionError("generated")),
@@ -239,8 +239,41 @@ def test_text_is_generated_up_to_a_stop(served):
     stop = whole[len(whole) // 2 :][:2]
     requests = [request("sparse mask", options), request("sparse mask", options | {"until": stop})]
     assert adapter.generate_until(requests) == [whole, whole[: whole.index(stop)]]
-    with pytest.raises(NotImplementedError, match="do_sample"):
-        adapter.generate_until([request("a", {"do_sample": True, "temperature": 0.7})])
+    aliased = {"max_new_tokens": 8, "num_beams": 1, "temperature": 0.0}
+    assert adapter.generate_until([request("sparse mask", aliased)]) == [whole]
+    unsampled = options | {"temperature": 1.0}
+    assert adapter.generate_until([request("sparse mask", unsampled)]) == [whole]
+
+
+def test_tasks_sample_as_they_say(served):
+    ids = jnp.asarray([served.vocabulary.encode("sparse mask")])
+    for options, how in (
+        ({"do_sample": True}, {"temperature": 1.0}),
+        ({"temperature": 0.7}, {"temperature": 0.7}),
+        ({"do_sample": True, "temperature": 2, "top_k": 0}, {"temperature": 2}),
+        (
+            {"do_sample": True, "temperature": 2.0, "top_k": 999, "top_p": 0.9},
+            {"temperature": 2.0, "top_k": served.vocabulary.size, "top_p": 0.9},
+        ),
+        ({"temperature": 2.0, "top_k": 7}, {"temperature": 2.0, "top_k": 7}),
+    ):
+        expected = []
+        for number in range(2):
+            key = jax.random.fold_in(jax.random.key(5), number)
+            made = generate(served.model, served.variables, ids, max_new_tokens=8, key=key, **how)
+            tokens = np.asarray(made.tokens[0]).tolist()
+            expected.append(continued_text(served, [], tokens, [])[0])
+        asked = [request("sparse mask", {"max_gen_toks": 8, **options})] * 2
+        assert Harness(served, seed=5).generate_until(asked) == expected
+        assert expected[0] != expected[1]
+    for options, message in (
+        ({"temperature": 1e39}, r"request 1, 'kernel': temperature=1e\+39"),
+        ({"do_sample": True, "top_p": 0}, "request 1, 'kernel': top_p=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Harness(served).generate_until([request("a", {}), request("kernel", options)])
+    with pytest.raises(ValueError, match="seed=None must be"):
+        Harness(served, seed=None)
 
 
 def chosen(served, prompt, choices):
@@ -541,6 +574,8 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(monkeypatch, capsys):
         (["--tasks=a", "--stride=8"], "--tasks takes no --stride, which --data does"),
         (["--tasks=a", "--held-out"], "--tasks takes no --held-out, which --data does"),
         (["--tasks=a", "--max-tokens=8"], "--tasks takes no --max-tokens, which --data does"),
+        (["--data=docs", "--seed=3"], "--data takes no --seed, which --tasks does"),
+        (["--tasks=a", "--seed=-1"], "--seed=-1 must lie in [0, 2**31)"),
         (["--tasks=a", "--cache-dir=x"], "--tasks takes no --cache-dir, which --data does"),
     ):
         assert main(["--checkpoint=run", *options]) == 2

@@ -31,7 +31,7 @@ MOST_WINDOW = 4096  # tokens where none are asked for: some imported models have
 # Options that one of the two ways takes alone.
 _OF_MODE = {
     "data": ("held_out", "max_tokens", "window", "stride", "cache_dir"),
-    "tasks": ("shots", "limit", "no_bos_token"),
+    "tasks": ("shots", "limit", "no_bos_token", "seed"),
 }
 
 
@@ -123,6 +123,7 @@ def _run(arguments: argparse.Namespace) -> None:
             limit=arguments.limit,
             batch_size=arguments.batch,
             add_bos_token=not arguments.no_bos_token,
+            seed=arguments.seed or 0,
         )
         for name, numbers in found.items():
             for metric, value in numbers.items():
@@ -149,6 +150,8 @@ def _check(arguments: argparse.Namespace) -> None:
         value, least = values[name], int(name != "shots")
         if value is not None and value < least:
             raise ValueError(f"{option(name)}={value} must be {least} or more")
+    if arguments.seed is not None and not 0 <= arguments.seed < 2**31:
+        raise ValueError(f"--seed={arguments.seed} must lie in [0, 2**31)")
     if arguments.output is not None:
         _check_output(arguments.output)
     if arguments.tasks is not None:
@@ -294,6 +297,7 @@ def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
         default=None,
         help="tasks: put nothing ahead of texts, not even what the tokenizer does",
     )
+    parser.add_argument("--seed", type=int, help="of tasks that sample; 0 if not given")
     parser.add_argument("--cache-dir", type=pathlib.Path, help="of the data, as of train.pretrain")
     parser.add_argument("--output", type=pathlib.Path, help="JSON file for the numbers")
     return parser.parse_args(args)

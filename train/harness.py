@@ -2,20 +2,28 @@
 
 import functools
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from slope_jax.generate import stream
+from slope_jax.prompts import is_integer
 from train.evaluate import check_decoder
 from train.scoring import score, strided_windows
 from train.serving import Served
 from train.texts import CHUNK, continued_text, stop_texts
 
 MAX_NEW_TOKENS = 256  # where a task does not say
+_COUNTS = (
+    "max_gen_toks",
+    "max_new_tokens",
+    "max_tokens",
+    "max_completion_tokens",
+)  # first one first
+_OPTIONS = (*_COUNTS, "until", "do_sample", "temperature", "top_k", "top_p")
 
 
 class Harness:
@@ -27,17 +35,22 @@ class Harness:
     Texts become tokens as in the harness's own `HFLM`: behind what the tokenizer puts ahead of every
     text, such as LLaMA's <s>, unless they spell it themselves; and where a text spells a special
     token, it is that token. An empty context is the token that begins a text, or, without one, the
-    one that ends it.
+    one that ends it. Chat templates are not applied: a folder's is not kept.
 
     Args:
       served: what `train.serving.load` gives, a decoder.
       batch_size: requests at a time.
       add_bos_token: False leaves out what the tokenizer puts ahead, as that of `HFLM` does.
+      seed: of tasks that sample, an integer in [0, 2**31).
     """
 
-    def __init__(self, served: Served, batch_size: int = 8, *, add_bos_token: bool = True):
+    def __init__(
+        self, served: Served, batch_size: int = 8, *, add_bos_token: bool = True, seed: int = 0
+    ):
         check_decoder(served)
-        self.served, self.size = served, batch_size
+        if not is_integer(seed) or not 0 <= seed < 2**31:
+            raise ValueError(f"seed={seed!r} must be an integer in [0, 2**31)")
+        self.served, self.size, self.seed = served, batch_size, seed
         self.longest = served.longest
         self.tokenizer = served.vocabulary.copy()
         self.tokenizer.encode_special_tokens = False  # what spells a token is one
@@ -92,23 +105,39 @@ class Harness:
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """For args (context, options): the greedy continuation ahead of the first stop.
+        """For args (context, options): the continuation ahead of the first stop.
 
-        Options: `until`, a text or several; `max_gen_toks`, of which a prompt leaves room for all, or,
-        where they are not fewer than the model's longest sequence, for half of that; sampling is
-        refused. The new tokens are decoded by themselves and without special ones, as in `HFLM`: some
-        tokenizers write no space ahead of a first word.
+        Options: `until`, a text or several; `max_gen_toks`, or another of its names, of which a prompt
+        leaves room for all, or, where they are not fewer than the model's longest sequence, for half
+        of that; `temperature`, `top_k` and `top_p`, as of `slope_jax.generate.generate`. Greedy
+        unless `do_sample` is true, or there is a temperature and no `do_sample`; a temperature of 0 is
+        greedy, too, and without one it is 1. What is sampled depends on the seed and on the number of
+        the request, so that repeats differ. `top_k=0` is none.
+
+        The new tokens are decoded by themselves and without special ones, as in `HFLM`: some tokenizers
+        write no space ahead of a first word.
 
         Raises:
-          ValueError: no new tokens are asked for, or there is no room for any prompt; says by whom.
+          ValueError: no new tokens are asked for, there is no room for any prompt, or a temperature,
+            `top_k` or `top_p` is out of range; says by whom.
+          NotImplementedError: another option, such as beams.
         """
-        for number, (context, options) in enumerate(request.args for request in requests):
-            self._check(f"request {number}, {_shown(context)}", options)
-        return [self._generate(*request.args) for request in requests]
+        named = [
+            (f"request {number}, {_shown(context)}", context, options)
+            for number, (context, options) in enumerate(request.args for request in requests)
+        ]
+        for who, _, options in named:
+            self._check(who, options)
+        begun = [self._begun(number, *asked) for number, asked in enumerate(named)]
+        return [self._finished(*one) for one in begun]
 
     def _check(self, who: str, options: dict[str, Any]) -> None:
-        if options.get("do_sample") and options.get("temperature", 1.0) > 0:
-            raise NotImplementedError(f"{who}: do_sample; only greedy generation is evaluated here")
+        known = [*_OPTIONS, *(["num_beams"] if options.get("num_beams") == 1 else [])]
+        if others := [f"{name}={value!r}" for name, value in options.items() if name not in known]:
+            raise NotImplementedError(
+                f"{who}: {', '.join(others)}; generation here takes {', '.join(_OPTIONS)}. Take the"
+                " others out of the task"
+            )
         if (wanted := _wanted(options)) < 1:
             raise ValueError(f"{who}: max_gen_toks={wanted} must be 1 or more")
         if self.longest < 2:
@@ -118,7 +147,10 @@ class Harness:
                 " ones"
             )
 
-    def _generate(self, context: str, options: dict[str, Any]) -> str:
+    def _begun(
+        self, number: int, who: str, context: str, options: dict[str, Any]
+    ) -> tuple[Iterator[np.ndarray], list[str]]:
+        """The tokens to come, of which none is made yet, and what they stop at."""
         stops = options.get("until") or []
         stops = stop_texts(self.served.vocabulary, [stops] if isinstance(stops, str) else stops)
         wanted = _wanted(options)
@@ -128,15 +160,25 @@ class Harness:
         width = min(room, -(-len(prompt) // 64) * 64)  # few shapes to compile
         ids = np.zeros((1, width), np.int32)
         ids[0, : len(prompt)] = prompt
-        pieces = stream(
-            self.served.model,
-            self.served.variables,
-            jnp.asarray(ids),
-            lengths=np.array([len(prompt)]),
-            max_new_tokens=count,
-            chunk=CHUNK,
-            end_token=self.served.ends,
-        )
+        how = _sampling(options, self.served.model.config.vocab_size)
+        if how:
+            how["key"] = jax.random.fold_in(jax.random.key(self.seed), number)
+        try:
+            pieces = stream(
+                self.served.model,
+                self.served.variables,
+                ids,
+                lengths=np.array([len(prompt)]),
+                max_new_tokens=count,
+                chunk=CHUNK,
+                end_token=self.served.ends,
+                **how,
+            )
+        except ValueError as error:
+            raise ValueError(f"{who}: {error}") from error
+        return pieces, stops
+
+    def _finished(self, pieces: Iterator[np.ndarray], stops: list[str]) -> str:
         text, tokens = "", []
         unseen = {i for i, name in self.specials.items() if not any(name in stop for stop in stops)}
         for piece in pieces:
@@ -171,7 +213,7 @@ class Harness:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def _encode(self, text: str) -> list[int]:
-        """Behind what the tokenizer puts ahead, which a chat template writes into the text."""
+        """Ids, behind what the tokenizer puts ahead, unless the text begins with that by name."""
         spelled = text.startswith(self.tokenizer.decode([self.start], skip_special_tokens=False))
         return self._bare(text) if spelled else [*self.beginning, *self._bare(text)]
 
@@ -190,8 +232,21 @@ def _start(served: Served) -> int:
 
 def _wanted(options: dict[str, Any]) -> int:
     """New tokens that a task asks for."""
-    count = options.get("max_gen_toks")
-    return MAX_NEW_TOKENS if count is None else count
+    given = [options[name] for name in _COUNTS if options.get(name) is not None]
+    return given[0] if given else MAX_NEW_TOKENS
+
+
+def _sampling(options: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    """How `stream` samples for a task; nothing where it is greedy."""
+    temperature, sampled = options.get("temperature"), options.get("do_sample")
+    sampled = bool(temperature) if sampled is None else sampled
+    temperature = 1.0 if temperature is None else temperature
+    if not sampled or not temperature:
+        return {}
+    top_k = options.get("top_k") or None
+    if is_integer(top_k):
+        top_k = min(top_k, vocab_size)
+    return {"temperature": temperature, "top_k": top_k, "top_p": options.get("top_p")}
 
 
 def _shown(text: str) -> str:
@@ -199,7 +254,9 @@ def _shown(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:28]} ... {text[-27:]}")
 
 
-def harness_model(served: Served, batch_size: int = 8, *, add_bos_token: bool = True):
+def harness_model(
+    served: Served, batch_size: int = 8, *, add_bos_token: bool = True, seed: int = 0
+):
     """A `Harness` that is an `lm_eval.api.model.LM`; arguments are those of `Harness`.
 
     Raises:
@@ -210,7 +267,7 @@ def harness_model(served: Served, batch_size: int = 8, *, add_bos_token: bool = 
     class SlopeModel(Harness, base):
         def __init__(self):
             base.__init__(self)
-            Harness.__init__(self, served, batch_size, add_bos_token=add_bos_token)
+            Harness.__init__(self, served, batch_size, add_bos_token=add_bos_token, seed=seed)
 
     return SlopeModel()
 
@@ -223,6 +280,7 @@ def evaluate_tasks(
     limit: int | None = None,
     batch_size: int = 8,
     add_bos_token: bool = True,
+    seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
     """Numbers by task and metric, from the harness.
 
@@ -232,14 +290,14 @@ def evaluate_tasks(
       shots: solved examples ahead of each; None: as each task has it.
       limit: examples of each task; None: all.
       batch_size: requests at a time.
-      add_bos_token: as of `Harness`.
+      add_bos_token, seed: as of `Harness`.
 
     Raises:
       ValueError: the harness is not installed, or as `check_tasks`.
     """
     harness = _lm_eval("lm_eval")
     check_tasks(task for task in tasks if isinstance(task, str))
-    model = harness_model(served, batch_size, add_bos_token=add_bos_token)
+    model = harness_model(served, batch_size, add_bos_token=add_bos_token, seed=seed)
     found = harness.simple_evaluate(
         model=model,
         tasks=list(tasks),
