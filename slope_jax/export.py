@@ -198,7 +198,8 @@ _CALLS = (
 def save(exported: Exported, folder: pathlib.Path | str) -> pathlib.Path:
     """Writes a folder that `load` reads: whole or not at all.
 
-    The weights are not in it (`train.serving.save` writes those).
+    The weights are not in it (`train.serving.save` writes those). Programs take them in the dtypes that
+    they were exported with: where that is float32, as on a CPU by default, save with dtype="float32".
 
     Raises:
       ValueError: the folder exists already, or flatbuffers, which JAX writes with, is missing.
