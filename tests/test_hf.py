@@ -192,6 +192,47 @@ def test_other_spellings_of_the_same_weights(folder, tmp_path):
         models.from_hf(write(tmp_path / "other", tensors))
 
 
+def test_a_bert_without_the_heads_that_fill_mask_does_without(torch, transformers, tmp_path):
+    """BertForMaskedLM has no pooler and no NSP head: zeros here. One part of a head is not enough."""
+    theirs = randomised(torch, transformers.BertForMaskedLM(transformers.BertConfig(**BERT)))
+    theirs.save_pretrained(tmp_path, safe_serialization=True)
+    model, variables = models.from_hf(tmp_path, sparsity="dense")
+    same_form(model, variables)
+    ours = jax.jit(model.apply)(variables, IDS)
+    close(ours.mlm_logits[..., :61], logits(torch, theirs, IDS))
+    assert not any(x.any() for x in (ours.pooled, ours.nsp_logits))
+    again = models.export_hf(tmp_path / "again", model, variables)
+    equal(models.from_hf(again, sparsity="dense")[1], variables)
+
+    tensors = safetensors_numpy.load_file(tmp_path / "model.safetensors")
+    for name, shape, message in (
+        ("bert.pooler.dense.weight", (32, 32), r"missing: pooler.dense.bias; surplus: none\."),
+        ("cls.seq_relationship.bias", (2,), "missing: cls.seq_relationship.weight, pooler.dense.b"),
+    ):
+        partial = tensors | {name: np.zeros(shape, np.float32)}
+        safetensors_numpy.save_file(partial, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=message):
+            models.from_hf(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    tensors = gpt2_tensors()
+    tensors["transformer.h.1.mlp.c_fc.weight"][3, 4] = np.nan
+    tensors["transformer.h.2.mlp.c_fc.weight"][0, 0] = np.inf
+    tensors["transformer.ln_f.bias"][7] = -np.inf
+    folder = write(tmp_path / "m", tensors)
+    named = r"NaN or infinity in h.{1\.\.2}.mlp.c_fc.weight, ln_f.bias; copy"
+    for sparsity in ("dense", "2:4"):
+        with pytest.raises(ValueError, match=named):
+            models.from_hf(folder, sparsity=sparsity)
+    with pytest.raises(ValueError, match=named):
+        models.from_hf(folder, sparsity="2:4", calibration=[IDS])
+    tied = tensors | {"lm_head.weight": tensors["transformer.wte.weight"]}
+    tied["transformer.wte.weight"][0, 0] = np.nan
+    with pytest.raises(ValueError, match=r"NaN or infinity in .*wte.weight"):
+        models.from_hf(write(tmp_path / "m", tied))
+
+
 def test_old_names_of_bert_norms(bert, tmp_path):
     """Files of the first BERTs say gamma and beta, and hold position_ids."""
     folder = bert[1]
@@ -249,6 +290,8 @@ def test_the_models_configuration_must_agree(folder):
         ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ({"model_type": "t5"}, "model_type 't5'; choose"),
+        ({"model_type": ["gpt2"]}, r"model_type \['gpt2'\]; choose"),
+        ({"n_layer": 9999}, r"tensors missing: h.{3\.\.9998}.attn.c_attn.bias"),
         ({"n_head": 5}, "hidden_size=32 is not a multiple of num_heads=5"),
     ],
 )
@@ -374,6 +417,9 @@ def test_bad_folders(folder, damage, message):
     [
         ("gpt2", {"n_layer": "3", "resid_pdrop": None}, "n_layer='3', resid_pdrop=None must be"),
         ("gpt2", {"layer_norm_epsilon": float("inf")}, "layer_norm_epsilon=inf must be numbers"),
+        ("gpt2", {"n_embd": 10**30}, "n_embd=10{30} must be numbers, .* none above 2147483647"),
+        ("gpt2", {"n_layer": 10**6}, "n_layer=1000000 must be .* layers at most 10000"),
+        ("llama", {"num_attention_heads": 0}, "num_attention_heads=0 must be positive"),
         ("bert", {"type_vocab_size": 2.0}, "type_vocab_size=2.0 must be numbers, counts whole"),
         ("opt", {"word_embed_proj_dim": [32]}, r"word_embed_proj_dim=\[32\] must be"),
         ("llama", {"rope_scaling": "llama3", "head_dim": True}, "head_dim=True, rope_scaling='ll"),

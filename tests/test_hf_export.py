@@ -1,83 +1,20 @@
 """Export to Hugging Face folders: what Transformers computes with them, and what comes back."""
 
-import functools
 import json
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from exports import FAMILIES, SMALL, load_theirs, logits_of_ours, logits_of_theirs, made
 from parity import close, randomised
 
 from slope_jax import models
-from slope_jax.models import hf_export
+from slope_jax.generate import cast_weights
+from slope_jax.models import hf_export, hf_files
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
-
-SMALL = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "num_layers": 3,
-    "num_heads": 4,
-    "mlp_size": 64,
-    "max_positions": 24,
-    "sparsity": "2:4",
-}
-SCALED = models.RopeScaling(8.0, 1.0, 4.0, 16)
-FAMILIES = {
-    "bert": ("bert-tiny", {}),
-    "gpt2": ("gpt2-nano", {}),
-    "opt": ("opt-nano", {}),
-    "llama": ("llama-nano", {"num_kv_heads": 2, "rope_scaling": SCALED}),
-    "mistral": ("llama-nano", {"num_kv_heads": 2, "window": 5}),
-}
-IDS = np.random.default_rng(0).integers(0, 61, (3, 20)).astype(np.int32)
-
-
-@functools.cache
-def made(family, rank):
-    """A model whose every parameter is random, as zeros and ones would hide a wrong name."""
-    name, fields = FAMILIES[family]
-    model = models.build(name, **SMALL, **fields, adapter_rank=rank)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), **model.example_inputs())
-    rng = np.random.default_rng(1)
-    pairs = np.array([0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110], np.uint8)  # 2 of 4
-
-    def metadata(leaf):
-        low, high = rng.choice(pairs, (2, *leaf.shape))
-        return jnp.asarray(low | high << 4)
-
-    def parameter(path, leaf):
-        noise = 0.2 * rng.standard_normal(leaf.shape, np.float32)
-        return jnp.asarray(noise + np.float32(path[-1].key == "scale"))
-
-    masks = jax.tree.map(metadata, shapes["masks"])
-    params = jax.tree_util.tree_map_with_path(parameter, shapes["params"])
-    table = params["embeddings"]["token"]
-    table["embedding"] = table["embedding"].at[61:].set(0)
-    if "lm_head" in params:
-        params["lm_head"]["kernel"] = params["lm_head"]["kernel"].at[:, 61:].set(0)
-    if "mlm" in params:
-        params["mlm"]["bias"] = params["mlm"]["bias"].at[61:].set(0)
-    return model, {"params": params, "masks": masks}
-
-
-def logits_of_ours(model, variables):
-    found = jax.jit(model.apply)(variables, jnp.asarray(IDS))
-    return np.asarray(getattr(found, "mlm_logits", found))[..., :61]
-
-
-def load_theirs(transformers, folder):
-    name = json.loads((folder / "config.json").read_text())["architectures"][0]
-    model, report = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
-    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return model.eval()
-
-
-def logits_of_theirs(torch, model):
-    with torch.no_grad():
-        output = model(input_ids=torch.tensor(IDS))
-    return getattr(output, "logits", getattr(output, "prediction_logits", None)).numpy()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -268,9 +205,67 @@ def test_a_tokenizer_of_another_model_is_refused(with_tokenizer):
     ):
         with pytest.raises(ValueError, match=message):
             models.export_hf(path / "new", model, variables, **options)
-    with pytest.raises(ValueError, match=f"hold no .*; give those of this {type(model).__name__}"):
-        models.export_hf(path / "new", model, {"params": {}})
     assert sorted(p.name for p in path.iterdir()) == ["alone", "damaged", "given"]
+
+
+def test_variables_of_another_model_are_refused(tmp_path):
+    """Before anything is written, with what differs; layers may be stacked or single."""
+    model, variables = made("opt", 0)
+    shorter = models.build("opt-nano", **SMALL | {"max_positions": 16})
+    named = r"params/embeddings/position/embedding: \(26, 32\) here, \(18, 32\) in the model$"
+    with pytest.raises(
+        ValueError, match=f"those of this OPT; give its own. In shape differ {named}"
+    ):
+        models.export_hf(tmp_path / "new", shorter, variables)
+    for others, message in (
+        (made("gpt2", 0)[1], r"position/embedding: \(24, 32\) here, \(26, 32\) in"),
+        (made("llama", 0)[1], "mlp/gate_up/kernel: .* here, none in the model"),
+        ({"params": {}}, r"and \d+ more"),
+        ({"params": variables["params"]}, "masks/layers_1/.*: none here"),
+        (made("opt", 3)[1], r"adapter_l: \(32, 3\) here, none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            models.export_hf(tmp_path / "new", model, others)
+    wider = models.build("opt-nano", **SMALL | {"hidden_size": 64})
+    with pytest.raises(ValueError, match="not those of this OPT"):
+        models.export_semi_structured(tmp_path / "new", wider, variables)
+    models.export_hf(tmp_path / "single", model, models.unstack_layers(variables))
+    assert [p.name for p in tmp_path.iterdir()] == ["single"]
+
+
+def test_tensors_have_the_dtype_that_config_json_names(transformers, tmp_path):
+    """That of a model in bfloat16 whose norms are in float32 is the wider one: no digit is lost."""
+    model, variables = made("llama", 3)
+    mixed = variables | {"params": cast_weights(variables["params"], jnp.bfloat16)}
+    rounded = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), variables["params"]
+    )
+    for name, params, dtype, expected in (
+        ("mixed", mixed["params"], None, "F32"),
+        ("half", rounded, "bfloat16", "BF16"),
+        ("whole", jax.tree.map(lambda x: x.astype(jnp.bfloat16), rounded), None, "BF16"),
+    ):
+        folder = models.export_hf(
+            tmp_path / name, model, variables | {"params": params}, adapters="lora", dtype=dtype
+        )
+        for file in folder.rglob("*.safetensors"):
+            tensors = hf_files.open_files(file.parent, [file.name])
+            assert {tensor.dtype for _, tensor in tensors} == {expected}
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        assert str(theirs.dtype) == {"F32": "torch.float32", "BF16": "torch.bfloat16"}[expected]
+    _, read = models.from_hf(tmp_path / "mixed")
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), read["params"], mixed["params"])
+
+
+def test_files_have_the_permissions_of_new_ones(tmp_path):
+    model, variables = made("gpt2", 3)
+    before = os.umask(0o027)
+    try:
+        folder = models.export_hf(tmp_path / "new", model, variables, adapters="lora")
+    finally:
+        os.umask(before)
+    modes = [file.stat().st_mode & 0o777 for file in folder.rglob("*.safetensors")]
+    assert modes == [0o640, 0o640]
 
 
 def test_a_folder_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -280,7 +275,7 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     models.export_hf(tmp_path / "old", model, variables)
     with pytest.raises(ValueError, match="exists already"):
         models.export_hf(tmp_path / "old", model, variables)
-    monkeypatch.setattr(hf_export, "config_json", lambda *args: 1 / 0)
+    monkeypatch.setattr(hf_export, "config_json", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         models.export_hf(tmp_path / "new", model, variables)
     assert [p.name for p in tmp_path.iterdir()] == ["old"]

@@ -104,6 +104,21 @@ def test_mistral_with_a_window(torch, transformers, tmp_path):
     close(jax.jit(model.apply)(variables, IDS)[..., :61], logits(torch, theirs, IDS))
 
 
+def test_a_mistral_without_a_window_stays_one(torch, transformers, tmp_path):
+    config = transformers.MistralConfig(**TINY, sliding_window=None)
+    theirs, folder = save(torch, transformers.MistralForCausalLM(config), tmp_path / "a")
+    model, variables = models.from_hf(folder, sparsity="dense")
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        models.export_hf(tmp_path / "b", model, variables)
+    )
+    assert type(again) is type(theirs)
+    assert again.config.sliding_window is None
+    close(logits(torch, again, IDS), logits(torch, theirs, IDS))
+    assert models.variant_config("mistral-7b", window=None).family == "mistral"
+    with pytest.raises(ValueError, match="family='opt'; choose one of llama, mistral"):
+        models.build("llama-nano", family="opt")
+
+
 # As published with the weights, the fields that matter.
 LLAMA_3_8B = {
     "model_type": "llama",

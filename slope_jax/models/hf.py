@@ -10,22 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from pallas_kernels import compress
+from pallas_kernels import Pattern, compress
+from slope_jax.dense import ADAPTER_L, ADAPTER_R
 from slope_jax.models import hf_names
 from slope_jax.models.bert import Bert, BertConfig
 from slope_jax.models.calibration import dense_twin
 from slope_jax.models.config import TransformerConfig
 from slope_jax.models.decoder import Decoder
 from slope_jax.models.gpt2 import GPT2, GPT2Config
-from slope_jax.models.hf_families import FAMILIES, Source
-from slope_jax.models.hf_files import (
-    Tensor,
-    all_of,
-    checked_folder,
-    listed,
-    open_tensors,
-    read_json,
-)
+from slope_jax.models.hf_adapter import FOLDER, Adapter, adapter_of, check_adapter, read_adapter
+from slope_jax.models.hf_files import all_of, checked_folder, read_json
+from slope_jax.models.hf_weights import Weights, array_of, open_weights
 from slope_jax.models.llama import Llama, LlamaConfig
 from slope_jax.models.opt import OPT, OPTConfig
 from slope_jax.models.registry import check_fields
@@ -51,23 +46,27 @@ def load_hf(
 
     Linears that the model's policy prunes are compressed by the magnitude of the weights in the
     folder, or by Wanda where there is text for it (`prune_wanda`), whatever `mask_init` says; with
-    sparsity="dense" the function is that of the folder. Rows that pad the vocabulary are zero. Tensors are read one after the other, so that little more
-    memory is needed than the result takes; for Wanda the dense weights are in host memory, and on
-    the device one layer at a time.
+    sparsity="dense" the function is that of the folder. Adapters in folder/adapter, LoRA in the form of
+    PEFT, are the model's, apart. Rows that pad the vocabulary are zero, and so are the pooler and the
+    NSP head of a BERT that has none (BertForMaskedLM). Tensors are read one after the other, so that
+    little more memory is needed than the result takes; for Wanda the dense weights are in host memory,
+    and on the device one layer at a time.
 
     Args:
       folder: holds config.json and model.safetensors, or model.safetensors.index.json and its
         shards, as `save_pretrained` writes them; tensors of 16 or 32 bits.
-      model: without adapters (add those to a training state).
-      calibration: batches of tokens (B, S), as `prune_wanda` takes them; None: by magnitude.
+      model: with adapters of the folder's rank if it has any, else without (add those to a training
+        state).
+      calibration: batches of tokens (B, S), as `prune_wanda` takes them; None: by magnitude. Of a
+        folder without adapters.
 
     Returns:
       {"params": ...} of `param_dtype`, and "masks" if anything is pruned: what `model.init` gives.
 
     Raises:
       ValueError: a file is missing or damaged, config.json differs from the model (all differences
-        are listed), tensors are missing, surplus, of another shape or not tied, or the calibration
-        does not fit the model.
+        are listed), tensors are missing, surplus, of another shape, not finite or not tied, adapters
+        are none that the model can have, or the calibration does not fit the model.
       ImportError: safetensors is not installed.
 
     >>> model = build("gpt2-small", sparsity="2:4")  # doctest: +SKIP
@@ -76,47 +75,96 @@ def load_hf(
     """
     if calibration is None:
         return _load(folder, model)
+    adapter = read_adapter(checked_folder(folder))
+    if adapter is not None:
+        raise ValueError(
+            f"calibration prunes weights that stand alone, but {adapter.path} adds adapters to them:"
+            " take that folder out, or leave out calibration"
+        )
     check_model(model)
     dense = _load(folder, dense_twin(model), on_device=False)
     return prune_wanda(model, dense, calibration)
 
 
 def _load(folder: str | Path, model: Bert | Decoder, *, on_device: bool = True) -> dict[str, Any]:
-    folder = checked_folder(folder)
-    config = model.config
-    raw = read_json(folder / "config.json")
-    family = _family(raw, model)
-    _compare(folder, config, hf_names.read_config(raw, family))
-    if config.rank:
-        raise ValueError(
-            f"adapter_rank={config.adapter_rank}: a Hugging Face folder has no adapters; load into"
-            " a model with adapter_rank=0, then add them with slope_jax.add_adapters"
-        )
-    shapes = _dense_shapes(model)
-    sources = {source.path: source for source in hf_names.sources(config, family)}
-    if set(shapes) != set(sources):
-        raise AssertionError(f"names do not cover {set(shapes) ^ set(sources)}")
-    tensors = _checked_names(
-        folder, sources.values(), _untied(folder, family, open_tensors(folder))
-    )
-    _check_tensors(folder, config, sources.values(), tensors, shapes)
-    pruned = _pruned_kernels(config)
+    weights = _weights(folder, model)
+    config, pruned = model.config, _pruned_kernels(model.config)
+    adapter = _checked_adapter(weights, config)
     variables: dict[str, Any] = {"params": {}, "masks": {}}
-    for path, singles in _stacks(config, sources).items():
-        leaves = [
-            _leaf(sources[single], tensors, shapes[single], pruned.get(single), on_device)
-            for single in singles
-        ]
+    for path, singles in _stacks(config, weights.sources).items():
+        leaves = [_leaf(weights, single, pruned.get(single), on_device) for single in singles]
         for name, parts in zip(("params", "masks"), zip(*leaves, strict=True), strict=True):
             if parts[0] is not None:
                 variables[name][path] = parts[0] if len(parts) == 1 else jnp.stack(parts)
+        if adapter is not None and singles[0] in pruned:
+            pairs = [_adapters(weights, adapter, single) for single in singles]
+            for name, parts in zip((ADAPTER_L, ADAPTER_R), zip(*pairs, strict=True), strict=True):
+                at = (*path[:-1], name)
+                variables["params"][at] = parts[0] if len(parts) == 1 else jnp.stack(parts)
+    if weights.infinite:
+        raise ValueError(
+            f"{weights.folder}: NaN or infinity in {all_of(sorted(weights.infinite))}; copy the folder"
+            " again, or save it from a training that went well"
+        )
     return {name: traverse_util.unflatten_dict(v) for name, v in variables.items() if v}
+
+
+def _weights(folder: str | Path, model: Bert | Decoder) -> Weights:
+    folder = checked_folder(folder)
+    return open_weights(folder, _family(read_json(folder / "config.json"), model), model)
+
+
+def _checked_adapter(weights: Weights, config: TransformerConfig) -> Adapter | None:
+    adapter = read_adapter(weights.folder)
+    if adapter is None and config.rank:
+        raise ValueError(
+            f"adapter_rank={config.adapter_rank}: {weights.folder} has no adapters; load into"
+            " a model with adapter_rank=0, then add them with slope_jax.add_adapters"
+        )
+    if adapter is None:
+        return None
+    if adapter.rank != config.rank:
+        raise ValueError(
+            f"adapter_rank={config.adapter_rank}: {adapter.path} holds adapters of rank"
+            f" {adapter.rank}; build the model with that, or take that folder out"
+        )
+    check_adapter(adapter, config, weights.family)
+    return adapter
+
+
+def is_pruned(folder: str | Path, sparsity: Any) -> bool:
+    """Whether a folder's weights are of a sparsity already, so that pruning them changes nothing.
+
+    Kernels are read one by one, up to the first that is not. False, too, where the sparsity prunes
+    nothing or does not fit the sizes.
+
+    Args:
+      folder, sparsity: as for `from_hf`.
+
+    Raises:
+      ValueError: as `load_hf`, apart from what adapters are wrong.
+    """
+    folder = checked_folder(folder)
+    weights = _weights(folder, _built(folder, {"sparsity": DENSE}))
+    try:
+        pruned = _pruned_kernels(_built(folder, {"sparsity": sparsity}).config)
+    except ValueError:  # its sizes cannot be so
+        return False
+    return bool(pruned) and all(
+        _has_pattern(array_of(weights, path), Pattern.parse(pattern))
+        for path, pattern in pruned.items()
+    )
+
+
+def _has_pattern(kernel: np.ndarray, pattern: Pattern) -> bool:
+    groups = (kernel != 0).reshape(-1, pattern.m, kernel.shape[-1])
+    return int(groups.sum(1).max()) <= pattern.n
 
 
 def from_hf(
     folder: str | Path, *, calibration: Iterable[Any] | None = None, **overrides
 ) -> tuple[Bert | Decoder, dict[str, Any]]:
-    """The model that config.json describes, and its variables as of `load_hf`.
+    """The model that config.json describes, with the folder's adapters, and its variables as of `load_hf`.
 
     >>> model, variables = from_hf("~/models/bert-base", sparsity="2:4")  # doctest: +SKIP
 
@@ -130,17 +178,31 @@ def from_hf(
       ValueError, ImportError: as `load_hf`, and for an unknown "model_type" or field.
     """
     folder = checked_folder(folder)
+    model = _built(folder, overrides)
+    adapter = None if "adapter_rank" in overrides else read_adapter(folder)
+    if adapter is not None:
+        check_adapter(adapter, model.config, _family(read_json(folder / "config.json"), model))
+        model = _built(folder, overrides | {"adapter_rank": adapter.rank})
+    return model, load_hf(folder, model, calibration=calibration)
+
+
+def _built(folder: Path, overrides: dict[str, Any]) -> Bert | Decoder:
     raw = read_json(folder / "config.json")
     family = raw.get("model_type")
-    if not isinstance(family, str) or family not in _MODELS:
+    if not is_known(family):
         raise ValueError(
             f"{folder / 'config.json'}: model_type {family!r}; choose a folder of {list(_MODELS)}"
         )
     module, config = _MODELS[family]
     check_fields(config.__name__, config, overrides)
     fields = hf_names.read_config(raw, family) | {"dropout": hf_names.dropout(raw, family)}
-    model = module(config(**(fields | overrides)))
-    return model, load_hf(folder, model, calibration=calibration)
+    fields |= {"family": family} if config is LlamaConfig else {}
+    return module(config(**(fields | overrides)))
+
+
+def is_known(family: Any) -> bool:
+    """Whether it is a "model_type" that we have, in whatever a config.json holds."""
+    return isinstance(family, str) and family in _MODELS
 
 
 def _family(raw: dict[str, Any], model: Bert | Decoder) -> str:
@@ -153,86 +215,22 @@ def _family(raw: dict[str, Any], model: Bert | Decoder) -> str:
     return family
 
 
-def _compare(folder: Path, config: TransformerConfig, theirs: dict[str, Any]) -> None:
-    different = [
-        f"{name}: folder {value}, model {getattr(config, name)}"
-        for name, value in theirs.items()
-        if value != getattr(config, name)
-    ]
-    if different:
-        raise ValueError(
-            f"{folder / 'config.json'} differs from the model in {'; '.join(different)}. Build the"
-            " model with the folder's values, or let from_hf build it"
-        )
+def _adapters(weights: Weights, adapter: Adapter, path: tuple[str, ...]) -> list[jax.Array]:
+    """adapter_l and adapter_r of one kernel."""
+    source, want = weights.sources[path], weights.shapes[path]
+    pair = adapter_of(adapter, source, *want.shape)
+    if not all(np.isfinite(array).all() for array in pair):
+        weights.infinite.add(f"{FOLDER}/{source.names[0]}")
+    return [jnp.asarray(array.astype(want.dtype)) for array in pair]
 
 
-def _untied(folder: Path, family: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the copies of tied tensors, which must be equal to what they copy."""
-    result = dict(tensors)
-    for copy, original in FAMILIES[family].tied.items():
-        if copy not in tensors or original not in tensors:
-            continue
-        if not np.array_equal(result.pop(copy).read(), tensors[original].read()):
-            raise ValueError(
-                f"{folder}: {copy} differs from {original}, but the model ties the two; weights"
-                " with an output table of their own cannot be loaded"
-            )
-    return result
-
-
-def _checked_names(
-    folder: Path, sources: Iterable[Source], tensors: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    wanted = {name for source in sources for name in source.names}
-    missing, surplus = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
-    if missing or surplus:
-        raise ValueError(
-            f"{folder}: tensors missing: {all_of(missing) or 'none'}; surplus:"
-            f" {all_of(surplus) or 'none'}. The folder must hold the model with its pretraining"
-            " heads (BertForPreTraining, GPT2LMHeadModel, OPTForCausalLM, ...)"
-        )
-    return tensors
-
-
-def _check_tensors(folder, config, sources: Iterable[Source], tensors, shapes) -> None:
-    """Shapes and dtypes of all tensors, before any of them is read."""
-    wrong = []
-    for source in sources:
-        parts = [tensors[name] for name in source.names]
-        joined = [part.shape[::-1] if source.transpose else part.shape for part in parts]
-        want = list(shapes[source.path].shape)
-        if source.vocabulary is not None:
-            want[source.vocabulary] = config.vocab_size
-        same = all(len(shape) == len(want) and [*shape[:-1]] == want[:-1] for shape in joined)
-        if not (same and sum(shape[-1] for shape in joined) == want[-1]) or not all(
-            part.is_float for part in parts
-        ):
-            found = ", ".join(f"{part.dtype}{list(part.shape)}" for part in parts)
-            wrong.append(f"{' + '.join(source.names)}: {found} for {'/'.join(source.path)} {want}")
-    if wrong:
-        raise ValueError(
-            f"{folder}: tensors of another shape or dtype than the model's: {listed(wrong)}"
-        )
-
-
-def _leaf(source: Source, tensors, want: jax.ShapeDtypeStruct, pattern: str | None, on_device):
+def _leaf(weights: Weights, path: tuple[str, ...], pattern: str | None, on_device: bool):
     """A parameter of one layer and its metadata, None where it is dense."""
-    parts = [tensors[name].read() for name in source.names]
-    parts = [part.T if source.transpose else part for part in parts]
-    array = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
-    missing = [(0, size - have) for size, have in zip(want.shape, array.shape, strict=True)]
-    array = np.pad(array, missing) if any(map(any, missing)) else array
-    array = array.astype(want.dtype)
+    array = array_of(weights, path).astype(weights.shapes[path].dtype)
     if pattern is None:
         return jnp.asarray(array) if on_device else array, None
     compressed = _compress(array, pattern)
     return compressed.values, compressed.metadata
-
-
-def _dense_shapes(model) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
-    dense = dense_twin(model)
-    shapes = jax.eval_shape(dense.init, jax.random.key(0), **dense.example_inputs())
-    return traverse_util.flatten_dict(shapes["params"])
 
 
 def _stacks(

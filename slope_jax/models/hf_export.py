@@ -11,15 +11,19 @@ import numpy as np
 
 from pallas_kernels import CompressedMatrix, Pattern, decompress
 from pallas_kernels.files import new_folder, write_atomically
-from slope_jax.dense import ADAPTER_L, ADAPTER_R
+from slope_jax.dense import ADAPTER_L, ADAPTER_R, MASKS
 from slope_jax.models import hf_names
 from slope_jax.models.bert import Bert
 from slope_jax.models.decoder import Decoder
 from slope_jax.models.gpt2 import GPT2
+from slope_jax.models.hf_adapter import FOLDER, write_adapter
 from slope_jax.models.hf_families import FAMILIES, Source
+from slope_jax.models.hf_files import listed, save_tensors
+from slope_jax.models.hf_names import ABOUT, at, full_name, linear_of, parts_of
 from slope_jax.models.hf_tokenizer import write_tokenizer
 from slope_jax.models.opt import OPT
 from slope_jax.models.stack import unstack_layers
+from slope_jax.policy import DENSE
 
 SHARD_BYTES = 4 * 2**30
 _HEADS = {
@@ -29,7 +33,6 @@ _HEADS = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
 }
-_PREFIX = {"bert": "bert.", "gpt2": "transformer."}  # "model." for the others
 _ROPE_SCALING = (
     "factor",
     "low_freq_factor",
@@ -38,7 +41,6 @@ _ROPE_SCALING = (
 )
 _decompress = jax.jit(decompress)
 DTYPES = ("float32", "bfloat16", "float16")
-_ALONE = ("cls.", "lm_head.")  # names outside of the base model
 
 
 def export_hf(
@@ -50,6 +52,7 @@ def export_hf(
     dtype: Any = None,
     tokenizer: Any = None,
     special_tokens: Mapping[str, str] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes config.json, safetensors files and the tokenizer's; the inverse of `load_hf`.
 
@@ -62,13 +65,16 @@ def export_hf(
         kernels alone and writes folder/adapter, in the form of PEFT. Where a kernel of ours is made
         of several of theirs (queries, keys, values; gate, up), each gets the same lora_A and its
         columns of adapter_r, so that nothing is lost.
-      dtype: of the tensors; None keeps that of each parameter. Sums are in float32.
+      dtype: of the tensors, which config.json names; None is the widest of the parameters', so that
+        no digit is lost. Sums are in float32.
       tokenizer: a Hugging Face folder, whose tokenizer and generation_config.json are copied, with
         the special ids of its config.json; a tokenizer of Transformers; or a `tokenizers.Tokenizer`.
         Its ids are those of the model. None: there are no special ids, and nothing ends what
         Transformers generates.
       special_tokens: of a `tokenizers.Tokenizer`: tokens by role, such as {"eos_token": "</s>"}; the
         roles are those of Transformers. Of a decoder, the end pads too where nothing else does.
+      about: more for the entry "slope_jax" of config.json, which holds the sparsity of kernels that are
+        pruned; Transformers keeps it and makes no use of it.
 
     Raises:
       ValueError: the folder exists already, `adapters` is neither of the two, `dtype` is no float of
@@ -80,24 +86,50 @@ def export_hf(
     """
     if adapters not in ("merge", "lora"):
         raise ValueError(f"adapters={adapters!r}; choose 'merge' or 'lora'")
-    dtype = None if dtype is None else checked_dtype(dtype)
+    check_variables(model, variables)
+    params, merged = variables["params"], adapters == "merge"
+    dtype = _widest(params) if dtype is None else checked_dtype(dtype)
     folder, family = Path(folder).expanduser().resolve(), family_of(model)
     single = unstack_layers(variables)
     with new_folder(folder) as staging:
         causal = isinstance(model, Decoder)
         ids = write_tokenizer(staging, tokenizer, special_tokens, model.config, causal=causal)
-        tensors = _tensors(model, family, single, merged=adapters == "merge", dtype=dtype)
-        write_shards(staging, tensors)
-        config = (
-            config_json(
-                model, family, np.dtype(model.config.param_dtype if dtype is None else dtype).name
-            )
-            | ids
-        )
+        write_shards(staging, _tensors(model, family, single, merged=merged, dtype=dtype))
+        config = config_json(model, family, dtype.name, merged=merged, about=about) | ids
         write_atomically(staging / "config.json", json.dumps(config, indent=2) + "\n")
-        if adapters == "lora" and model.config.rank:
-            write_adapter(staging / "adapter", model, family, single, dtype)
+        if model.config.rank and not merged:
+            write_adapter(staging / FOLDER, folder, model.config, family, single, dtype)
     return folder
+
+
+def check_variables(model: Bert | Decoder, variables: Mapping[str, Any]) -> None:
+    """Raises the ValueError of `export_hf` unless they are the model's, layers stacked or single."""
+
+    def init():
+        return unstack_layers(model.init(jax.random.key(0), **model.example_inputs()))
+
+    given = {name: variables.get(name, {}) for name in ("params", MASKS)}
+    found, wanted = (_shapes(jax.eval_shape(f)) for f in (lambda: unstack_layers(given), init))
+    wrong = [
+        f"{path}: {found.get(path, 'none')} here, {wanted.get(path, 'none')} in the model"
+        for path in sorted(found.keys() | wanted.keys())
+        if found.get(path) != wanted.get(path)
+    ]
+    if wrong:
+        raise ValueError(
+            f"the variables are not those of this {type(model).__name__}; give its own. In shape"
+            f" differ {listed(wrong)}"
+        )
+
+
+def _shapes(variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(variables)
+    return {"/".join(key.key for key in path): leaf.shape for path, leaf in leaves}
+
+
+def _widest(params: Mapping[str, Any]) -> np.dtype:
+    dtypes = {jnp.dtype(leaf.dtype) for leaf in jax.tree.leaves(params)}
+    return dtypes.pop() if len(dtypes) == 1 else jnp.dtype("float32")  # which holds all the others
 
 
 def checked_dtype(dtype: Any) -> np.dtype:
@@ -116,24 +148,7 @@ def checked_dtype(dtype: Any) -> np.dtype:
 def family_of(model: Bert | Decoder) -> str:
     if isinstance(model, Bert | GPT2 | OPT):
         return type(model).__name__.lower()
-    return "llama" if model.config.window is None else "mistral"
-
-
-def full_name(family: str, name: str) -> str:
-    return name if name.startswith(_ALONE) else _PREFIX.get(family, "model.") + name
-
-
-def at(tree: Mapping, path: tuple[str, ...]) -> Any:
-    for part in path:
-        if part not in tree:
-            return None
-        tree = tree[part]
-    return tree
-
-
-def linear_of(source: Source) -> str:
-    """The logical path of the linear that has the parameter."""
-    return "/".join(source.path[:-1]).replace("layers_", "layers/", 1)
+    return model.config.family if model.config.window is None else "mistral"
 
 
 def _tensors(
@@ -155,22 +170,17 @@ def dense_tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Their names and tensors of one parameter of ours, layers single."""
     array = at(variables["params"], source.path)
-    if array is None:
-        raise ValueError(
-            f"the variables hold no {'/'.join(source.path)}; give those of this {type(model).__name__}"
-        )
     metadata = at(variables.get("masks", {}), source.path)
     layer = at(variables["params"], source.path[:-1])
-    wanted = array.dtype if dtype is None else jnp.dtype(dtype)
     if metadata is not None:
         array = _dense(array, metadata, model.config.patterns[linear_of(source)])
     if merged and source.path[-1] == "kernel" and ADAPTER_L in layer:
         left, right = (layer[name].astype(jnp.float32) for name in (ADAPTER_L, ADAPTER_R))
         array = array.astype(jnp.float32) + jnp.matmul(left, right, precision="highest")
-    array = np.asarray(array.astype(wanted))
+    array = np.asarray(array.astype(dtype))
     if source.vocabulary is not None:
         array = array.take(range(model.config.vocab_size), axis=source.vocabulary)
-    for name, part in zip(source.names, parts_of(model, source, array), strict=True):
+    for name, part in zip(source.names, parts_of(model.config, source, array), strict=True):
         part = part.T if source.transpose else part
         yield full_name(family, name), np.ascontiguousarray(part)
 
@@ -181,30 +191,16 @@ def _dense(values, metadata, pattern: str):
     return _decompress(CompressedMatrix(values, metadata, parsed, 0, shape))
 
 
-def parts_of(model: Bert | Decoder, source: Source, array: np.ndarray) -> list[np.ndarray]:
-    """The columns of each of their tensors: splits the last axis."""
-    count = len(source.names)
-    if count == 1:
-        return [array]
-    config = model.config
-    if "qkv" in source.path:
-        kv_width = getattr(config, "num_kv_heads", config.num_heads) * config.head_dim
-        return np.split(array, [config.hidden_size, config.hidden_size + kv_width], axis=-1)
-    return np.split(array, count, axis=-1)
-
-
 def write_shards(
     folder: Path, tensors: Iterable[tuple[str, np.ndarray]], stem: str = "model"
 ) -> None:
     """stem.safetensors, or numbered files and their index; no more than one of them in memory."""
-    from safetensors.numpy import save_file
-
     files: list[list[str]] = []
     held: dict[str, np.ndarray] = {}
     total = size = 0
 
     def write() -> None:
-        save_file(held, folder / f"part-{len(files)}", metadata={"format": "pt"})
+        save_tensors(held, folder / f"part-{len(files)}")
         files.append(list(held))
         held.clear()
 
@@ -230,7 +226,14 @@ def write_shards(
     )
 
 
-def config_json(model, family: str, dtype: str) -> dict[str, Any]:
+def config_json(
+    model: Bert | Decoder,
+    family: str,
+    dtype: str,
+    *,
+    merged: bool = False,
+    about: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """config.json: our fields by their names, and what we do not vary."""
     table, ours = FAMILIES[family], model.config
     found = {"architectures": [_HEADS[family]], "model_type": family, "torch_dtype": dtype}
@@ -248,39 +251,6 @@ def config_json(model, family: str, dtype: str) -> dict[str, Any]:
             }
     if family == "opt":
         found["word_embed_proj_dim"] = ours.hidden_size
-    return found
-
-
-def write_adapter(folder: Path, model, family: str, variables: Mapping, dtype) -> None:
-    """adapter_config.json and adapter_model.safetensors, as PEFT's LoRA has them."""
-    from safetensors.numpy import save_file
-
-    tensors, modules = {}, set()
-    for source in hf_names.sources(model.config, family):
-        layer = at(variables["params"], source.path[:-1])
-        if source.path[-1] != "kernel" or ADAPTER_L not in layer:
-            continue
-        wanted = layer[ADAPTER_L].dtype if dtype is None else jnp.dtype(dtype)
-        left, right = (np.asarray(layer[name].astype(wanted)) for name in (ADAPTER_L, ADAPTER_R))
-        for name, part in zip(source.names, parts_of(model, source, right), strict=True):
-            module = full_name(family, name).removesuffix(".weight")
-            modules.add(module)
-            stem = f"base_model.model.{module}"
-            tensors[f"{stem}.lora_A.weight"] = np.ascontiguousarray(left.T)
-            tensors[f"{stem}.lora_B.weight"] = np.ascontiguousarray(part.T)
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    rank = model.config.rank
-    config = {
-        "peft_type": "LORA",
-        "task_type": None if family == "bert" else "CAUSAL_LM",
-        "base_model_name_or_path": "..",
-        "r": rank,
-        "lora_alpha": rank,  # PEFT multiplies by lora_alpha / r
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": family == "gpt2",  # whose Conv1D stores (in, out)
-        "target_modules": sorted(modules),
-        "inference_mode": True,
-    }
-    write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+    dense = set(ours.patterns.values()) == {DENSE} or (merged and ours.rank)
+    noted = ({} if dense else {"sparsity": str(ours.sparsity)}) | dict(about or {})
+    return found | ({ABOUT: noted} if noted else {})

@@ -31,6 +31,8 @@ class Family(NamedTuple):
       dropout: their field of the probability after attention and MLP; None has none.
       outside: parameters outside the layers; layer: those of layer i.
       tied: copies that some files hold of tensors that the model ties -> the originals.
+      optional: heads of ours that a folder may leave out, in order: each but the first only where
+        those before it are left out as well.
       finish: (config.json, fields so far) -> fields, for what is more than a name.
     """
 
@@ -41,6 +43,7 @@ class Family(NamedTuple):
     layer: Callable[[int], list[Source]]
     tied: dict[str, str]
     finish: Callable[[dict, dict], dict]
+    optional: tuple[str, ...] = ()
 
 
 def _linear(path: str, *names: str, transpose: bool = True, bias: bool = True) -> list[Source]:
@@ -111,6 +114,7 @@ _BERT = Family(
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     },
     finish=lambda raw, fields: fields,
+    optional=("nsp", "pooler"),
 )
 
 
@@ -229,6 +233,8 @@ def _llama_layer(i: int) -> list[Source]:
 
 def _finish_llama(raw: dict, fields: dict) -> dict:
     heads, width = fields["num_heads"], fields["hidden_size"]
+    if heads < 1:
+        raise ValueError(f"config.json: num_attention_heads={heads} must be positive")
     head_dim = raw.get("head_dim") or width // heads
     if head_dim * heads != width:
         raise ValueError(

@@ -64,7 +64,7 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
         files = sorted(set(shards.values()))
     else:
         shards, files = {}, [_SINGLE]
-    opened = _open_files(folder, files)
+    opened = open_files(folder, files)
     lost = sorted(set(shards) - {name for name, _ in opened})
     if lost:
         raise ValueError(f"{folder / _INDEX} names tensors that no shard holds: {listed(lost)}")
@@ -82,7 +82,17 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _open_files(folder: Path, files: list[str]) -> list[tuple[str, Tensor]]:
+def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Writes one file, with the permissions that any new file has."""
+    from safetensors.numpy import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)  # the library makes files that nobody else may read
+
+
+def open_files(folder: Path, files: list[str]) -> list[tuple[str, Tensor]]:
     """All names and tensors; what is wrong with any file is said of all of them."""
     try:
         import safetensors

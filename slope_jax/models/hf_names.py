@@ -1,11 +1,15 @@
 """From the names of Hugging Face to ours, by the tables of `hf_families`."""
 
-import math
 import re
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from slope_jax.models.config import TransformerConfig
 from slope_jax.models.hf_families import FAMILIES, Source
+
+ABOUT = "slope_jax"  # the entry of config.json that holds what Transformers has no field for
 
 # Constants that older files store as tensors: causal masks, the numbers 0, 1, 2, ..., frequencies.
 _BUFFERS = re.compile(
@@ -22,7 +26,12 @@ _NUMBERS = {
     "high_freq_factor": 1.0,
     "original_max_position_embeddings": 1,
 }
+_MOST = 2**31 - 1  # of a count
+_MOST_LAYERS = 10_000  # far more than there are; each is named before the files are looked at
 _OPTIONAL = ("sliding_window",)  # null says that there is none
+
+_PREFIX = {"bert": "bert.", "gpt2": "transformer."}  # "model." for the others
+_ALONE = ("cls.", "lm_head.")  # names outside of the base model
 
 
 def is_buffer(name: str) -> bool:
@@ -35,6 +44,11 @@ def canonical(name: str) -> str:
     return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name).replace(
         "LayerNorm.beta", "LayerNorm.bias"
     )
+
+
+def full_name(family: str, name: str) -> str:
+    """The inverse of `canonical`."""
+    return name if name.startswith(_ALONE) else _PREFIX.get(family, "model.") + name
 
 
 def read_config(raw: dict[str, Any], family: str) -> dict[str, Any]:
@@ -59,6 +73,7 @@ def read_config(raw: dict[str, Any], family: str) -> dict[str, Any]:
 def _check_numbers(raw: dict[str, Any], family: str) -> None:
     table = FAMILIES[family]
     defaults = dict(table.fields.values()) | _NUMBERS
+    layers = table.fields["num_layers"][0]
     if table.dropout is not None:
         defaults[table.dropout] = 0.1
     nested = {
@@ -71,12 +86,13 @@ def _check_numbers(raw: dict[str, Any], family: str) -> None:
             kinds = int | float if isinstance(default, float) else int
             number = isinstance(value, kinds) and not isinstance(value, bool)
             absent = value is None and (default is None or key in _OPTIONAL)
-            if not absent and not (number and math.isfinite(value)):
+            most = _MOST_LAYERS if key == layers else _MOST
+            if not absent and not (number and abs(value) <= most):  # NaN is not, either
                 wrong.append(f"{key}={value!r}")
     if wrong:
         raise ValueError(
-            f"config.json: {', '.join(sorted(wrong))} must be numbers, counts whole ones; copy or"
-            " download it again"
+            f"config.json: {', '.join(sorted(wrong))} must be numbers, counts whole ones, none above"
+            f" {_MOST} and layers at most {_MOST_LAYERS}; copy or download it again"
         )
 
 
@@ -90,3 +106,27 @@ def sources(config: TransformerConfig, family: str) -> list[Source]:
     """Every parameter of a dense model with single layers."""
     table = FAMILIES[family]
     return [*table.outside, *(s for i in range(config.num_layers) for s in table.layer(i))]
+
+
+def at(tree: Mapping, path: tuple[str, ...]) -> Any:
+    for part in path:
+        if part not in tree:
+            return None
+        tree = tree[part]
+    return tree
+
+
+def linear_of(source: Source) -> str:
+    """The logical path of the linear that has the parameter."""
+    return "/".join(source.path[:-1]).replace("layers_", "layers/", 1)
+
+
+def parts_of(config: TransformerConfig, source: Source, array: np.ndarray) -> list[np.ndarray]:
+    """The columns of each of their tensors: splits the last axis."""
+    count = len(source.names)
+    if count == 1:
+        return [array]
+    if "qkv" in source.path:
+        kv_width = getattr(config, "num_kv_heads", config.num_heads) * config.head_dim
+        return np.split(array, [config.hidden_size, config.hidden_size + kv_width], axis=-1)
+    return np.split(array, count, axis=-1)

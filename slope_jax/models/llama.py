@@ -10,6 +10,8 @@ from slope_jax.models import rope
 from slope_jax.models.decoder import Decoder, DecoderConfig
 from slope_jax.models.rope import RopeScaling
 
+FAMILIES = ("llama", "mistral")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig(DecoderConfig):
@@ -20,6 +22,7 @@ class LlamaConfig(DecoderConfig):
       rope_theta: base of the rotary frequencies.
       rope_scaling: None, or the `RopeScaling` of LLaMA-3.1 and later.
       window: tokens that one sees, itself included (Mistral-7B v0.1); None: all before it.
+      family: "llama" or "mistral", as which it is exported; without a window the two are one model.
     """
 
     vocab_size: int = 128_256
@@ -30,6 +33,7 @@ class LlamaConfig(DecoderConfig):
     rope_theta: float = 500_000.0
     rope_scaling: RopeScaling | None = None
     window: int | None = None
+    family: str = dataclasses.field(default="llama", compare=False)
 
     sizes = (*DecoderConfig.sizes, "num_kv_heads")
     activation: ClassVar[str] = "silu"
@@ -48,6 +52,8 @@ class LlamaConfig(DecoderConfig):
         rope.check_rope(self.head_dim, self.rope_theta, self.rope_scaling)
         if self.window is not None and (isinstance(self.window, bool) or self.window < 1):
             raise ValueError(f"window={self.window!r} must be None or a positive integer")
+        if self.family not in FAMILIES:
+            raise ValueError(f"family={self.family!r}; choose one of {', '.join(FAMILIES)}")
 
     def layer_linears(self) -> dict[str, tuple[int, int]]:
         hidden, mlp = self.hidden_size, self.mlp_size
@@ -89,6 +95,7 @@ VARIANTS = {
         "mlp_size": 14336,
         "rope_theta": 10_000.0,
         "window": 4096,
+        "family": "mistral",
     },
 }
 

@@ -13,9 +13,10 @@ from pallas_kernels.files import new_folder, write_atomically
 from slope_jax.models import hf_export, hf_names
 from slope_jax.models.bert import Bert
 from slope_jax.models.decoder import Decoder
-from slope_jax.models.hf_export import at, full_name, linear_of, parts_of
+from slope_jax.models.hf_adapter import FOLDER, write_adapter
 from slope_jax.models.hf_families import Source
 from slope_jax.models.hf_files import listed
+from slope_jax.models.hf_names import at, full_name, linear_of, parts_of
 from slope_jax.models.hf_tokenizer import write_tokenizer
 from slope_jax.models.stack import unstack_layers
 from slope_jax.policy import DENSE
@@ -89,7 +90,8 @@ def export_semi_structured(
 
     Raises:
       ValueError: the folder exists already, nothing is pruned, a pruned linear has a pattern or
-        sizes that PyTorch's class does not take (all such are listed), or the tokenizer is wrong.
+        sizes that PyTorch's class does not take (all such are listed), the variables are not the
+        model's, or the tokenizer is wrong.
       ImportError: safetensors is not installed.
 
     >>> export_semi_structured("~/models/gpt2-2to4", model, variables)  # doctest: +SKIP
@@ -99,6 +101,7 @@ def export_semi_structured(
         raise ValueError(f"dtype={dtype.name!r}; choose {' or '.join(_DTYPES)}")
     family = hf_export.family_of(model)
     _check(model, family)
+    hf_export.check_variables(model, variables)
     folder, single = Path(folder).expanduser().resolve(), unstack_layers(variables)
     with new_folder(folder) as staging:
         causal = isinstance(model, Decoder)
@@ -107,7 +110,7 @@ def export_semi_structured(
         config = hf_export.config_json(model, family, dtype.name) | ids
         write_atomically(staging / "config.json", json.dumps(config, indent=2) + "\n")
         if model.config.rank:
-            hf_export.write_adapter(staging / "adapter", model, family, single, dtype)
+            write_adapter(staging / FOLDER, folder, model.config, family, single, dtype)
     return folder
 
 
@@ -147,7 +150,7 @@ def _check(model: Bert | Decoder, family: str) -> None:
             continue
         pruned += 1
         linear = sizes[linear_of(source)]
-        columns = parts_of(model, source, np.empty((0, linear.out_features)))
+        columns = parts_of(model.config, source, np.empty((0, linear.out_features)))
         for name, part in zip(source.names, columns, strict=True):
             shape = (linear.in_features, part.shape[1])
             problem = _problem(pattern, shape)
@@ -173,7 +176,7 @@ def _tensors(
             continue
         values = np.asarray(at(variables["params"], source.path).astype(dtype))
         metadata = np.asarray(at(variables["masks"], source.path))
-        columns = (parts_of(model, source, array) for array in (values, metadata))
+        columns = (parts_of(model.config, source, array) for array in (values, metadata))
         for name, part, positions in zip(source.names, *columns, strict=True):
             kept = Pattern.parse(pattern)
             shape = (len(part) * kept.m // kept.n, part.shape[1])

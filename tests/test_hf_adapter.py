@@ -1,0 +1,177 @@
+"""Adapters beside a folder's weights: those that we wrote and those of PEFT, read as PEFT computes."""
+
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from exports import FAMILIES, load_theirs, logits_of_ours, logits_of_theirs, made
+from parity import close, same_form
+
+from slope_jax import models
+
+# PEFT still asks Transformers by a name that is going away.
+safetensors_numpy = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@pytest.fixture
+def peft(transformers):
+    return pytest.importorskip("peft")
+
+
+def equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_written_is_read_back_bit_for_bit(tmp_path, family):
+    model, variables = made(family, 3)
+    folder = models.export_hf(tmp_path / family, model, variables, adapters="lora")
+    again, loaded = models.from_hf(folder, sparsity="2:4", dropout=model.config.dropout)
+    assert again.config == model.config
+    same_form(again, loaded)
+    equal(loaded, dict(variables))
+    equal(models.load_hf(folder, model), dict(variables))
+
+
+def changed(folder, **fields):
+    raw = json.loads((folder / "adapter" / CONFIG).read_text()) | fields
+    (folder / "adapter" / CONFIG).write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize("fields", [{"lora_alpha": 7}, {"lora_alpha": 2.5, "use_rslora": True}])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_scale_is_that_of_peft(torch, transformers, peft, tmp_path, family, fields):
+    model, variables = made(family, 3)
+    folder = models.export_hf(tmp_path / family, model, variables, adapters="lora")
+    changed(folder, **fields)
+    base = load_theirs(transformers, folder)
+    theirs = logits_of_theirs(torch, peft.PeftModel.from_pretrained(base, folder / "adapter"))
+    again = logits_of_ours(*models.from_hf(folder))
+    close(again, theirs)
+    assert np.abs(again - logits_of_ours(model, variables)).max() > 0.1
+
+
+def test_adapters_that_peft_made_for_some_of_the_linears(torch, transformers, peft, tmp_path):
+    """The others have none, which is one of zeros."""
+    folder = models.export_hf(tmp_path / "llama", *made("llama", 0))
+    base = load_theirs(transformers, folder)
+    wanted = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["down_proj", "o_proj"], task_type="CAUSAL_LM"
+    )
+    theirs = peft.get_peft_model(base, wanted)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora" in name:
+                parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(name)))
+    theirs.save_pretrained(folder / "adapter")
+    model, variables = models.from_hf(folder)
+    assert model.config.rank == 4
+    same_form(model, variables)
+    close(logits_of_ours(model, variables), logits_of_theirs(torch, theirs.eval()))
+
+
+def test_automatic_classes_of_peft_find_the_model_from_anywhere(
+    torch, transformers, peft, tmp_path, monkeypatch
+):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for family, auto in (
+        ("gpt2", peft.AutoPeftModelForCausalLM),
+        ("mistral", peft.AutoPeftModelForCausalLM),
+        ("bert", peft.AutoPeftModel),
+    ):
+        model, variables = made(family, 3)
+        models.export_hf(family, model, variables, adapters="lora")  # a relative path
+        os.chdir(tmp_path / "elsewhere")
+        theirs = auto.from_pretrained(tmp_path / family / "adapter").eval()
+        os.chdir(tmp_path)
+        close(logits_of_ours(model, variables), logits_of_theirs(torch, theirs))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return models.export_hf(tmp_path / "llama", *made("llama", 3), adapters="lora")
+
+
+def with_tensors(change):
+    def apply(folder):
+        file = folder / "adapter" / TENSORS
+        tensors = safetensors_numpy.load_file(file)
+        change(tensors)
+        safetensors_numpy.save_file(tensors, file)
+
+    return apply
+
+
+STEM = "base_model.model.model.layers.1."
+UP_A = f"{STEM}mlp.up_proj.lora_A.weight"
+DOWN_B = f"{STEM}mlp.down_proj.lora_B.weight"
+
+
+def nan(tensors):
+    tensors[DOWN_B][3, 1] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: changed(f, peft_type="IA3"), "peft_type='IA3'; our adapters are LoRA of one"),
+        (lambda f: changed(f, use_dora=True, bias="all"), "bias='all', use_dora=True; our"),
+        (lambda f: changed(f, rank_pattern={"o_proj": 2}), r"rank_pattern={'o_proj': 2}; our"),
+        (lambda f: changed(f, modules_to_save=["lm_head"]), r"modules_to_save=\['lm_head'\]"),
+        (lambda f: changed(f, r=0, lora_alpha="6"), "r=0 must be .*, lora_alpha='6' must be a num"),
+        (lambda f: changed(f, r=4, lora_alpha=4), r"lora_A.weight is F32\[3, 32\], not \[4, 32\]"),
+        (
+            with_tensors(lambda t: t.update({UP_A: t[UP_A] + 1})),
+            "layers.1.mlp.gate_proj.lora_A.weight, layers.1.mlp.up_proj.lora_A.weight differ, but",
+        ),
+        (with_tensors(lambda t: t.pop(DOWN_B)), "layers.1.mlp.down_proj.lora_B.weight is missing"),
+        (
+            with_tensors(lambda t: t.update({"base_model.model.score.weight": t[UP_A]})),
+            "holds base_model.model.score.weight; ours are adapters of linear layers alone",
+        ),
+        (
+            with_tensors(lambda t: t.update({f"{STEM}mlp.fc3.lora_A.weight": t[UP_A]})),
+            "has adapters of layers.1.mlp.fc3.lora_A.weight, which are no linear layers of our",
+        ),
+        (with_tensors(nan), "NaN or infinity in adapter/layers.1.mlp.down_proj.weight; copy"),
+        (lambda f: (f / "adapter" / CONFIG).unlink(), "adapter_config.json is missing"),
+        (lambda f: (f / "adapter" / TENSORS).unlink(), "adapter_model.safetensors is missing"),
+        (lambda f: (f / "adapter" / TENSORS).write_bytes(b"x"), "damaged or cut off: adapter_mo"),
+        (
+            lambda f: shutil.copy(f / "adapter" / CONFIG, f),
+            "move adapter_config.json and adapter_m",
+        ),
+    ],
+)
+def test_what_is_refused(folder, change, message):
+    change(folder)
+    with pytest.raises(ValueError, match=message):
+        models.from_hf(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": "dense"}, "sparsity '.*dense' leaves dense, .* merge them in PEFT"),
+        (
+            {"sparsity": r"layers/0/.*=dense; layers/.*=2:4; .*=dense"},
+            "of layers.0.attention.output",
+        ),
+        ({"adapter_rank": 2}, "adapter_rank=2: .*adapter holds adapters of rank 3; build"),
+        ({"adapter_rank": 0}, "adapter_rank=0: .*adapter holds adapters of rank 3; build"),
+        ({"calibration": [jnp.zeros((1, 4), int)]}, "take that folder out, or leave out calib"),
+    ],
+)
+def test_options_that_do_not_go_with_adapters(folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        models.from_hf(folder, **options)
+    shutil.rmtree(folder / "adapter")
+    assert models.from_hf(folder)[0].config.rank == 0
