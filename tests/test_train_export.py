@@ -12,6 +12,7 @@ from slope_jax.fill import fill_masks
 from slope_jax.generate import generate
 from train import serving
 from train.export import export_run, main
+from train.generate import main as generate_main
 from train.texts import masked_ids
 
 pytest.importorskip("safetensors", reason="safetensors is not installed")
@@ -203,3 +204,121 @@ def test_other_forms_and_what_is_wrong(tmp_path, small_text, capsys, monkeypatch
     assert main([*options[:1], f"--output={tmp_path / 'x'}"]) == 2
     assert "slope-jax[hf]" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_adapters_that_stay_apart_are_read_back(run, tmp_path, capsys):
+    """With the rank that they have, and the length that the run was trained on."""
+    from safetensors.numpy import load_file
+
+    lora, again, merged = (tmp_path / name for name in ("lora", "again", "merged"))
+    for source, output, how in (
+        (run, lora, "lora"),
+        (lora, again, "lora"),
+        (lora, merged, "merge"),
+    ):
+        args = [f"--checkpoint={source}", f"--output={output}", f"--adapters={how}"]
+        assert main(args) == 0
+    for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        tensors = [load_file(folder / file) for folder in (lora, again)]
+        jax.tree.map(np.testing.assert_array_equal, *tensors)
+    assert (lora / "config.json").read_text() == (again / "config.json").read_text()
+    assert not (merged / "adapter").exists()
+
+    trained, found = serving.load(run), serving.load(lora)
+    assert found.about["adapters"]
+    assert found.model.config == trained.model.config
+    for kind, collection in found.variables.items():  # but for rows that pad the vocabulary
+        for name in (name for name in collection if name.startswith("layers")):
+            jax.tree.map(
+                np.testing.assert_array_equal, collection[name], trained.variables[kind][name]
+            )
+    ids = jnp.arange(24).reshape(2, 12)
+    logits = [jax.jit(s.model.apply)(s.variables, ids)[..., :300] for s in (trained, found)]
+    np.testing.assert_array_equal(*logits)
+    saved = serving.load(serving.save(found, tmp_path / "saved", dtype="float32"))
+    assert saved.model == found.model
+    jax.tree.map(np.testing.assert_array_equal, saved.variables, found.variables)
+    for served in (trained, found, saved, serving.load(merged)):
+        assert served.longest == 16
+
+    capsys.readouterr()
+    assert generate_main([f"--checkpoint={lora}", "--prompt=Sparse", "--max-new-tokens=4"]) == 0
+    assert "adapters fused" in capsys.readouterr().err
+
+
+def test_other_patterns_than_the_usual_one_are_kept(tmp_path, small_text):
+    texts = [(small_text / "a.txt").read_text()]
+    options = {"method": "slope", "sparsity": "2:4,2:8", "adapter_rank": 3, "adapter_start": 0.0}
+    save_run(tmp_path / "run", texts, "gpt2-nano", 7, **options)
+    export_run(tmp_path / "hf", serving.load_trained(tmp_path / "run"), adapters="lora")
+    trained, found = serving.load(tmp_path / "run"), serving.load(tmp_path / "hf")
+    assert found.model.config.patterns == trained.model.config.patterns
+    assert "2:8" in found.model.config.patterns.values()
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    for noted in ("2:4", {"seq_len": []}, {"seq_len": [0]}, {"seq_len": 16}):
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"slope_jax": noted}))
+        with pytest.raises(ValueError, match=r"slope_jax=.* is not what an export of ours says"):
+            serving.load(tmp_path / "hf")
+
+
+def test_a_folder_is_pruned_on_the_way(tmp_path, small_text, capsys):
+    """To what Python gives for the same text, by magnitude and by Wanda."""
+    texts = [(small_text / "a.txt").read_text()]
+    text = ["--sparsity=2:4", f"--calibration=text:{small_text / 'a.txt'}"]
+    text += [f"--cache-dir={tmp_path / 'cache'}"]
+    for model in ("gpt2-nano", "bert-tiny"):
+        save_run(tmp_path / model, texts, model, 7, method="dense")
+        dense = tmp_path / f"{model}-dense"
+        export_run(dense, serving.load_trained(tmp_path / model))
+        size = ["--calibration-length=20", "--calibration-sequences=11"]
+        for name, options in (("magnitude", ["--sparsity=2:4"]), ("wanda", [*text, *size])):
+            output = tmp_path / f"{model}-{name}"
+            assert main([f"--checkpoint={dense}", f"--output={output}", *options]) == 0
+        encode = serving.load(dense).vocabulary.encode
+        specials = serving.load(dense).vocabulary.specials
+        documents = texts[0].split("\n\n")
+        if model == "gpt2-nano":
+            ids = [i for text in documents for i in [*encode(text), specials.end_of_text]]
+            rows = np.array(ids[: 11 * 20]).reshape(11, 20)
+        else:
+            ids = [i for text in documents for i in encode(text)][: 11 * 18]
+            rows = np.pad(np.reshape(ids, (11, 18)), ((0, 0), (1, 1)))
+            rows[:, 0], rows[:, -1] = specials.cls, specials.sep
+        for name, batches in (("magnitude", None), ("wanda", [rows[:8], rows[8:]])):
+            expected = serving.from_hf(dense, sparsity="2:4", calibration=batches)
+            found = serving.load(tmp_path / f"{model}-{name}")
+            assert "2:4" in found.model.config.patterns.values()
+            jax.tree.map(np.testing.assert_array_equal, found.variables, expected.variables)
+        masks = [
+            serving.load(tmp_path / f"{model}-{name}").variables["masks"]
+            for name in ("magnitude", "wanda")
+        ]
+        assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), *masks)))
+    capsys.readouterr()
+    output, empty = f"--output={tmp_path / 'x'}", tmp_path / "empty.txt"
+    empty.write_text("\n")
+    for wrong, message in (
+        ([f"--checkpoint={tmp_path / 'gpt2-nano'}", "--sparsity=2:4"], "export it first, and then"),
+        ([f"--checkpoint={dense}", *text[1:]], "--calibration, --cache-dir without --sparsity"),
+        (
+            [f"--checkpoint={dense}", text[0], *size],
+            "calibration-length without --calibration: give text",
+        ),
+        ([f"--checkpoint={dense}", *text, "--calibration-length=0"], "=0 must be 1 or more"),
+        ([f"--checkpoint={dense}", *text, "--calibration-length=9999"], "9999 must lie between"),
+        ([f"--checkpoint={dense}", *text, "--calibration-length=2"], "2 must lie between"),
+        ([f"--checkpoint={dense}", "--sparsity=2:3"], "2:3"),
+        ([f"--checkpoint={dense}", *text, f"--calibration=text:{empty}"], "no "),
+    ):
+        assert main([*wrong, output]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_model_to_use_is_not_taken_for_a_run(run, tmp_path):
+    """By what trains on; the message says what takes it."""
+    folder = export_run(tmp_path / "hf", serving.load_trained(run))
+    saved = serving.save(serving.load(run), tmp_path / "saved")
+    for path, kind in ((folder, "of Hugging Face"), (saved, "with served.json")):
+        with pytest.raises(ValueError, match=f"is a folder {kind}: a model to use, .* --sparsity"):
+            serving.load_trained(path)

@@ -367,6 +367,11 @@ def remove(name):
             r"model_type 't5'; choose a folder of \['bert', 'gpt2'",
         ),
         (
+            lambda folder: put(folder, "config.json", model_type=["gpt2"]),
+            {},
+            r"model_type \['gpt2'\]; choose a folder of",
+        ),
+        (
             lambda folder: put(folder, "config.json", vocab_size=256),
             {},
             "tokenizer.json has ids up to 299, but the model vocab_size=256; copy the tokenizer",

@@ -246,6 +246,7 @@ def test_a_bert_fills_masks(tmp_path, small_text, capsys):
 def test_bad_input_is_named(run, tmp_path, capsys):
     for options, message in [
         ([f"--checkpoint={tmp_path}", "--prompt=a"], "holds no checkpoints"),
+        ([f"--checkpoint={tmp_path}", "--prompt=a"], "a folder with served.json or of Hugging Face"),
         ([f"--checkpoint={run[0]}", "--step=5", "--prompt=a"], "no checkpoint of step 5; there are 3, 7"),
         ([f"--checkpoint={run[0]}"], "give --prompt=TEXT or --save"),
         (["--checkpoint=run", "--prompt=a", "--save-dtype=float32"], "that --save=FOLDER names"),

@@ -2,21 +2,24 @@
 
     python -m train.export --checkpoint=runs/NAME --output=FOLDER
     python -m train.export --checkpoint=runs/NAME --output=FOLDER --adapters=lora --dtype=bfloat16
+    python -m train.export --checkpoint=HF-FOLDER --output=FOLDER --sparsity=2:4 --calibration='text:*.txt'
 
 AutoTokenizer and AutoModelForCausalLM (AutoModelForPreTraining of a BERT) load it. Weights are dense,
-with zeros where ours are pruned; `--semi-structured` writes 2:4 tensors for PyTorch instead.
+with zeros where ours are pruned; `--semi-structured` writes 2:4 tensors for PyTorch instead. The last
+one prunes a model of Hugging Face, by Wanda, or without `--calibration` by the weights' magnitude.
 """
 
 import argparse
 import contextlib
 import json
+import math
 import pathlib
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from train.generate import exit_code
+from train.generate import exit_code, option
 from train.texts import carries_space
 
 if TYPE_CHECKING:
@@ -57,10 +60,12 @@ def export_run(
     """
     from slope_jax.models import export_hf
 
+    lengths = run.about.get("config", {}).get("seq_len", ())
+    short = max(lengths, default=math.inf) < run.model.config.max_positions
+    about = {"seq_len": list(lengths)} if short else None
+    options = {"adapters": adapters, "dtype": dtype, "about": about}
     with _tokenizer_of(run) as tokenizer:
-        return export_hf(
-            folder, run.model, run.variables, adapters=adapters, dtype=dtype, **tokenizer
-        )
+        return export_hf(folder, run.model, run.variables, **options, **tokenizer)
 
 
 @contextlib.contextmanager
@@ -154,8 +159,8 @@ def _run(arguments: argparse.Namespace) -> None:
         )
     if importlib.util.find_spec("safetensors") is None:
         raise ValueError("export needs safetensors: pip install 'slope-jax[hf]'")
-    path = arguments.checkpoint.expanduser()
-    run, stored = _loaded(path, arguments.step)
+    _check_pruning(arguments)
+    run, stored = _loaded(arguments)
     if arguments.semi_structured:
         if set(run.model.config.patterns.values()) == {DENSE}:
             raise ValueError(
@@ -179,18 +184,68 @@ def _run(arguments: argparse.Namespace) -> None:
     print(f"{serving.title(run.about)}: exported to {folder}")
 
 
-def _loaded(path: pathlib.Path, step: int | None) -> tuple["Trained | Served", str | None]:
+def _check_pruning(arguments: argparse.Namespace) -> None:
+    """What is wrong with the options of pruning, before anything is read."""
+    from train import serving
+
+    of_calibration = ("calibration", "calibration_sequences", "calibration_length", "cache_dir")
+    given = [option(name) for name in of_calibration if getattr(arguments, name) is not None]
+    if given and arguments.sparsity is None:
+        raise ValueError(
+            f"{', '.join(given)} without --sparsity: give what to prune to, such as 2:4"
+        )
+    if given and arguments.calibration is None:
+        raise ValueError(f"{', '.join(given)} without --calibration: give text for Wanda")
+    for name in ("calibration_sequences", "calibration_length"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise ValueError(f"{option(name)}={value} must be 1 or more")
+    path = arguments.checkpoint.expanduser()
+    if arguments.sparsity is not None and not serving.is_imported(path):
+        raise ValueError(
+            f"--sparsity prunes a Hugging Face folder, and {path} is none. A run is as its own"
+            " --sparsity made it; to prune a dense run, export it first, and then its folder"
+        )
+
+
+def _calibration(arguments: argparse.Namespace, raw: dict[str, Any]) -> Any:
+    """Batches of text for Wanda, as long as the model reads."""
+    from slope_jax.models import hf, hf_names
+    from train import calibration, imported
+
+    if arguments.calibration is None or not hf.is_known(raw["model_type"]):
+        return None
+    most = hf_names.read_config(raw, raw["model_type"])["max_positions"]
+    length = arguments.calibration_length or min(most, calibration.LONGEST)
+    if not 3 <= length <= most:  # a BERT's has [CLS] and [SEP]
+        raise ValueError(
+            f"--calibration-length={length} must lie between 3 and the model's {most} positions"
+        )
+    vocabulary = imported.read_vocabulary(arguments.checkpoint.expanduser(), raw)
+    return calibration.calibration_batches(
+        arguments.calibration,
+        vocabulary,
+        length,
+        beginning=imported.beginning(vocabulary),
+        sequences=arguments.calibration_sequences or calibration.SEQUENCES,
+        cache_dir=arguments.cache_dir,
+    )
+
+
+def _loaded(arguments: argparse.Namespace) -> tuple["Trained | Served", str | None]:
     """What is exported, with all the digits that it has, and the dtype of a Hugging Face folder's tensors."""
     from slope_jax.models.hf_files import read_json
     from train import imported, serving
 
+    path, step = arguments.checkpoint.expanduser(), arguments.step
     if not serving.is_apart(path):
         return serving.load_trained(path, step=step), None
-    if step is not None or (path / serving.SERVED_FILE).is_file():
+    if step is not None or not serving.is_imported(path):
         return serving.load(path, step=step), None
     raw = read_json(path / imported.CONFIG_FILE)
     dtype = raw.get("dtype", raw.get("torch_dtype"))
-    return serving.from_hf(path, dtype="float32"), dtype
+    calibration = _calibration(arguments, raw)
+    # Adapters keep the rank that they have, as those of a run do.
+    return serving.Trained(*imported.read(path, arguments.sparsity, calibration, "float32")), dtype
 
 
 def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
@@ -216,13 +271,26 @@ def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of the tensors; as they are if not given: float32 of a run, a folder's own",
+        help="of the tensors; if not given, that of a Hugging Face folder, float32 of all else",
     )
     parser.add_argument(
         "--semi-structured",
         action="store_true",
         help="2:4 tensors of PyTorch, bfloat16 or float16, adapters apart",
     )
+    parser.add_argument(
+        "--sparsity", help="prune a Hugging Face folder to that, such as 2:4; as it is if not given"
+    )
+    parser.add_argument(
+        "--calibration",
+        metavar="SOURCE",
+        help="prune by Wanda on this text, as --data of train.pretrain; by magnitude if not given",
+    )
+    parser.add_argument("--calibration-sequences", type=int, help="of text; 128 if not given")
+    parser.add_argument(
+        "--calibration-length", type=int, help="tokens of each; what the model reads, at most 2048"
+    )
+    parser.add_argument("--cache-dir", type=pathlib.Path, help="of that text, as of train.pretrain")
     return parser.parse_args(args)
 
 

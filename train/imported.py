@@ -5,20 +5,16 @@ Such a model has no run. `about["imported"]` says where it came from and which s
 commands ask of one.
 """
 
-import dataclasses
 import pathlib
-import re
 from collections.abc import Iterable
 from typing import Any
 
 import jax
 from flax import linen as nn
-from flax import traverse_util
 
 from slope_jax import models
-from slope_jax.generate import inference_variables, with_layers_apart
-from slope_jax.models import hf_names
-from slope_jax.models.hf_families import FAMILIES
+from slope_jax.generate import with_layers_apart
+from slope_jax.models import hf, hf_names
 from slope_jax.models.hf_files import checked_folder, read_json
 from slope_jax.models.rope import RopeScaling
 from slope_jax.policy import DENSE
@@ -29,8 +25,7 @@ from train.state import compute_dtype
 
 CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
 _GENERATION_FILE = "generation_config.json"
-_KEPT, _OF = 2, 4  # the pattern that stored weights are looked at for
-_PATTERN = f"{_KEPT}:{_OF}"
+_PATTERN = "2:4"  # that stored weights are looked at for
 
 
 def is_folder(path: pathlib.Path) -> bool:
@@ -45,7 +40,10 @@ def read(
     calibration: Iterable[Any] | None,
     dtype: str,
 ) -> tuple[nn.Module, dict[str, Any], Vocabulary, dict[str, Any]]:
-    """What `train.serving.Served` holds, from a folder; arguments and errors as of `from_hf` there."""
+    """What `train.serving.Served` holds, from a folder; arguments and errors as of `from_hf` there.
+
+    But adapters have the rank that they have there, which kernels may not take.
+    """
     folder = checked_folder(folder).resolve()
     computes = compute_dtype(Config(dtype=dtype))
     if calibration is not None and sparsity is None:
@@ -54,10 +52,16 @@ def read(
             " sparsity such as '2:4' as well"
         )
     raw = read_json(folder / CONFIG_FILE)
-    known = raw.get("model_type") in FAMILIES  # if not, `models.from_hf` says which there are
-    vocabulary = _read_vocabulary(folder, raw) if known else None
-    model, variables = _weights(folder, sparsity, calibration, dtype=computes, scan=False)
-    model, variables = inference_variables(model, variables)
+    known = hf.is_known(raw.get("model_type"))  # if not, `models.from_hf` says which there are
+    vocabulary = read_vocabulary(folder, raw) if known else None
+    fields = {"calibration": calibration, "dtype": computes, "scan": False}
+    try:
+        if sparsity is None:
+            sparsity = _stored_sparsity(folder, raw)
+        model, variables = models.from_hf(folder, sparsity=sparsity, **fields)
+    except ImportError as error:  # safetensors
+        raise ValueError(str(error)) from error
+    model, variables = with_layers_apart(model, variables)
     return model, variables, vocabulary, _about(folder, raw, model, vocabulary, dtype)
 
 
@@ -67,6 +71,8 @@ def described(about: dict[str, Any], tokenizer: str) -> tuple[nn.Module, Any, Vo
     fields = dict(given["fields"])
     if fields.get("rope_scaling") is not None:
         fields["rope_scaling"] = RopeScaling(*fields["rope_scaling"])
+    if about["adapters"]:
+        fields["adapter_rank"] = about["config"]["adapter_rank"]
     # Any model of the family will do, for the fields say all that differs between them.
     variant = next(name for name in models.VARIANTS if name.split("-")[0] == family)
     dtype = compute_dtype(Config(dtype=about["config"]["dtype"]))
@@ -92,54 +98,49 @@ def _about(
         "config": {
             "model": family,
             "dtype": dtype,
-            "seq_len": [config.max_positions],
+            "seq_len": _noted(folder, raw).get("seq_len", [config.max_positions]),
             "valid_fraction": 0.0,  # nothing was held out
-        },
+        }
+        | ({"adapter_rank": config.rank} if config.rank else {}),
         "step": None,
-        "adapters": False,
+        "adapters": bool(config.rank),
         "imported": {
             "source": str(folder),
             "end_of_text": vocabulary.specials.end_of_text,
             "other_ends": _ends_of_text(folder, raw)[1:],
-            "beginning": _beginning(vocabulary),
+            "beginning": beginning(vocabulary),
             "bos": _bos(folder, vocabulary),
             "fields": fields | {"dropout": config.dropout, "sparsity": str(config.sparsity)},
         },
     }
 
 
-def _weights(folder, sparsity, calibration, **fields) -> tuple[nn.Module, dict[str, Any]]:
-    try:
-        if sparsity is not None:
-            return models.from_hf(folder, sparsity=sparsity, calibration=calibration, **fields)
-        model, variables = models.from_hf(folder, sparsity=DENSE, **fields)
-        if not _is_pruned(model, variables):
-            return model, variables
-        del variables  # there may be no room for both
-        return models.from_hf(folder, sparsity=_PATTERN, **fields)
-    except ImportError as error:  # safetensors
-        raise ValueError(str(error)) from error
+def _stored_sparsity(folder: pathlib.Path, raw: dict[str, Any]) -> str:
+    """What the weights are pruned to already, as an export of ours notes it."""
+    noted = _noted(folder, raw).get("sparsity")
+    tried = ([noted] if isinstance(noted, str) else []) + [_PATTERN]
+    return next((sparsity for sparsity in tried if hf.is_pruned(folder, sparsity)), DENSE)
 
 
-def _is_pruned(model: nn.Module, variables: dict[str, Any]) -> bool:
-    """Whether all kernels that 2:4 prunes are 2:4 already, so that pruning them changes nothing."""
-    try:
-        patterns = dataclasses.replace(model.config, sparsity=_PATTERN).patterns
-    except ValueError:  # its sizes cannot be 2:4
-        return False
-    params = traverse_util.flatten_dict(variables["params"], sep="/")
-    kernels = (
-        params[re.sub("^layers/", "layers_", path) + "/kernel"]
-        for path, pattern in patterns.items()
-        if pattern != DENSE
-    )
-    return all(
-        int((kernel != 0).reshape(-1, _OF, kernel.shape[-1]).sum(1).max()) <= _KEPT
-        for kernel in kernels
-    )
+def _noted(folder: pathlib.Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """What an export of ours says beyond what Transformers has fields for."""
+    noted = raw.get(hf_names.ABOUT, {})
+    lengths = noted.get("seq_len", [1]) if isinstance(noted, dict) else None
+    known = isinstance(lengths, list) and lengths
+    if not known or not all(is_integer(length) and length > 0 for length in lengths):
+        raise ValueError(
+            f"{folder / CONFIG_FILE}: {hf_names.ABOUT}={noted!r} is not what an export of ours says"
+            " there; copy the folder again, or take that entry out"
+        )
+    return noted
 
 
-def _read_vocabulary(folder: pathlib.Path, raw: dict[str, Any]) -> Vocabulary:
+def read_vocabulary(folder: pathlib.Path, raw: dict[str, Any]) -> Vocabulary:
+    """The tokenizer of a folder whose config.json is `raw`.
+
+    Raises:
+      ValueError: it is missing or damaged, or not that of the model.
+    """
     file, family = folder / TOKENIZER_FILE, raw["model_type"]
     if not file.is_file():
         raise ValueError(
@@ -174,7 +175,7 @@ def _ends_of_text(folder: pathlib.Path, raw: dict[str, Any]) -> list[Any]:
     return given if isinstance(given, list) else [] if given is None else [given]
 
 
-def _beginning(vocabulary: Vocabulary) -> list[int]:
+def beginning(vocabulary: Vocabulary) -> list[int]:
     """Ids that the tokenizer puts ahead of every text, such as LLaMA's <s>; none of a BERT's."""
     if vocabulary.objective == "mlm":
         return []

@@ -117,6 +117,11 @@ def is_apart(path: pathlib.Path) -> bool:
     return not (path / "checkpoints").is_dir() and imported.is_folder(path)
 
 
+def is_imported(path: pathlib.Path) -> bool:
+    """Whether a folder is one of Hugging Face."""
+    return is_apart(path) and not (path / SERVED_FILE).is_file()
+
+
 def load(path: pathlib.Path | str, *, step: int | None = None, dtype: str | None = None) -> Served:
     """A trained model from a run's folder, one of its checkpoints, what `save` wrote, or Hugging Face.
 
@@ -169,7 +174,8 @@ def from_hf(
     >>> save(served, "gpt2-2to4")  # doctest: +SKIP
 
     Args:
-      folder: config.json and safetensors, as for `slope_jax.models.from_hf`, and tokenizer.json.
+      folder: config.json and safetensors, as for `slope_jax.models.from_hf`, and tokenizer.json;
+        adapters in its folder "adapter" stay apart.
       sparsity: pruned to that, in all the forms of a model's configuration. None: the weights as they
         are. Where they are 2:4 already, in all linears that "2:4" prunes, they are kept so, with half
         the bytes; else they are dense. The function is that of the folder.
@@ -182,7 +188,9 @@ def from_hf(
       ValueError: files are missing or damaged, the model or its tokenizer is none of ours, or an
         argument does not fit.
     """
-    return Served(*imported.read(folder, sparsity, calibration, dtype))
+    model, variables, vocabulary, about = imported.read(folder, sparsity, calibration, dtype)
+    model, variables = with_padded_ranks(model, variables)
+    return Served(model, variables, vocabulary, _about(about, model))
 
 
 def load_trained(path: pathlib.Path | str, *, step: int | None = None) -> Trained:
@@ -205,6 +213,14 @@ def load_trained(path: pathlib.Path | str, *, step: int | None = None) -> Traine
         path, step = path.parent.parent, int(path.name)
     if path.name == "checkpoints" and any(p.name.isdigit() for p in path.iterdir()):
         raise ValueError(f"{path} holds the steps of a run: give the run, {path.parent}")
+    if is_apart(path):
+        kind = "of Hugging Face" if is_imported(path) else f"with {SERVED_FILE}"
+        raise ValueError(
+            f"{path} is a folder {kind}: a model to use, without what training goes on from. Give the"
+            " --run-dir of a run of train.pretrain, or one of its checkpoints/STEP; train.generate,"
+            " train.evaluate and train.export take this folder, and the last prunes one of Hugging"
+            " Face with --sparsity"
+        )
     if not (path / "checkpoints").is_dir():
         raise ValueError(
             f"{path} holds no checkpoints; give the --run-dir of a run or one of its"
