@@ -244,6 +244,8 @@ def test_adapters_that_stay_apart_are_read_back(run, tmp_path, capsys):
     capsys.readouterr()
     assert generate_main([f"--checkpoint={lora}", "--prompt=Sparse", "--max-new-tokens=4"]) == 0
     assert "adapters fused" in capsys.readouterr().err
+    assert generate_main([f"--checkpoint={lora / 'adapter'}", "--prompt=Sparse"]) == 2
+    assert "holds adapters alone; give the folder of their model" in capsys.readouterr().err
 
 
 def test_other_patterns_than_the_usual_one_are_kept(tmp_path, small_text):

@@ -34,6 +34,11 @@ def is_folder(path: pathlib.Path) -> bool:
     return file.is_file() and "model_type" in read_json(file)
 
 
+def is_adapter(path: pathlib.Path) -> bool:
+    """Whether it is a folder of PEFT, which has no model in it."""
+    return (path / "adapter_config.json").is_file() and not (path / CONFIG_FILE).exists()
+
+
 def read(
     folder: pathlib.Path | str,
     sparsity: Any,

@@ -221,6 +221,11 @@ def load_trained(path: pathlib.Path | str, *, step: int | None = None) -> Traine
             " train.evaluate and train.export take this folder, and the last prunes one of Hugging"
             " Face with --sparsity"
         )
+    if imported.is_adapter(path):
+        raise ValueError(
+            f"{path} holds adapters alone; give the folder of their model, which has them in a folder"
+            " of the name 'adapter'"
+        )
     if not (path / "checkpoints").is_dir():
         raise ValueError(
             f"{path} holds no checkpoints; give the --run-dir of a run or one of its"
