@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exports import FAMILIES, load_theirs, logits_of_ours, logits_of_theirs, made
+from exports import FAMILIES, SMALL, load_theirs, logits_of_ours, logits_of_theirs, made
 from parity import close, same_form
 
 from slope_jax import models
@@ -175,3 +175,18 @@ def test_options_that_do_not_go_with_adapters(folder, options, message):
         models.from_hf(folder, **options)
     shutil.rmtree(folder / "adapter")
     assert models.from_hf(folder)[0].config.rank == 0
+
+
+def test_a_pruned_head_has_no_adapter_of_padding(torch, transformers, peft, tmp_path):
+    fields = SMALL | {"sparsity": ".*=2:4", "num_kv_heads": 2, "adapter_rank": 3}
+    model = models.build("llama-nano", **fields)
+    variables = jax.jit(model.init)(jax.random.key(0), **model.example_inputs())
+    params = jax.tree.map(lambda leaf: 5 * leaf + 0.1, variables["params"])
+    variables = variables | {"params": params}
+    folder = models.export_hf(tmp_path / "llama", model, variables, adapters="lora")
+    base = load_theirs(transformers, folder)
+    theirs = logits_of_theirs(torch, peft.PeftModel.from_pretrained(base, folder / "adapter"))
+    close(logits_of_ours(model, variables), theirs)
+    again, loaded = models.from_hf(folder, sparsity=".*=2:4")
+    same_form(again, loaded)
+    close(logits_of_ours(again, loaded), theirs)
