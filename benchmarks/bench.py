@@ -80,7 +80,7 @@ class Bench:
             first = FIRST_SECONDS
             self.seen.add(ready.problem)
             self.results.append(found)
-            if self.peer is not None:
+            if self.peer is not None and self._has_peer(found):
                 self._kept[_shape(found)] = ready.problem, programs
             yield line(found)
 
@@ -88,12 +88,11 @@ class Bench:
         """The results that the peer's numbers belong beside."""
         if self.peer is None:
             return []
-        return [
-            found
-            for found in self.results
-            if found["kind"] == "matmul" and found["tokens"] in self.peer_tokens
-            if not all(name.endswith(" dx") for name in found["names"])
-        ]
+        return [found for found in self.results if self._has_peer(found)]
+
+    def _has_peer(self, found: dict[str, Any]) -> bool:
+        forward = not all(name.endswith(" dx") for name in found["names"])
+        return found["kind"] == "matmul" and found["tokens"] in self.peer_tokens and forward
 
     def beside(self, found: dict[str, Any]) -> str:
         """Adds the peer's numbers to a result, and ours once more, from right before; a line to read.
@@ -180,8 +179,8 @@ class Bench:
         print(f"failed: {named_fields}: {text[:300]}", file=sys.stderr)
 
 
-def _shape(found: dict[str, Any]) -> tuple:
-    return found["kind"], found["tokens"], found["in"], found["out"]
+def _shape(found: dict[str, Any]) -> tuple[int, int, int]:
+    return found["tokens"], found["in"], found["out"]
 
 
 def _ready(problem: Problem, case: Case, compiled: dict, check) -> Ready:

@@ -153,17 +153,21 @@ def _troubles(parts: list[dict[str, Any]]) -> list[str]:
         for record in parts
         for row in record["results"]
     }
-    stages = dict.fromkeys(left for record in parts for left in record["left_out"])
-    if left := _left_out(stage for stage in stages if _points(stage) - measured):
+    stages = (_missing(left, measured) for record in parts for left in record["left_out"])
+    if left := _left_out(dict.fromkeys(filter(None, stages))):
         lines.append(f"Left out for want of time: {left}.")
     return lines
 
 
-def _points(stage: str) -> set[tuple[str, str, str]]:
-    """The model, work and share of ranks of each point of "MODEL: WORK, ...; rank SHARE, ..."."""
+def _missing(stage: str, measured: set[tuple[str, str, str]]) -> str | None:
+    """Of "MODEL: WORK, ...; rank SHARE, ..." the works and shares with a point that is not measured."""
     model, _, what = stage.partition(": ")
-    works, _, ranks = what.partition("; rank ")
-    return {(model, *point) for point in itertools.product(works.split(", "), ranks.split(", "))}
+    works, ranks = (part.split(", ") for part in what.split("; rank "))
+    points = [p for p in itertools.product(works, ranks) if (model, *p) not in measured]
+    if not points:
+        return None
+    works, ranks = (", ".join(dict.fromkeys(column)) for column in zip(*points, strict=True))
+    return f"{model}: {works}; rank {ranks}"
 
 
 def _left_out(stages: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -169,11 +170,14 @@ def test_adapters_of_rank_0_are_none(hopper, tokens, term):
     x, r = shape((tokens, 1536), jnp.bfloat16), shape((0, 128), jnp.bfloat16)
     first = {"adapter": shape((1536, 0), x.dtype), "low_rank": shape((tokens, 0), x.dtype)}[term]
 
-    def run(x, w, first, r):
-        return nm_matmul(x, w, **{term: (first, r)})
+    def program(**terms):
+        def run(x, w, first, r):
+            return nm_matmul(x, w, **({term: (first, r)} if terms else {}))
 
-    assert lowered(run, x, w, first, r) == lowered(run, x, w, first, r)
-    assert "dot_general" not in lowered(run, x, w, first, r)
+        return lowered(run, x, w, first, r)
+
+    assert program(given=True) == program()
+    assert "nm_matmul" in program()
     assert choose_narrow(NarrowQuery((1536, 0), "bfloat16", 2048)).reason.endswith("128, not 0")
 
 
@@ -216,6 +220,47 @@ def test_a_kernel_says_where_it_cannot_run(hopper):
         rows = jax.ShapeDtypeStruct((256, 64), jnp.bfloat16, sharding=cut)
         with pytest.raises(ValueError, match=r"call it in jax\.shard_map"):
             jax.eval_shape(nm_matmul, rows, w)
+
+
+@needs_jax
+def test_a_kernel_that_every_device_runs_in_whole_says_so(hopper):
+    w = jax.eval_shape(lambda w: compress(w, "2:4"), jnp.ones((64, 128), jnp.bfloat16))
+    mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+    cut = jax.sharding.NamedSharding(mesh, spec("data"))
+    x = jax.ShapeDtypeStruct((256, 64), jnp.bfloat16, sharding=cut)
+    with pytest.warns(UserWarning, match="each of 2 devices will compute all of it"):
+        lowered(nm_matmul, x, w)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lowered(
+            jax.shard_map(
+                nm_matmul, mesh=mesh, in_specs=(spec("data"), spec()), out_specs=spec("data")
+            ),
+            x,
+            w,
+        )
+
+
+@needs_jax
+def test_kernels_are_made_where_nothing_else_is_compiled(monkeypatch):
+    """In `jax.disable_jit`, and where JAX looks for a NaN; a stand-in, for they run on GPUs alone."""
+    from jax.interpreters import mlir
+
+    from pallas_kernels.mosaic import launch
+
+    rules = mlir._platform_specific_lowerings["cpu"]
+    monkeypatch.setitem(rules, launch.kernel_p, None)  # for the one of this test not to stay
+    mlir.register_lowering(launch.kernel_p, launch._lower, platform="cpu")
+
+    @launch.once("factor")
+    def scaled(x, *, factor):
+        return x * factor
+
+    with jax.disable_jit():
+        np.testing.assert_array_equal(scaled(jnp.ones(3), factor=2), 2)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
+        scaled(jnp.full(3, jnp.inf), factor=0)
 
 
 def test_other_patterns_go_by_the_times_of_two_four(hopper):

@@ -154,8 +154,12 @@ def test_a_run_writes_its_record_and_the_report_reads_it(monkeypatch, tmp_path, 
     left = ["a: prefill 1 x 8; rank 0", "b: decode 2; rank 8", "c: prefill 1 x 8; rank 0"]
     row = record["results"][0]
     measured = f"gpt2-nano: prefill 1 x {row['prompt']}; rank {row['share']:g}"
-    path.write_text(json.dumps(record | {"left_out": [measured, *left, left[0]]}))
-    line = "Left out for want of time: a, c (prefill 1 x 8; rank 0); b (decode 2; rank 8)."
+    left += [measured, left[0], measured + ", 3"]
+    path.write_text(json.dumps(record | {"left_out": left}))
+    line = (
+        "Left out for want of time: a, c (prefill 1 x 8; rank 0); b (decode 2; rank 8); gpt2-nano"
+        f" (prefill 1 x {row['prompt']}; rank 3)."
+    )
     assert line in report_inference.summary(tmp_path).splitlines()
 
 

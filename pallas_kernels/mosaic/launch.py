@@ -2,11 +2,14 @@
 
 A kernel is a primitive of JAX (`kernel_p`). Pallas' own would do but for what it says where it cannot run:
 of a device that is no NVIDIA GPU, of a derivative, and of `jax.shard_map`, which it needs check_vma=False in.
+What is used of JAX beyond its public functions, here and in `pallas_kernels.varying`, was tried with 0.11.2 and
+0.12.0, `varying` with 0.10.2 as well: rules of a primitive, `mlir.lower_fun`, and types of arrays in a mesh.
 """
 
 import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -39,8 +42,8 @@ def once(*static: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             fixed = tuple((name, given.pop(name)) for name in sorted(given) if name in static)
             operands, tree = jax.tree.flatten(given)
             made = _Call(compiled, fixed, tree)
-            results = kernel_p.bind(*alike(operands), call=made)
-            return jax.tree.unflatten(jax.tree.structure(made.shapes(operands)), results)
+            _, shape = _shapes_of(made, operands)
+            return jax.tree.unflatten(shape, kernel_p.bind(*alike(operands), call=made))
 
         return call
 
@@ -58,11 +61,6 @@ class _Call:
     def __call__(self, *operands):
         return self.function(**jax.tree.unflatten(self.tree, operands), **dict(self.fixed))
 
-    def shapes(self, operands):
-        """Of its results, on one device."""
-        own = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
-        return jax.eval_shape(self, *own)
-
     @property
     def name(self) -> str:
         return self.function.__name__
@@ -77,12 +75,28 @@ kernel_p.multiple_results = True
 
 @kernel_p.def_impl
 def _run(*operands, call: _Call):
-    return _compiled(call)(*operands)
+    with jax.disable_jit(False):  # a kernel has no operations to be run one by one
+        return _compiled(call)(*operands)
 
 
 @functools.cache
 def _compiled(call: _Call):
-    return jax.jit(functools.partial(kernel_p.bind, call=call))
+    def run(*operands):
+        return kernel_p.bind(*operands, call=call)
+
+    run.__name__ = run.__qualname__ = call.name
+    run._apply_primitive = True  # JAX, in search of a NaN, would take it apart without end
+    return jax.jit(run)
+
+
+def _shapes_of(call: _Call, operands):
+    """Of a kernel's results, on one device, and their structure."""
+    return _shapes(call, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands))
+
+
+@functools.cache
+def _shapes(call: _Call, operands: tuple[jax.ShapeDtypeStruct, ...]):
+    return jax.tree.flatten(jax.eval_shape(call, *operands))
 
 
 @kernel_p.def_abstract_eval
@@ -99,10 +113,18 @@ def _results(*operands, call: _Call):
         whole = first.sharding.update(spec=PartitionSpec(*(None,) * len(shape.shape)))
         return first.update(shape=shape.shape, dtype=shape.dtype, weak_type=False, sharding=whole)
 
-    return [result(shape) for shape in jax.tree.leaves(call.shapes(operands))]
+    return [result(shape) for shape in _shapes_of(call, operands)[0]]
 
 
 def _lower(ctx, *operands, call: _Call):
+    count = getattr(ctx.module_context.axis_context, "num_devices", None) or 1
+    if count > 1:
+        warnings.warn(
+            f"{call.name}: each of {count} devices will compute all of it, for nothing says how to cut it;"
+            " call it in jax.shard_map, or use slope_jax.sharded_matmul",
+            stacklevel=2,
+        )
+
     def strip(avals):
         return [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in avals]
 
