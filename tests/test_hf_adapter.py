@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exports import FAMILIES, SMALL, load_theirs, logits_of_ours, logits_of_theirs, made
+from exports import FAMILIES, IDS, SMALL, load_theirs, logits_of_ours, logits_of_theirs, made
 from parity import close, same_form
 
 from slope_jax import models
@@ -59,7 +59,7 @@ def test_the_scale_is_that_of_peft(torch, transformers, peft, tmp_path, family, 
 
 
 def test_adapters_that_peft_made_for_some_of_the_linears(torch, transformers, peft, tmp_path):
-    """The others have none, which is one of zeros."""
+    """The others have none, which is one that adds nothing, but can be trained."""
     folder = models.export_hf(tmp_path / "llama", *made("llama", 0))
     base = load_theirs(transformers, folder)
     wanted = peft.LoraConfig(
@@ -74,7 +74,46 @@ def test_adapters_that_peft_made_for_some_of_the_linears(torch, transformers, pe
     model, variables = models.from_hf(folder)
     assert model.config.rank == 4
     same_form(model, variables)
-    close(logits_of_ours(model, variables), logits_of_theirs(torch, theirs.eval()))
+    expected = logits_of_theirs(torch, theirs.eval())
+    close(logits_of_ours(model, variables), expected)
+
+    def output(params):
+        return model.apply(variables | {"params": params}, jnp.asarray(IDS))[..., :61].var()
+
+    gradients = jax.jit(jax.grad(output))(variables["params"])
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+        if path[-1].key == "adapter_r":
+            assert jnp.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+    equal(models.from_hf(folder)[1], variables)
+    again = models.export_hf(tmp_path / "again", model, variables, adapters="lora")
+    reread, loaded = models.from_hf(again)
+    assert reread.config == model.config
+    equal(loaded, variables)
+    base = peft.PeftModel.from_pretrained(load_theirs(transformers, again), again / "adapter")
+    close(logits_of_theirs(torch, base.eval()), expected)
+
+
+def test_newborn_adapters_are_of_the_size_that_the_model_says(folder):
+    """As `add_adapters` makes them, and each its own."""
+    with_tensors(lambda t: [t.pop(n) for n in list(t) if "down_proj" not in n])(folder)
+    for scale in (1.0, 3.0):
+        _, variables = models.from_hf(folder, adapter_scale=scale)
+        rows = [
+            row.tobytes()
+            for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"])
+            if path[-1].key == "adapter_l" and path[-2].key != "down"
+            for row in np.asarray(leaf).reshape(-1, 32, 3)
+        ]
+        spread = np.frombuffer(b"".join(rows), np.float32).std() * 3 / scale
+        assert 0.9 < spread < 1.1
+        assert len(set(rows)) == len(rows) > 4
+
+
+def test_ways_to_be_born_that_leave_the_weights_alone_are_read(folder):
+    expected = models.from_hf(folder)[1]
+    for born in (None, True, False, "gaussian", "Orthogonal", "EVA", "mica"):
+        changed(folder, init_lora_weights=born)
+        equal(models.from_hf(folder)[1], expected)
 
 
 def test_automatic_classes_of_peft_find_the_model_from_anywhere(
@@ -126,6 +165,25 @@ def nan(tensors):
         (lambda f: changed(f, use_dora=True, bias="all"), "bias='all', use_dora=True; our"),
         (lambda f: changed(f, rank_pattern={"o_proj": 2}), r"rank_pattern={'o_proj': 2}; our"),
         (lambda f: changed(f, modules_to_save=["lm_head"]), r"modules_to_save=\['lm_head'\]"),
+        *(
+            (
+                lambda f, b=born: changed(f, init_lora_weights=b),
+                f"init_lora_weights='{born}'; our .*merge",
+            )
+            for born in ("pissa", "PiSSA_niter_4", "olora", "corda", "loftq", "lora_ga", "new")
+        ),
+        (lambda f: changed(f, init_lora_weights=[1]), r"init_lora_weights=\[1\]; our"),
+        (
+            lambda f: changed(f, use_rslora="false"),
+            "use_rslora='false' must be true or false; copy",
+        ),
+        (
+            with_tensors(
+                lambda t: t.update({UP_A.replace("model.model.model.", "model.model."): t[UP_A]})
+            ),
+            r"holds base_model.model.layers.1.mlp.up_proj.lora_A.weight and"
+            r" base_model.model.model.layers.1.mlp.up_proj.lora_A.weight, which name the same",
+        ),
         (lambda f: changed(f, r=0, lora_alpha="6"), "r=0 must be .*, lora_alpha='6' must be a num"),
         (lambda f: changed(f, r=4, lora_alpha=4), r"lora_A.weight is F32\[3, 32\], not \[4, 32\]"),
         (

@@ -97,7 +97,7 @@ def _load(folder: str | Path, model: Bert | Decoder, *, on_device: bool = True) 
             if parts[0] is not None:
                 variables[name][path] = parts[0] if len(parts) == 1 else jnp.stack(parts)
         if adapter is not None and singles[0] in pruned:
-            pairs = [_adapters(weights, adapter, single) for single in singles]
+            pairs = [_adapters(weights, adapter, single, config) for single in singles]
             for name, parts in zip((ADAPTER_L, ADAPTER_R), zip(*pairs, strict=True), strict=True):
                 at = (*path[:-1], name)
                 variables["params"][at] = parts[0] if len(parts) == 1 else jnp.stack(parts)
@@ -215,10 +215,12 @@ def _family(raw: dict[str, Any], model: Bert | Decoder) -> str:
     return family
 
 
-def _adapters(weights: Weights, adapter: Adapter, path: tuple[str, ...]) -> list[jax.Array]:
+def _adapters(
+    weights: Weights, adapter: Adapter, path: tuple[str, ...], config: TransformerConfig
+) -> list[jax.Array]:
     """adapter_l and adapter_r of one kernel."""
     source, want = weights.sources[path], weights.shapes[path]
-    pair = adapter_of(adapter, source, *want.shape)
+    pair = adapter_of(adapter, source, *want.shape, config.adapter_scale)
     if not all(np.isfinite(array).all() for array in pair):
         weights.infinite.add(f"{FOLDER}/{source.names[0]}")
     return [jnp.asarray(array.astype(want.dtype)) for array in pair]

@@ -9,14 +9,16 @@ and each has its columns of adapter_r.
 
 import json
 import math
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from pallas_kernels.files import write_atomically
-from slope_jax.dense import ADAPTER_L, ADAPTER_R
+from slope_jax.dense import ADAPTER_L, ADAPTER_R, inverse_rank_normal
 from slope_jax.models import hf_names
 from slope_jax.models.config import TransformerConfig
 from slope_jax.models.hf_families import Source
@@ -51,6 +53,9 @@ _FIXED = {
         (None, False),
     ),
 }
+# Of init_lora_weights, what leaves the folder's weights alone. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA
+# rewrite them, and adapters made so add up to nothing with those that are in the folder.
+_BORN = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 _MERGE = (
     "merge them in PEFT, with PeftModel.from_pretrained(model, ADAPTER).merge_and_unload(), and save"
     " that with save_pretrained"
@@ -136,6 +141,9 @@ def read_adapter(folder: Path) -> Adapter | None:
         for name, values in _FIXED.items()
         if raw.get(name, values[0]) not in values
     ]
+    born = raw.get("init_lora_weights")
+    if (born.lower() if isinstance(born, str) else born) not in _BORN:
+        other.append(f"init_lora_weights={born!r}")
     if other or "peft_type" not in raw:
         what = ", ".join(other) or "no peft_type"
         raise ValueError(
@@ -143,27 +151,39 @@ def read_adapter(folder: Path) -> Adapter | None:
         )
     rank, scale = _numbers(path, raw)
     found = dict(open_files(path, [_TENSORS]))
-    known = {
-        hf_names.canonical(name.removeprefix(_STEM)): tensor
-        for name, tensor in found.items()
-        if name.startswith(_STEM) and name.endswith((_A, _B))
-    }
-    if len(known) < len(found):
-        surplus = sorted(n for n in found if not (n.startswith(_STEM) and n.endswith((_A, _B))))
+    names = _names(path, found)
+    return Adapter(path, rank, scale, {ours: found[theirs] for ours, theirs in names.items()})
+
+
+def _names(path: Path, found: Iterable[str]) -> dict[str, str]:
+    """Names of `Adapter.tensors` -> those in the file."""
+    surplus = sorted(n for n in found if not (n.startswith(_STEM) and n.endswith((_A, _B))))
+    if surplus:
         raise ValueError(
             f"{path / _TENSORS} holds {all_of(surplus)}; ours are adapters of linear layers alone,"
             f" lora_A and lora_B: {_MERGE}"
         )
-    return Adapter(path, rank, scale, known)
+    names: dict[str, list[str]] = {}
+    for name in found:
+        names.setdefault(hf_names.canonical(name.removeprefix(_STEM)), []).append(name)
+    twice = [" and ".join(sorted(same)) for same in names.values() if len(same) > 1]
+    if twice:
+        raise ValueError(
+            f"{path / _TENSORS} holds {listed(sorted(twice))}, which name the same adapter; save it"
+            " again with save_pretrained of PEFT, so that one of them is left"
+        )
+    return {ours: same[0] for ours, same in names.items()}
 
 
 def _numbers(path: Path, raw: dict[str, Any]) -> tuple[int, float]:
-    rank, alpha, roots = raw.get("r"), raw.get("lora_alpha"), raw.get("use_rslora", False)
+    rank, alpha, roots = (raw.get(name) for name in ("r", "lora_alpha", "use_rslora"))
     wrong = []
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         wrong.append(f"r={rank!r} must be a positive integer")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         wrong.append(f"lora_alpha={alpha!r} must be a number")
+    if not isinstance(roots, bool | None):
+        wrong.append(f"use_rslora={roots!r} must be true or false")
     if wrong:
         raise ValueError(f"{path / _CONFIG}: {', '.join(wrong)}; copy or download it again")
     return rank, alpha / (math.sqrt(rank) if roots else rank)
@@ -242,13 +262,21 @@ def _problems(adapter: Adapter, source: Source, inputs: int, widths: list[int]) 
 
 
 def adapter_of(
-    adapter: Adapter, source: Source, inputs: int, outputs: int
+    adapter: Adapter, source: Source, inputs: int, outputs: int, born: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """adapter_l (inputs, rank) and adapter_r (rank, outputs) of a kernel; zero where there is none."""
+    """adapter_l (inputs, rank) and adapter_r (rank, outputs) of a kernel.
+
+    Where there is none, a newborn one, the same every time: it adds nothing, but unlike one of zeros on
+    both sides it gets gradients.
+
+    Args:
+      born: `adapter_scale` of the model.
+    """
     pairs = [_pair(name) for name in source.names]
     if pairs[0][0] not in adapter.tensors:
-        zeros = np.zeros((adapter.rank, inputs + outputs), np.float32)
-        return zeros[:, :inputs].T, zeros[:, inputs:]
+        key = jax.random.fold_in(jax.random.key(0), zlib.crc32("/".join(source.path).encode()))
+        left = inverse_rank_normal(key, (inputs, adapter.rank), scale=born)
+        return np.asarray(left), np.zeros((adapter.rank, outputs), np.float32)
     left = adapter.tensors[pairs[0][0]].read().T
     right = np.concatenate([adapter.tensors[last].read().T for _, last in pairs], axis=-1)
     if adapter.scale != 1:
