@@ -11,7 +11,7 @@ from slope_jax import models
 from slope_jax.generate import generate
 from train.data.tokenizer import train_tokenizer, vocabulary_from_json
 from train.serving import Served
-from train.texts import complete, continuations
+from train.texts import complete, continuations, continued_text
 
 PROMPTS = ["Some words", "", "begin with"]
 SIZES = {"num_layers": 1, "hidden_size": 32, "num_heads": 2, "mlp_size": 64, "max_positions": 128}
@@ -109,7 +109,8 @@ def of_bytes(served):
     ],
 )
 @pytest.mark.parametrize("stops", [(), ("\n",), (" b", "\U0001f600")])
-def test_bytes_are_settled_by_what_follows_them(of_bytes, monkeypatch, chunk, text, stops):
+@pytest.mark.parametrize("prompt", ["b", "b\u65e5"])
+def test_bytes_are_settled_by_what_follows_them(of_bytes, monkeypatch, chunk, text, stops, prompt):
     if isinstance(text, str):
         tokens, expected = of_bytes.vocabulary.encode(text), text
     else:
@@ -124,12 +125,37 @@ def test_bytes_are_settled_by_what_follows_them(of_bytes, monkeypatch, chunk, te
             expected = text.split(b"\xf0")[0].decode()
     pieces = [np.array([tokens[i : i + chunk]]) for i in range(0, len(tokens), chunk)]
     monkeypatch.setattr("slope_jax.generate.stream", lambda *args, **options: iter(pieces))
-    grown = [row for (row,) in continuations(of_bytes, "b", stops=stops)]
+    grown = [row for (row,) in continuations(of_bytes, prompt, stops=stops)]
     cut = min([expected.index(stop) for stop in stops if stop in expected], default=len(expected))
     assert grown[-1].text == expected[:cut]
     assert grown[-1].ended == any(stop in expected for stop in stops)
     for row, later in itertools.pairwise(grown):
         assert later.text.startswith(row.text[: row.settled])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "expected"),
+    [
+        ("\u65e5", b"\xff", "\ufffd"),
+        ("b\u65e5", b"\n\xff", "\ufffd\ufffd"),
+        ("\u65e5", b"\n\xe6", "\ufffd\ufffd"),
+        ("\u65e5", "\u672c".encode(), "\u672c"),
+        ("\u65e5", b"", ""),
+        ("\u65e5b", b"\xff", "\ufffd"),
+        ("\u65e5\u672c".encode()[:-1], "\u672c".encode()[-1:], "\u672c"),
+        ("\u672c".encode()[:-1], b"\xff\xff", "\ufffd\ufffd"),
+    ],
+)
+@pytest.mark.parametrize("more", ["", "b"])
+def test_a_prompt_that_ends_in_bytes_is_not_continued_with_itself(
+    of_bytes, prompt, tokens, expected, more
+):
+    """Bytes in a row are decoded together, those of the prompt with those behind it."""
+    token = of_bytes.vocabulary.tokenizer.token_to_id
+    encode = of_bytes.vocabulary.encode
+    ids = encode(prompt) if isinstance(prompt, str) else [token(f"<0x{b:02X}>") for b in prompt]
+    made = [*(token(f"<0x{byte:02X}>") for byte in tokens), *encode(more)]
+    assert continued_text(of_bytes, ids, made, []) == (expected + more, False)
 
 
 def test_a_stop_may_be_one_text_or_none(served):

@@ -151,11 +151,34 @@ def continued_text(
     prompt = [token for token in prompt if token not in ends]
     first = len(decode(prompt))
     for count in [*(_unspoiled(served, tokens) if stops else ()), len(tokens)]:
-        text = decode([*prompt, *tokens[:count]])[first:]
+        grown = _grown_prompt(served, prompt, tokens[:count])
+        text = decode([*prompt, *tokens[:count]])[first + grown :]
         found = [text.index(stop) for stop in stops if stop and stop in text]
         if found:
             return text[: min(found)], True
     return text, ended
+
+
+def _grown_prompt(served: "Served", prompt: list[int], tokens: Sequence[int]) -> int:
+    """Characters by which a prompt's text is longer with the tokens behind it.
+
+    Bytes in a row are decoded together: where the tokens' first ones are wrong, each of the prompt's last
+    ones becomes a character, and where they end a character that the prompt began, it becomes fewer.
+    """
+    run = _first_bytes(served, reversed(prompt))[::-1]
+    return _characters(run, run + _first_bytes(served, tokens)) - _characters(run, run)
+
+
+def _first_bytes(served: "Served", tokens: Iterable[int]) -> bytes:
+    """Those of the first tokens that are a byte each."""
+    name = served.vocabulary.tokenizer.id_to_token
+    values = (_BYTE.fullmatch(name(token) or "") for token in tokens)
+    return bytes(int(value[1], 16) for value in itertools.takewhile(bool, values))
+
+
+def _characters(begin: bytes, run: bytes) -> int:
+    """Of the text of a run of bytes, how many whole ones its first bytes give."""
+    return len(begin.decode(errors="ignore")) if _is_text(run) else len(begin)
 
 
 def _unspoiled(served: "Served", tokens: Sequence[int]) -> Iterator[int]:
