@@ -153,7 +153,8 @@ def memory(
 
     Raises:
       ValueError: no example inputs, variables that are not those of the model, `accumulation`
-        below 1, a `dense` model with other kernels, or a `cache` of nothing or of no decoder.
+        below 1, a `dense` model with other kernels, or a `cache` of nothing, of no decoder,
+        or of more tokens than its `max_positions`.
 
     >>> import jax.numpy as jnp
     >>> layer = SparseDense(64)
@@ -203,12 +204,16 @@ def cache_bytes(model: Decoder, batch: int, length: int) -> int:
     """Bytes of the keys and values that a decoder keeps for `batch` sequences of `length` tokens.
 
     Raises:
-      ValueError: not a decoder.
+      ValueError: not a decoder, or sequences longer than it reads.
     """
     if not isinstance(model, Decoder):
         raise ValueError(
             f"a {type(model).__name__} keeps no keys and values; leave out the cache, or give a"
             " GPT-2, OPT, LLaMA or Mistral"
+        )
+    if length > (most := model.config.max_positions):
+        raise ValueError(
+            f"sequences of {length} tokens are longer than max_positions={most}; ask for no more"
         )
     made = jax.eval_shape(lambda: init_cache(model.config, batch, length))
     return sum(map(_nbytes, jax.tree.leaves(made)))

@@ -195,6 +195,10 @@ def test_keys_and_values_are_counted_for_the_sequences_asked_for():
     for wrong in (3, (3,), (0, 20), (3, 2.5), ("3", 20)):
         with pytest.raises(ValueError, match=r"cache=.* must be two positive integers"):
             account(model, cache=wrong)
+    most = config.max_positions
+    assert account(model, cache=(1, most)).total("keys and values") > 0
+    with pytest.raises(ValueError, match=f"of {most + 1} tokens are longer than max_pos.*={most};"):
+        account(model, cache=(1, most + 1))
     with pytest.raises(ValueError, match="a Bert keeps no keys and values"):
         account(models.build("bert-tiny", vocab_size=64), cache=(1, 8))
 
