@@ -470,10 +470,19 @@ def test_the_command_says_what_is_missing_or_wrong(
     data = f"--data=text:{small_text}/*.txt"
     output = tmp_path / "numbers.json"
     assert main([*options, data, "--max-tokens=200", f"--output={output}"]) == 0
-    found = json.loads(output.read_text())["results"]
+    written = json.loads(output.read_text())
+    found = written.pop("results")
+    assert written == {
+        "model": "gpt2-nano",
+        "step": 1,
+        "dtype": "float32",
+        "data": data.removeprefix("--data="),
+        "held_out": False,
+        "max_tokens": 200,
+    }
     assert f"perplexity {found['perplexity']:,.3f}" in capsys.readouterr().out
     assert found["tokens"] >= 199
-    assert found["window"] == LONGEST
+    assert (found["window"], found["stride"]) == (LONGEST, LONGEST // 2)
     assert main([*options, data, "--held-out"]) == 0
     held = capsys.readouterr().out
     assert main([*options, data]) == 0
@@ -502,13 +511,42 @@ def test_windows_longer_than_what_was_trained_are_warned_of(served, monkeypatch,
     )
 
 
-def test_names_of_tasks_may_have_spaces_around_them(served, monkeypatch):
+def test_names_of_tasks_may_have_spaces_around_them(served, monkeypatch, tmp_path):
     evaluated = mock.Mock(return_value={})
     monkeypatch.setattr("train.serving.load", lambda path, **options: served)
     monkeypatch.setattr("train.harness.evaluate_tasks", evaluated)
     monkeypatch.setattr("train.harness.check_tasks", lambda names: None)
     assert main(["--checkpoint=run", "--tasks= a, b", "--shots=0"]) == 0
     assert evaluated.call_args.args[1] == ["a", "b"]
+    output = tmp_path / "numbers.json"
+    options = ["--limit=3", "--no-bos-token", "--seed=7", f"--output={output}"]
+    assert main(["--checkpoint=run", "--tasks=a, b", *options]) == 0
+    assert json.loads(output.read_text()) == {
+        "model": "gpt2-nano",
+        "step": 1,
+        "dtype": "float32",
+        "tasks": ["a", "b"],
+        "shots": None,
+        "limit": 3,
+        "add_bos_token": False,
+        "seed": 7,
+        "results": {},
+    }
+
+
+def test_the_harness_gets_the_whole_path_of_a_tasks_file(served, monkeypatch, tmp_path):
+    pytest.importorskip("yaml", reason="PyYAML is not installed")
+    evaluated = mock.Mock(return_value={"results": {}})
+    manager = types.SimpleNamespace(all_tasks=["hellaswag"])
+    monkeypatch.setattr("train.harness._task_manager", lambda: manager)
+    harness = types.SimpleNamespace(simple_evaluate=evaluated)
+    monkeypatch.setattr("train.harness._lm_eval", lambda name: harness)
+    monkeypatch.setattr("train.harness.harness_model", lambda *args, **options: None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.yaml").write_text("task: own")
+    evaluate_tasks(served, iter(["hellaswag", "~/own.yaml", {"task": "x"}]))
+    given = evaluated.call_args.kwargs["tasks"]
+    assert given == ["hellaswag", str(tmp_path / "own.yaml"), {"task": "x"}]
 
 
 @pytest.mark.parametrize("real", [True, False])

@@ -13,14 +13,13 @@ run did not train on. Tasks need the extra `eval`.
 import argparse
 import json
 import math
-import os
 import pathlib
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from train.generate import exit_code, option, warn_of_length
+from train.generate import check_place, exit_code, option, warn_of_length
 
 if TYPE_CHECKING:
     import numpy as np
@@ -131,8 +130,30 @@ def _run(arguments: argparse.Namespace) -> None:
     else:
         found = _text(served, arguments)
     if arguments.output is not None:
-        about = {"model": served.about["config"]["model"], "step": served.about["step"]}
+        about = _setting(served, arguments)
         write_atomically(arguments.output, json.dumps(about | {"results": found}, indent=1) + "\n")
+
+
+def _setting(served: "Served", arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the numbers are of, and all that changes them; windows and strides are with the results."""
+    about = {
+        "model": served.about["config"]["model"],
+        "step": served.about["step"],
+        "dtype": served.model.config.dtype.name,
+    }
+    if arguments.tasks is None:
+        return about | {
+            "data": arguments.data,
+            "held_out": bool(arguments.held_out),
+            "max_tokens": arguments.max_tokens,
+        }
+    return about | {
+        "tasks": _task_names(arguments.tasks),
+        "shots": arguments.shots,
+        "limit": arguments.limit,
+        "add_bos_token": not arguments.no_bos_token,
+        "seed": arguments.seed or 0,
+    }
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -164,11 +185,7 @@ def _check_output(path: pathlib.Path) -> None:
     """Raises a ValueError unless a file can be written there, in the place of one or as a new one."""
     if path.is_dir():
         raise ValueError(f"--output={path} is a folder; name a file in it")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir():
-        raise ValueError(f"--output={path}: {folder} is no folder; name another place")
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"--output={path}: {folder} is not writable; name another place")
+    check_place(path)
 
 
 def _task_names(given: str) -> list[str]:

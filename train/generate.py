@@ -53,6 +53,15 @@ def exit_code(run: Callable[[argparse.Namespace], None], arguments: argparse.Nam
     return 0
 
 
+def check_place(path: pathlib.Path) -> None:
+    """Raises a ValueError unless something can be written at --output."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise ValueError(f"--output={path}: {folder} is no folder; name another place")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--output={path}: {folder} is not writable; name another place")
+
+
 def _run(arguments: argparse.Namespace) -> None:
     from slope_jax.models import Bert
     from train import serving

@@ -295,12 +295,12 @@ def evaluate_tasks(
     Raises:
       ValueError: the harness is not installed, or as `check_tasks`.
     """
-    harness = _lm_eval("lm_eval")
+    harness, tasks = _lm_eval("lm_eval"), list(tasks)
     check_tasks(task for task in tasks if isinstance(task, str))
     model = harness_model(served, batch_size, add_bos_token=add_bos_token, seed=seed)
     found = harness.simple_evaluate(
         model=model,
-        tasks=list(tasks),
+        tasks=[_found(task) if isinstance(task, str) else task for task in tasks],
         num_fewshot=shots,
         limit=limit,
         task_manager=_task_manager(),
@@ -309,6 +309,12 @@ def evaluate_tasks(
         name: {metric: value for metric, value in numbers.items() if isinstance(value, float)}
         for name, numbers in found["results"].items()
     }
+
+
+def _found(name: str) -> str:
+    """As the harness takes it, which does not know that ~ is a home."""
+    known = name in _task_manager().all_tasks
+    return name if known else str(pathlib.Path(name).expanduser())
 
 
 def check_tasks(names: Iterable[str]) -> None:
