@@ -317,6 +317,36 @@ def test_a_folder_is_pruned_on_the_way(tmp_path, small_text, capsys):
     assert not (tmp_path / "x").exists()
 
 
+def test_what_cannot_be_exported_is_said_before_anything_is_read(
+    tmp_path, small_text, monkeypatch, capsys
+):
+    texts = [(small_text / "a.txt").read_text()]
+    save_run(tmp_path / "run", texts, "gpt2-nano", 7, method="dense")
+    export_run(tmp_path / "hf", serving.load_trained(tmp_path / "run"))
+    for name in ("train.imported.read", "train.serving.load_trained", "train.serving.load"):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        "train.calibration.calibration_batches", lambda *_, **__: pytest.fail("text was read")
+    )
+    (tmp_path / "file").write_text("")
+    folder, run = (f"--checkpoint={tmp_path / name}" for name in ("hf", "run"))
+    new = f"--output={tmp_path / 'new'}"
+    text = f"--calibration=text:{small_text / 'a.txt'}"
+    packed = [folder, new, text, "--semi-structured"]
+    for args, message in (
+        ([folder, "--sparsity=2:4", text, f"--output={tmp_path / 'hf'}"], "exists already; name a"),
+        ([run, f"--output={tmp_path / 'file' / 'a'}"], f"{tmp_path / 'file'} is no folder; name"),
+        ([run, new, "--semi-structured", "--dtype=float32"], "'float32'; choose bfloat16 or"),
+        ([*packed, "--sparsity=2:8"], "(2:8, 128 x 512): the pattern must be 2:4 or 1:2"),
+        ([*packed[:2], "--semi-structured", "--sparsity=dense"], "leave out --semi-structured"),
+        ([folder, new, text, "--sparsity=dense"], "the model prunes nothing"),
+        ([folder, new, text, "--sparsity=2:3"], "2:3"),
+    ):
+        assert main(args) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_model_to_use_is_not_taken_for_a_run(run, tmp_path):
     """By what trains on; the message says what takes it."""
     folder = export_run(tmp_path / "hf", serving.load_trained(run))

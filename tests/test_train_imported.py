@@ -340,6 +340,24 @@ def test_an_import_is_exported_as_it_was(transformers, imported, tmp_path, monke
         assert json.loads((exported / "config.json").read_text())["bos_token_id"] == 9
 
 
+@pytest.mark.parametrize("older", [False, True])
+def test_an_export_keeps_the_token_that_the_folder_names_as_its_first(imported, tmp_path, older):
+    """Though the tokenizer puts none ahead of texts; an older served.json does not tell of it."""
+    from train.export import export_run
+
+    folder = shutil.copytree(imported["llama"][1], tmp_path / "llama")
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    put(folder, "tokenizer_config.json", bos_token=tokenizer.id_to_token(9))
+    served = serving.from_hf(folder)
+    if older:
+        del served.about["imported"]["bos"]
+    saved = serving.save(served, tmp_path / "saved")
+    shutil.rmtree(folder)
+    exported = export_run(tmp_path / "exported", serving.load(saved))
+    assert json.loads((exported / "config.json").read_text())["bos_token_id"] == (0 if older else 9)
+    assert serving.from_hf(exported).beginning == []
+
+
 def test_the_dtype_is_that_of_the_computation(folder, tmp_path):
     served = serving.from_hf(folder, dtype="bfloat16")
     assert served.model.config.dtype == jnp.bfloat16

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from train.generate import exit_code, option
+from train.generate import check_place, exit_code, option
 from train.texts import carries_space
 
 if TYPE_CHECKING:
@@ -105,8 +105,11 @@ def _write_imported(folder: pathlib.Path, run: "Served", given: dict[str, Any]) 
     causal = run.vocabulary.objective == "clm"
     if causal:
         tokenizer = run.vocabulary.copy()
-        if given["beginning"]:
-            special["bos_token"] = tokenizer.id_to_token(given["beginning"][0])
+        first = given.get("bos")  # older ones do not have it
+        if first is None:
+            first = next(iter(given["beginning"]), None)
+        if first is not None:
+            special["bos_token"] = tokenizer.id_to_token(first)
     ids = write_tokenizer(folder, tokenizer, special, run.model.config, causal=causal)
     (folder / "config.json").write_text(json.dumps(ids))
     if causal and given["other_ends"]:
@@ -149,7 +152,6 @@ def _run(arguments: argparse.Namespace) -> None:
     import importlib.util
 
     from slope_jax.models import export_semi_structured
-    from slope_jax.policy import DENSE
     from train import serving
 
     if arguments.semi_structured and arguments.adapters is not None:
@@ -159,13 +161,12 @@ def _run(arguments: argparse.Namespace) -> None:
         )
     if importlib.util.find_spec("safetensors") is None:
         raise ValueError("export needs safetensors: pip install 'slope-jax[hf]'")
+    _check_output(arguments.output.expanduser())
     _check_pruning(arguments)
+    _check_model(arguments)
     run, stored = _loaded(arguments)
     if arguments.semi_structured:
-        if set(run.model.config.patterns.values()) == {DENSE}:
-            raise ValueError(
-                "the model prunes nothing, its weights are dense; leave out --semi-structured"
-            )
+        _check_semi_structured(run.model)
         with _tokenizer_of(run) as tokenizer:
             folder = export_semi_structured(
                 arguments.output,
@@ -182,6 +183,39 @@ def _run(arguments: argparse.Namespace) -> None:
             dtype=arguments.dtype or stored,
         )
     print(f"{serving.title(run.about)}: exported to {folder}")
+
+
+def _check_output(path: pathlib.Path) -> None:
+    if path.exists():
+        raise ValueError(f"--output={path} exists already; name a new folder")
+    check_place(path)
+
+
+def _check_model(arguments: argparse.Namespace) -> None:
+    """What does not fit a model that is to be pruned, as config.json describes it."""
+    from slope_jax.models import hf, wanda
+    from slope_jax.models.torch_export import checked_dtype
+
+    if arguments.semi_structured:
+        checked_dtype(arguments.dtype or "bfloat16")
+    if arguments.sparsity is None:
+        return
+    model = hf.described(arguments.checkpoint, sparsity=arguments.sparsity)
+    if arguments.calibration is not None:
+        wanda.check_model(model)
+    if arguments.semi_structured:
+        _check_semi_structured(model)
+
+
+def _check_semi_structured(model: Any) -> None:
+    from slope_jax.models.torch_export import check_model
+    from slope_jax.policy import DENSE
+
+    if set(model.config.patterns.values()) == {DENSE}:
+        raise ValueError(
+            "the model prunes nothing, its weights are dense; leave out --semi-structured"
+        )
+    check_model(model)
 
 
 def _check_pruning(arguments: argparse.Namespace) -> None:

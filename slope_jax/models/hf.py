@@ -200,6 +200,15 @@ def _built(folder: Path, overrides: dict[str, Any]) -> Bert | Decoder:
     return module(config(**(fields | overrides)))
 
 
+def described(folder: str | Path, **overrides) -> Bert | Decoder:
+    """The model that `from_hf` would fill, but for adapters; no weights are read.
+
+    Raises:
+      ValueError: as `from_hf`, for what config.json and the fields tell.
+    """
+    return _built(checked_folder(folder), overrides)
+
+
 def is_known(family: Any) -> bool:
     """Whether it is a "model_type" that we have, in whatever a config.json holds."""
     return isinstance(family, str) and family in _MODELS

@@ -96,11 +96,9 @@ def export_semi_structured(
 
     >>> export_semi_structured("~/models/gpt2-2to4", model, variables)  # doctest: +SKIP
     """
-    dtype = jnp.dtype(dtype)
-    if dtype.name not in _DTYPES:
-        raise ValueError(f"dtype={dtype.name!r}; choose {' or '.join(_DTYPES)}")
+    dtype = checked_dtype(dtype)
     family = hf_export.family_of(model)
-    _check(model, family)
+    check_model(model)
     hf_export.check_variables(model, variables)
     folder, single = Path(folder).expanduser().resolve(), unstack_layers(variables)
     with new_folder(folder) as staging:
@@ -112,6 +110,14 @@ def export_semi_structured(
         if model.config.rank:
             write_adapter(staging / FOLDER, folder, model.config, family, single, dtype)
     return folder
+
+
+def checked_dtype(dtype: Any) -> np.dtype:
+    """Raises the ValueError of `export_semi_structured` for one that PyTorch's class does not take."""
+    dtype = jnp.dtype(dtype)
+    if dtype.name not in _DTYPES:
+        raise ValueError(f"dtype={dtype.name!r}; choose {' or '.join(_DTYPES)}")
+    return dtype
 
 
 def _octets(w: CompressedMatrix) -> np.ndarray:
@@ -141,7 +147,9 @@ def _pattern(model: Bert | Decoder, source: Source) -> str:
     return model.config.patterns[linear_of(source)]
 
 
-def _check(model: Bert | Decoder, family: str) -> None:
+def check_model(model: Bert | Decoder) -> None:
+    """Raises the ValueError of `export_semi_structured` unless PyTorch's class takes what is pruned."""
+    family = hf_export.family_of(model)
     sizes = {linear.path: linear for linear in model.config.linears}
     wrong, pruned = [], 0
     for source in hf_names.sources(model.config, family):
