@@ -13,6 +13,7 @@ from train.data import store
 
 ROOT = pathlib.Path(__file__).parents[1]
 FORBIDDEN_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "yaml"}
+YAML_MADE_NO_OBJECTS_OF = {"parse", "YAMLError"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 FORBIDDEN_ATTRIBUTES = {
     ("torch", "load"),
@@ -30,7 +31,11 @@ def dangers(tree: ast.AST) -> list[str]:
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [a.name for a in node.names if a.name.split(".")[0] in FORBIDDEN_MODULES]
+            names = [a.name for a in node.names if (a.name, a.asname) != ("yaml", None)]
+            found += [name for name in names if name.split(".")[0] in FORBIDDEN_MODULES]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            unsafe = node.value.id == "yaml" and node.attr not in YAML_MADE_NO_OBJECTS_OF
+            found += [f"yaml.{node.attr}"] if unsafe else []
         elif isinstance(node, ast.ImportFrom):
             found += [node.module] if (node.module or "").split(".")[0] in FORBIDDEN_MODULES else []
         elif isinstance(node, ast.Call):
@@ -55,7 +60,15 @@ def test_the_code_has_no_way_to_run_files():
 
 @pytest.mark.parametrize(
     "code",
-    ["import pickle", "from yaml import load", "eval(x)", "np.load(f)", "f(allow_pickle=True)"],
+    [
+        "import pickle",
+        "from yaml import load",
+        "import yaml; yaml.load(x)",
+        "import yaml as y",
+        "eval(x)",
+        "np.load(f)",
+        "f(allow_pickle=True)",
+    ],
 )
 def test_dangers_are_seen(code):
     assert dangers(ast.parse(code))
