@@ -164,3 +164,11 @@ def test_what_the_output_cannot_encode_is_escaped(written, monkeypatch):
     assert written(f"un {COMPOSED} noir") == 0
     sys.stdout.flush()
     assert raw.getvalue() == b"> un caf\\xe9 noir\n"
+
+
+def test_a_folder_to_save_to_is_new_before_anything_is_loaded(nothing_loaded, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for path, message in ((tmp_path, "exists already"), (tmp_path / "file" / "a", "is no folder")):
+        assert main(["--checkpoint=run", f"--save={path}"]) == 2
+        assert f"--save={path}" in (err := capsys.readouterr().err)
+        assert message in err

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from train.generate import check_place, exit_code, option
+from train.generate import check_new, exit_code, option
 from train.texts import carries_space
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def _run(arguments: argparse.Namespace) -> None:
         )
     if importlib.util.find_spec("safetensors") is None:
         raise ValueError("export needs safetensors: pip install 'slope-jax[hf]'")
-    _check_output(arguments.output.expanduser())
+    check_new(arguments.output.expanduser())
     _check_pruning(arguments)
     _check_model(arguments)
     run, stored = _loaded(arguments)
@@ -183,12 +183,6 @@ def _run(arguments: argparse.Namespace) -> None:
             dtype=arguments.dtype or stored,
         )
     print(f"{serving.title(run.about)}: exported to {folder}")
-
-
-def _check_output(path: pathlib.Path) -> None:
-    if path.exists():
-        raise ValueError(f"--output={path} exists already; name a new folder")
-    check_place(path)
 
 
 def _check_model(arguments: argparse.Namespace) -> None:

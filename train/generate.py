@@ -53,13 +53,20 @@ def exit_code(run: Callable[[argparse.Namespace], None], arguments: argparse.Nam
     return 0
 
 
-def check_place(path: pathlib.Path) -> None:
-    """Raises a ValueError unless something can be written at --output."""
+def check_place(path: pathlib.Path, named: str = "--output") -> None:
+    """Raises a ValueError unless something can be written at the path of an option."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir():
-        raise ValueError(f"--output={path}: {folder} is no folder; name another place")
+        raise ValueError(f"{named}={path}: {folder} is no folder; name another place")
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"--output={path}: {folder} is not writable; name another place")
+        raise ValueError(f"{named}={path}: {folder} is not writable; name another place")
+
+
+def check_new(path: pathlib.Path, named: str = "--output") -> None:
+    """Raises a ValueError unless a folder can be made at the path of an option."""
+    if path.exists():
+        raise ValueError(f"{named}={path} exists already; name a new folder")
+    check_place(path, named)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -96,6 +103,8 @@ def _check(arguments: argparse.Namespace) -> None:
     """What is wrong whatever the model, before it is read."""
     if arguments.save_dtype and arguments.save is None:
         raise ValueError("--save-dtype is of the folder that --save=FOLDER names")
+    if arguments.save is not None:
+        check_new(arguments.save.expanduser(), "--save")
     for name in ("top_k", "max_new_tokens"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
