@@ -113,9 +113,8 @@ def slope_matmul(
         product. For comparisons: it is what the second pruning approximates.
 
     Returns:
-      (..., out) in x's dtype, an `Activated` of it, or a tuple of its sections. Gradients are in the
-      dtypes of their operands; that of w comes straight from float32 accumulators. There are no second
-      derivatives.
+      (..., out) in x's dtype, an `Activated` of it, or a tuple of its sections. Gradients are in the dtypes
+      of their operands, that of w straight from float32 accumulators; there are no second derivatives.
 
     Raises:
       ValueError: shapes or dtypes do not fit, the activation or `backward` is unknown, or what is

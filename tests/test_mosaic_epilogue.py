@@ -166,6 +166,25 @@ def test_kernels_lower_under_shard_map(tokens):
 
 
 @needs_jax
+def test_a_result_varies_over_the_mesh_as_any_operand_does():
+    from pallas_kernels.mosaic import products
+
+    def call(x, w, bias):
+        y = products.nm_matmul(x, w, x.dtype, None, Epilogue(bias))
+        assert jax.typeof(y).mat.varying == {"data"}
+        return y
+
+    x, w, bias, _ = jax.eval_shape(lambda: problem((128, 128, 256, 8)))
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=auto, devices=jax.devices()[:1])
+    whole, cut = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("data")
+    for number in range(3):
+        specs = [cut if number == i else whole for i in range(3)]
+        mapped = jax.shard_map(call, mesh=mesh, in_specs=tuple(specs), out_specs=cut)
+        assert "nm_matmul" in lowered(mapped, x, w, bias)
+
+
+@needs_jax
 def test_gradients_of_what_the_devices_share_are_sums_over_them(monkeypatch):
     """In `jax.shard_map` as it is by default."""
     monkeypatch.setattr(support, "device_obstacle", lambda: None)
