@@ -60,9 +60,8 @@ class Bench:
         self.results: list[dict[str, Any]] = []
         self.failed: list[dict[str, Any]] = []
         self.seen: set[Problem] = set()  # timed or failed
-        self._kept: dict[
-            tuple, tuple[Problem, dict[str, Any]]
-        ] = {}  # programs, for the peer's turn
+        # Programs, for the peer's turn.
+        self._kept: dict[tuple[int, int, int], tuple[Problem, dict[str, Any]]] = {}
         self._pool = ThreadPoolExecutor(THREADS)
 
     def run(self, batch: Sequence[Problem]) -> Iterator[str]:

@@ -137,7 +137,7 @@ def _by_measurement(query: Query) -> Choice:
     if verdict is None:
         return Choice("mosaic", f"sparse tensor cores; {query.op} is not measured on this device")
     reason = verdict.reason
-    if 2 * query.pattern.n != query.pattern.m:
+    if query.pattern != Pattern(2, 4):
         reason = f"by the times of 2:4, which {query.pattern} is first written as: {reason}"
     if verdict.use_sparse:
         return Choice("mosaic", reason)

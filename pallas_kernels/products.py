@@ -64,6 +64,7 @@ def nm_matmul(
       saved.
 
     Raises:
+      TypeError: w is no CompressedMatrix, or x no array.
       ValueError: shapes or dtypes do not fit, or w is compressed along the output axis.
       NotImplementedError: the implementation asked for cannot run this here.
 
@@ -130,6 +131,7 @@ def nm_sddmm(
       An array of the shape of `w.values`.
 
     Raises:
+      TypeError: w is no CompressedMatrix, or x or dy no array.
       ValueError: shapes or dtypes do not fit.
 
     >>> from pallas_kernels import compress
@@ -167,6 +169,7 @@ def nm_transpose(
       A compressed (out, in) matrix with axis 0, ready for `nm_matmul(dy, ...)`.
 
     Raises:
+      TypeError: w is no CompressedMatrix.
       ValueError: w is compressed along axis 1, or m does not divide the output axis.
     """
     _check_compressed(w)

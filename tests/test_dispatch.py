@@ -264,8 +264,10 @@ def test_kernels_are_made_where_nothing_else_is_compiled(monkeypatch):
 
 
 def test_other_patterns_go_by_the_times_of_two_four(hopper):
-    query = Query("nm_matmul", (4096, 4096), Pattern(1, 4), "bfloat16", 8192)
-    assert choose(query).reason.startswith("by the times of 2:4, which 1:4 is first written as")
+    for pattern in (Pattern(1, 2), Pattern(1, 4)):
+        query = Query("nm_matmul", (4096, 4096), pattern, "bfloat16", 8192)
+        expected = f"by the times of 2:4, which {pattern} is first written as"
+        assert choose(query).reason.startswith(expected)
 
 
 def test_a_gpu_that_lacks_a_package_alone_says_which(monkeypatch):
