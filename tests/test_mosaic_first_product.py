@@ -140,6 +140,25 @@ def test_up_to_sixteen_tokens_have_a_kernel(tokens, k, rank, made):
 
 
 @needs_jax
+def test_a_product_that_makes_the_first_one_has_room_for_it():
+    from pallas_kernels.mosaic import few_tokens
+
+    for tokens, k, f, norms, rank in itertools.product(
+        (1, 9, 16), (8, 200, 1280, 8192), (8, 1024, 5120), (0, 2), (8, 16, 24, 32)
+    ):
+        config = few_tokens.choose_with_first(tokens, k, f, "bfloat16", norms, rank)
+        if rank > 24 or k * rank > 1 << 16:
+            assert config is None
+            continue
+        needed = config.geometry(tokens, k, f, "bfloat16", norms, rank).shared_memory
+        assert needed <= 227 * 1024
+        assert config.along * config.split <= max(
+            4, -(-2 * k // 64)
+        )  # half of the warps have inputs
+    assert few_tokens.choose_with_first(17, 1280, 1280, "bfloat16", 0, 16) is None
+
+
+@needs_jax
 def test_the_kernel_runs_where_no_gradient_needs_the_first_product(monkeypatch):
     monkeypatch.setattr(support, "device_obstacle", lambda: None)
 

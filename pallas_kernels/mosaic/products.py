@@ -83,12 +83,16 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
     w, rows = as_two_four(w), _rows(x, tokens)
     op = kernel_of("nm_matmul", tokens)
     module = {"nm_matmul": matmul, "few_tokens": few_tokens}[op]
-    config = configuration(op, tokens, k, f, x.dtype)
+    with_first = _with_first(rows, f, epilogue)
+    config = with_first or configuration(op, tokens, k, f, x.dtype)
     norm = _norm_options(rows, f, config, epilogue.norm)
     if not norm:
         rows, epilogue = epilogue.normalised(rows)
     options = norm | _joining_options(module, tokens, f, epilogue) | _where(module)
-    options |= _adapter_options(rows, f, config, epilogue, norm)
+    if with_first:
+        options["adapter"] = _padded(epilogue.adapter)
+    else:
+        options["low_rank"] = _low_rank(rows, epilogue, **norm)
     result = module.nm_matmul(
         rows,
         w.values,
@@ -252,22 +256,25 @@ def _rows_of_matmul(x, w: CompressedMatrix, epilogue: Epilogue):
     )
 
 
-def _adapter_options(x, f: int, config, epilogue: Epilogue, norm: dict[str, Any]) -> dict[str, Any]:
-    """An adapter or a low-rank term as the kernel takes it, if there is one."""
-    if epilogue.adapter is not None and x.shape[0] <= few_tokens.MOST_FIRST:
-        left, r = epilogue.adapter
-        left, r = padded_rank(left, -1), padded_rank(r, -2)
-        norms = sum(parameter is not None for parameter in norm.get("norm", ())[:2])
-        if few_tokens.makes_first(config, *x.shape, f, str(x.dtype), norms, left.shape[1]):
-            return {"adapter": (left, r)}
-    return {"low_rank": _low_rank(x, epilogue, **norm)}
+def _with_first(x, f: int, epilogue: Epilogue) -> few_tokens.Config | None:
+    """How the kernel of few tokens makes an adapter's first product as well, if it should."""
+    if epilogue.adapter is None or x.shape[0] > few_tokens.MOST_FIRST:
+        return None
+    norm = epilogue.norm
+    norms = 0 if norm is None else 1 if norm.shift is None else 2
+    rank = _padded(epilogue.adapter)[1].shape[0]
+    return few_tokens.choose_with_first(*x.shape, f, str(x.dtype), norms, rank)
+
+
+def _padded(adapter: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    left, r = adapter
+    return padded_rank(left, -1), padded_rank(r, -2)
 
 
 def _low_rank(x, epilogue: Epilogue, **norm):
     """t and r as the kernel takes them, or None; t of the norm of x, where the kernels make that."""
     if epilogue.adapter is not None and x.shape[0] <= few_tokens.MOST_FIRST:
-        left, r = epilogue.adapter
-        left, r = padded_rank(left, -1), padded_rank(r, -2)
+        left, r = _padded(epilogue.adapter)
         cut = first_product.choose(*left.shape)
         return first_product.first_product(x, left, cut, **norm), r
     if epilogue.adapter is not None:
