@@ -341,6 +341,8 @@ def test_the_peer_stands_beside_what_was_timed_right_before_it(folder):
     text = report_kernels.full(folder)
     assert "1 / 1.60 of the time of cuSPARSELt" in text  # 8 against 5
     assert "both timed within seconds" in text
+    assert "takes 1.09 of the time of XLA's there" in text  # 12 against 11
+    assert "nm_matmul wins 1.47 times" in text  # 11 / 5 against 12 / 8
     assert row(text, "8192 x 768 x 3072")[1:] == ["11.0", "5.0", "12.0", "8.0", "1.60"]
 
 
