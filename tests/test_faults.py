@@ -23,7 +23,7 @@ from rich.console import Console
 from pallas_kernels.files import new_folder
 from slope_jax import TrainState
 from slope_jax.models import hf_files
-from train import checkpoint, integrity, job, metrics, step
+from train import checkpoint, integrity, job, metrics, step, watch
 from train.checkpoint import Checkpoints
 from train.data import prepare, sources, store, tfds_source
 from train.data.sources import TextSource
@@ -367,7 +367,7 @@ def _(folder, monkeypatch):
 @fault("too many of these")
 def _(folder, monkeypatch):
     said = message_of(
-        job.NonFiniteError, poisoned_run, folder, monkeypatch, {2, 4, 5}, max_bad_steps=2
+        watch.NonFiniteError, poisoned_run, folder, monkeypatch, {2, 4, 5}, max_bad_steps=2
     )
     assert said.startswith("loss is nan at step 5, after 2 skipped steps")
     return said

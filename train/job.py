@@ -7,7 +7,7 @@ import math
 import pathlib
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from rich.console import Console
@@ -19,7 +19,7 @@ from train import environment, processes, summary
 from train.checkpoint import Checkpoints, check_space
 from train.config import Config, Phase, to_json
 from train.data import batches_from
-from train.display import Display, Speed
+from train.display import Display
 from train.folder import (
     TOKENIZER_FILE,
     check_config,
@@ -48,12 +48,7 @@ from train.state import (
 )
 from train.step import all_finite, evaluate, make_train_step
 from train.stops import Exit, Stopped, Stops
-
-LAG = 1  # steps that may be under way while the host looks at the metrics of the one before
-
-
-class NonFiniteError(ArithmeticError):
-    """The loss, the gradient or the state is NaN or infinite."""
+from train.watch import NonFiniteError, Watch
 
 
 def pretrain(config: Config, *, console: Console | None = None, stop_at: int | None = None) -> int:
@@ -163,8 +158,6 @@ class _Job:
                 self.setup = make_setup(config, vocab_size=self.corpus.vocab_size)
                 self.plan = make_plan(config, self.setup)
         self.key = processes.replicated(step_key(self.setup))
-        self.speed = Speed()
-        self.pending: list[tuple[int, dict[str, jax.Array]]] = []
 
     def run(self, stop_at: int | None) -> int:
         if is_first():
@@ -226,6 +219,14 @@ class _Job:
             )
             try:
                 with Display(self.console, total=total, done=self.step) as self.display:
+                    self.watch = Watch(
+                        self.config,
+                        self.history,
+                        self.display,
+                        self.writer,
+                        self.started,
+                        self._give_up,
+                    )
                     if self.fresh:
                         self._evaluate(state, self.config.phases[0])
                     if total == 0:
@@ -241,7 +242,7 @@ class _Job:
         phase = next(p for p in self.config.phases if self.step < p.end)
         train_step = self._train_step(phase)
         batches = batches_from(self.data[phase.index].train, self.step - phase.start)
-        self._compiles()
+        self.watch.compiles()
         while self.step < phase.end:
             if self.step == self.config.adapter_step:
                 if self.history["evals"][-1]["step"] != self.step:
@@ -252,8 +253,7 @@ class _Job:
             batch = place(next(batches), self.share)
             state, metrics = train_step(state, batch, self.key)
             self.step += 1
-            self.pending.append((self.step, metrics))
-            self._report(keep=LAG)
+            self.watch.add(self.step, metrics)
             if self._due(self.config.eval_every):
                 self._evaluate(state, phase)
             stopped = stops.after(self.step)
@@ -268,7 +268,7 @@ class _Job:
         return make_train_step(phase.accumulation, self.setup.schedule, method)
 
     def _turn(self, phase: Phase):
-        self._compiles()
+        self.watch.compiles()
         self.display.message(
             f"step {self.step}/{self.config.total_steps}  {self.setup.method.turns[self.step]}; the"
             f" step is compiled again"
@@ -276,7 +276,7 @@ class _Job:
         return self._train_step(phase)
 
     def _join(self, state: TrainState) -> TrainState:
-        self._compiles()
+        self.watch.compiles()
         state, count = join_adapters(self.setup, state)
         if count != self.plan.adapters:
             raise RuntimeError(f"{count} layers got adapters, {self.plan.adapters} were planned")
@@ -287,48 +287,10 @@ class _Job:
         )
         return state
 
-    def _compiles(self) -> None:
-        self._report(keep=0)
-        self.speed.restart()
-
-    def _report(self, keep: int) -> None:
-        """Look at the metrics of all steps but the latest `keep`, in order."""
-        while len(self.pending) > keep:
-            step, arrays = self.pending.pop(0)
-            metrics = {name: float(x) for name, x in jax.device_get(arrays).items()}
-            self._count_bad(step, metrics)
-            if step == 1:
-                self.history["first_step_seconds"] = time.monotonic() - self.started
-            tokens = self._tokens(step)
-            self.speed.update(step, tokens)
-            self.display.update(step, metrics, self.speed)
-            if step % self.config.log_every == 0 or step == self.config.total_steps:
-                rate = self.speed.tokens_per_second
-                measured = {} if rate is None else {"tokens_per_second": round(rate, 1)}
-                self.writer.write(step, metrics | {"tokens": tokens} | measured)
-
-    def _count_bad(self, step: int, metrics: dict[str, float]) -> None:
-        """Note a step that `make_train_step` skipped; give up when there were too many."""
-        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
-        self.history["bad_steps"] += bool(bad)
-        count, limit = self.history["bad_steps"], self.config.max_bad_steps
-        if count:
-            metrics["bad_steps"] = count
-        if not bad:
-            return
-        what = f"{bad[0]} is {metrics[bad[0]]} at step {step}"
-        if count > limit:
-            skipped = f", after {count - 1} skipped steps (--max-bad-steps={limit})"
-            self._give_up(what + (skipped if limit else ""))
-        self.display.message(
-            f"warning: {what}: skipped, weights and moments stay ({count} of at most {limit}, "
-            f"--max-bad-steps)"
-        )
-
     def _evaluate(self, state: TrainState, phase: Phase) -> None:
-        self._report(keep=0)
+        self.watch.look()
         held_out = self.data[phase.index].held_out
-        with self.speed.paused():
+        with self.watch.speed.paused():
             count = min(self.config.eval_batches, len(held_out))
             batches = [place(held_out[i], self.share) for i in range(count)]
             metrics = evaluate(as_called(self.setup, state), batches)
@@ -343,12 +305,12 @@ class _Job:
         )
 
     def _save(self, state: TrainState) -> None:
-        self._report(keep=0)
-        with self.speed.paused():
+        self.watch.look()
+        with self.watch.speed.paused():
             if not bool(all_finite(state)):
                 self._give_up(f"the state is not finite after step {self.step}")
             self.writer.sync()
-            self.history.settle(self.speed)
+            self.history.settle(self.watch.speed)
             evals = {x["step"]: x["eval_loss"] for x in self.history["evals"]}
             tokenizer = json.loads(self.corpus.tokenizer.to_json())
             self.checkpoints.save(state, self.key, self._record(), tokenizer, evals.get(self.step))
@@ -367,7 +329,7 @@ class _Job:
     def _due(self, every: int) -> bool:
         return self.step == self.config.total_steps or (every > 0 and self.step % every == 0)
 
-    def _give_up(self, what: str) -> None:
+    def _give_up(self, what: str) -> NoReturn:
         self.checkpoints.wait()
         good = self.checkpoints.latest()
         where = (
@@ -396,12 +358,6 @@ class _Job:
         )
         self._say(summary.describe(result, self.folder))
         return Exit.DONE
-
-    def _tokens(self, step: int) -> int:
-        """Tokens seen after so many steps."""
-        return sum(
-            max(0, min(step, p.end) - p.start) * p.tokens_per_step for p in self.config.phases
-        )
 
     def _say(self, text: str) -> None:
         _say(self.console, text)
