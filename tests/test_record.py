@@ -2,6 +2,10 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -91,3 +95,39 @@ def test_records_are_read_in_the_order_in_which_they_were_made(tmp_path):
         (tmp_path / f"trial-{name}.json").write_text(json.dumps(when | {"name": name}))
     found = [found["name"] for found in tables.records("trial", tmp_path)]
     assert found == ["c", "b", "d", "a"]
+
+
+def test_gpu_tests_tell_failures_at_once_and_what_was_under_way(tmp_path):
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    (tests / "test_some.py").write_text(
+        "import os, pathlib, time\n"
+        "import pytest\n"
+        "pytestmark = pytest.mark.gpu\n"
+        "def test_wrong():\n"
+        "    assert 2 + 2 == 5\n"
+        "def test_long():\n"
+        "    (pathlib.Path(__file__).parent / 'started').touch()\n"
+        "    time.sleep(60)\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    program = (
+        "import pathlib, sys\n"
+        "from benchmarks import gpu_tests\n"
+        "gpu_tests.ROOT = pathlib.Path(sys.argv.pop())\n"
+        "gpu_tests.main()\n"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", program, "-q", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=record.ROOT,
+    )
+    while not (tests / "started").exists() and run.poll() is None:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    said, _ = run.communicate(timeout=60)
+    assert re.search(r"FAILED .*test_some.py::test_wrong\n", said)
+    assert "assert (2 + 2) == 5" in said
+    assert re.search(r"under way:\n  .*test_some.py::test_long\n", said)
+    assert run.returncode == 2
