@@ -273,6 +273,7 @@ def test_it_lowers_under_vmap():
     shared = functools.partial(run, queries=4)
     text = lowered(jax.vmap(shared), *arrays)
     assert "decode_attention" in text
+    assert "optimization_barrier" in text  # between the cache and the members' stack
     one_cache = jax.vmap(shared, in_axes=(0, None, None, 0))
     rows, key, value, positions = arrays
     key, value = (jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in (key, value))
@@ -288,6 +289,28 @@ def test_under_vmap_members_have_caches_of_their_own():
     found = jax.vmap(functools.partial(run, queries=4))(*members)
     for a, b in zip(found, y, strict=True):
         np.testing.assert_array_equal(np.float64(a).reshape(b.shape), np.float64(b))
+
+
+@needs_gpu
+def test_in_a_scan_that_stacks_caches_each_layer_has_its_own():
+    """A kernel that writes in place must not be let write into another stack."""
+    shape = (3, 2, 4, 300, 64)
+    rows, key, value, positions = problem(shape)
+    keys, values = (jnp.stack([array, 2 * array]) for array in (key, value))
+
+    @jax.jit
+    def layers(rows, keys, values):
+        def layer(carry, cache):
+            y, *cache = run(rows, *cache, positions, queries=4)
+            return carry, (y, *cache)
+
+        return jax.lax.scan(layer, 0, (keys, values))[1]
+
+    found = layers(rows, keys, values)
+    for number in range(2):
+        alone = run(rows, keys[number], values[number], positions, queries=4)
+        for stack, one in zip(found, alone, strict=True):
+            np.testing.assert_array_equal(np.float64(stack[number]), np.float64(one))
 
 
 @needs_gpu

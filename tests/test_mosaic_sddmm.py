@@ -165,6 +165,7 @@ def test_a_buffer_of_the_outputs_dtype_is_added_to_in_place():
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "tf.aliasing_output" in text  # the argument is the result
     assert "output_operand_alias" in text  # and the kernel writes where it reads
+    assert "optimization_barrier" in text  # which nothing that stacks it may change
 
 
 def integers(seed, shape, dtype=jnp.bfloat16):
@@ -222,6 +223,24 @@ def test_adds_to_a_buffer(out_dtype, into, splits):
     found = run(x, dy, w.metadata, buffer)
     expected = np.asarray(jnp.asarray(exact).astype(out_dtype), np.float32)
     np.testing.assert_array_equal(np.asarray(found, np.float32), expected)
+
+
+@needs_gpu
+def test_adds_to_the_buffer_of_each_layer_of_a_scan():
+    """Slices of a stack, into another one: XLA lets a kernel write there that does not write in place."""
+    xs, dys = integers(0, (3, 200, 264)), integers(1, (3, 200, 392))
+    w = compress(integers(2, (264, 392)), "2:4")
+    buffers = integers(3, (3, *w.values.shape), jnp.float32)
+
+    @jax.jit
+    def run(xs, dys, buffers):
+        add = kernel(Tile(), jnp.float32)
+        return jax.lax.scan(
+            lambda _, layer: (_, add(*layer[:2], w.metadata, layer[2])), 0, (xs, dys, buffers)
+        )[1]
+
+    exact = [kept_product(x, dy, w) for x, dy in zip(xs, dys, strict=True)] + np.asarray(buffers)
+    np.testing.assert_array_equal(run(xs, dys, buffers), exact)
 
 
 @needs_gpu

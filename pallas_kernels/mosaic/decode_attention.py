@@ -119,7 +119,9 @@ def attend(
         name="decode_attention",
     )
     y = kernel(*operands.values())
-    return y, *(jax.freeze(ref) for ref in cache)
+    # In a scan that stacks the cache, XLA lets kernels write into the stack: this one would find nothing
+    # there of what it does not write.
+    return jax.lax.optimization_barrier((y, *(jax.freeze(ref) for ref in cache)))
 
 
 def _kernel(g: Geometry, factor: float, columns: tuple[int, int, int], refs: dict) -> None:
