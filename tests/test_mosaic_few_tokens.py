@@ -97,10 +97,13 @@ def test_it_lowers_with_a_norm_and_a_residual(config, shift, strict_dtypes):
 
 
 @needs_jax
-@pytest.mark.parametrize(("batch", "made_apart"), [(1, 2), (16, 2), (32, 2), (33, 5)])
-@pytest.mark.parametrize("rank", [0, 4])
-def test_decode_of_few_tokens_leaves_norms_to_the_kernels(monkeypatch, batch, made_apart, rank):
-    """But for those ahead of dense products: of the first linear, and of the vocabulary."""
+@pytest.mark.parametrize(
+    ("batch", "rank", "made_apart"),
+    [(1, 0, 2), (16, 0, 2), (32, 0, 2), (33, 0, 5), (1, 4, 2), (16, 4, 2), (17, 4, 5), (32, 4, 5)],
+)
+def test_decode_of_few_tokens_leaves_norms_to_the_kernels(monkeypatch, batch, rank, made_apart):
+    """But for those ahead of dense products, by l where tokens are more than 16 among them: of the first
+    linear, and of the vocabulary."""
     monkeypatch.setattr(support, "device_obstacle", lambda: None)
     sizes = {"hidden_size": 32, "num_heads": 4, "mlp_size": 64, "num_layers": 2, "vocab_size": 61}
     options = {"implementation": "mosaic", "dtype": "bfloat16", "attention": "xla", "scan": False}

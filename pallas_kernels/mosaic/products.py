@@ -85,7 +85,7 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
     module = {"nm_matmul": matmul, "few_tokens": few_tokens}[op]
     with_first = _with_first(rows, f, epilogue)
     config = with_first or configuration(op, tokens, k, f, x.dtype)
-    norm = _norm_options(rows, f, config, epilogue.norm)
+    norm = _norm_options(rows, f, config, epilogue)
     if not norm:
         rows, epilogue = epilogue.normalised(rows)
     options = norm | _joining_options(module, tokens, f, epilogue) | _where(module)
@@ -194,9 +194,12 @@ def _where(module) -> dict[str, int]:
     return {} if module is few_tokens else {"processors": processors()}
 
 
-def _norm_options(x, f: int, config, norm: Norm | None) -> dict[str, Any]:
-    """A norm as the kernels of few tokens take it; nothing if it is to be made apart."""
-    if norm is None or x.shape[0] > few_tokens.MOST_NORMED:
+def _norm_options(x, f: int, config, epilogue: Epilogue) -> dict[str, Any]:
+    """A norm as the kernels of few tokens take it; nothing if it is to be made apart, as for XLA, which
+    multiplies by l where tokens are more."""
+    norm = epilogue.norm
+    by_xla = epilogue.adapter is not None and x.shape[0] > few_tokens.MOST_FIRST
+    if norm is None or by_xla or x.shape[0] > few_tokens.MOST_NORMED:
         return {}
     scale, shift = (a if a is None else a.astype(jnp.float32) for a in (norm.scale, norm.shift))
     try:

@@ -1,0 +1,75 @@
+"""The way from `nm_matmul` to the kernels, for any number of tokens: what each of them is given."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import standins
+from hopper import needs_jax
+
+from pallas_kernels import compress, decompress, nm_matmul
+from pallas_kernels.epilogue import Norm
+
+TOKENS = (1, 16, 17, 32, 33, 64, 65, 1600)
+K, F = 1544, 72  # inputs for which x @ l has a kernel
+RANKS = (
+    20,
+    40,
+)  # one that is filled up, and that the product of few tokens makes itself; and one apart
+
+
+def normal(seed, *shape):
+    values = np.random.default_rng(seed).standard_normal(shape) / 8
+    return jnp.asarray(values, jnp.bfloat16)
+
+
+def exact(x, w, terms):
+    """In float64 from the first product on."""
+    x, w = np.float64(x), np.float64(decompress(w))
+    if norm := terms.get("norm"):
+        x = x - x.mean(-1, keepdims=True) if norm.centred else x
+        x = (
+            x
+            / np.sqrt(np.square(x).mean(-1, keepdims=True) + norm.epsilon)
+            * np.float64(norm.scale)
+        )
+        x = x if norm.shift is None else x + np.float64(norm.shift)
+    y = x @ w
+    if "adapter" in terms:
+        left, right = map(np.float64, terms["adapter"])
+        y += x @ left @ right
+    if "low_rank" in terms:
+        t, right = map(np.float64, terms["low_rank"])
+        y += t @ right
+    y += np.float64(terms.get("bias", 0))
+    y = np.maximum(y, 0) if terms.get("activation") else y
+    return y + np.float64(terms.get("residual", 0))
+
+
+def all_terms(tokens):
+    """Norms with and without a shift, an adapter or its second product, and what may join."""
+    x = normal(0, tokens, K)
+    scale = jnp.linspace(0.5, 1.5, K)
+    norms = (None, Norm(scale), Norm(scale, scale - 1, centred=False))
+    adapters = [(normal(3, K, rank), normal(4, rank, F)) for rank in RANKS]
+    low_ranks = [{}, *({"adapter": adapter} for adapter in adapters)]
+    low_ranks += [{"low_rank": (normal(5, tokens, RANKS[0]), adapters[0][1])}]
+    joined = {"bias": normal(6, F), "activation": "relu", "residual": normal(7, tokens, F)}
+    for norm, low_rank, joins in itertools.product(norms, low_ranks, ({}, joined)):
+        yield x, ({} if norm is None else {"norm": norm}) | low_rank | joins
+
+
+@needs_jax
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_every_kernel_is_given_what_makes_the_product(monkeypatch, tokens):
+    w = compress(normal(1, K, F), "2:4")
+    ran = standins.install(monkeypatch)
+    for x, terms in all_terms(tokens):
+        found = np.float64(nm_matmul(x, w, implementation="mosaic", **terms))
+        want = exact(x, w, terms)
+        # A norm, t and y are rounded to 8 binary digits; nothing cancels.
+        assert np.abs(found - want).max() <= 2**-6 * np.abs(want).max(), terms.keys()
+    assert {"few" if tokens <= 64 else "many"} <= set(ran)
+    assert ("first" in ran) == (tokens <= 16)
+    assert ("narrow" in ran) == (tokens >= 1536)
