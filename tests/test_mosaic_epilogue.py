@@ -48,6 +48,25 @@ def test_every_epilogue_lowers_for_cuda():
         assert "nm_matmul" in text
 
 
+@needs_jax
+@pytest.mark.parametrize("tokens", [16, 2000])
+def test_training_lowers_where_jax_has_64_bits(monkeypatch, tokens):
+    monkeypatch.setattr(support, "device_obstacle", lambda *_: None)
+    with jax.enable_x64(True):
+        x, w, bias, low_rank = jax.eval_shape(lambda: problem((tokens, 1600, 256, 16)))
+        left = jax.ShapeDtypeStruct((1600, 16), x.dtype)
+
+        def loss(x, w, bias, left, r):
+            options = {"activation": "gelu", "implementation": "mosaic"}
+            y = slope_matmul(x, w, adapter=(left, r), bias=bias, **options)
+            return y.astype(jnp.float32).sum()
+
+        grad = jax.grad(loss, argnums=(0, 1, 2, 3, 4), allow_int=True)
+        text = lowered(grad, x, w, bias, left, low_rank[1])
+    for name in ("nm_matmul", "nm_sddmm", "nm_transpose"):
+        assert name in text
+
+
 @needs_gpu
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("shape", SHAPES)

@@ -243,7 +243,8 @@ class Kernel:
         """The tokens of a step's inputs, in one of the CTAs that have these tokens."""
         if "sums" not in self.refs:
             return
-        step, tile = unit.start + number, self.tile
+        tile = self.tile
+        step = jnp.int32(unit.start + number)  # loops count in int64 where JAX has it
         rows = jnp.int32(self.grid[0] * tile.down)
 
         @pl.when(lax.rem(step, rows) == lax.div(unit.row, jnp.int32(tile.rows)))
