@@ -32,6 +32,7 @@ from benchmarks.bench import PEER_TOKENS, Bench, named
 from benchmarks.problems import Problem
 from benchmarks.record import RESULTS, make_record, write_record
 from pallas_kernels.mosaic import support
+from pallas_kernels.triton import support as triton_support
 from pallas_kernels.tune import numbers, progress_bar
 from train.environment import accelerator
 
@@ -75,7 +76,8 @@ def ordered(
 
 def main() -> None:
     arguments = _arguments()
-    if arguments.implementation == "mosaic" and (why := support.device_obstacle()):
+    module = {"mosaic": support, "triton": triton_support}[arguments.implementation]
+    if why := module.device_obstacle():
         sys.exit(f"nothing to measure here: {why}")
     stop = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
     try:

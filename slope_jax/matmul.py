@@ -244,7 +244,9 @@ def backward(activation, options, residuals, dy):
         dx, sums = _exact_dx(dz, w, x, terms, low_rank, options), sums_of(dz)
     else:
         if transpose is None:
-            transpose = nm_transpose(w, dtype=x.dtype, implementation=implementation)
+            # Of other patterns than 2:4 it has no kernel, their products have.
+            asked = "xla" if implementation == "xla" else None
+            transpose = nm_transpose(w, dtype=x.dtype, implementation=asked)
         through = options.through and (options.through, _source(x, terms))
         biased = terms.bias is not None
         dx = nm_matmul(

@@ -17,7 +17,7 @@ from pallas_kernels.dispatch import NarrowQuery, choose_narrow
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.mosaic import support
 from pallas_kernels.triton import support as triton_support
-from slope_jax import SparseDense
+from slope_jax import SparseDense, slope_matmul
 
 H100 = "NVIDIA H100 80GB HBM3"
 NOISE = 0.03  # of one timing, see pallas_kernels/NOTES.md
@@ -159,6 +159,21 @@ def test_the_kernel_writes_what_it_can_and_xla_the_rest(hopper, out_dtype, runs)
     x = jax.ShapeDtypeStruct((65, 64), jnp.bfloat16)
     jaxpr = jax.make_jaxpr(lambda x, w: nm_matmul(x, w, out_dtype=out_dtype))(x, w)
     assert ("dot_general" in str(jaxpr)) != runs
+
+
+@needs_jax
+@pytest.mark.parametrize("pattern", ["1:2", "1:4", "2:8", "1:16"])
+def test_kernels_asked_for_run_backward_too_whatever_the_pattern(hopper, pattern):
+    """`nm_transpose` has one for 2:4 alone, and the products of its result have theirs."""
+    w = jax.eval_shape(lambda w: compress(w, pattern), jnp.ones((64, 128), jnp.bfloat16))
+    x = jax.ShapeDtypeStruct((128, 64), jnp.bfloat16)
+
+    def loss(x, w):
+        return slope_matmul(x, w, implementation="mosaic").astype(jnp.float32).sum()
+
+    text = lowered(jax.value_and_grad(loss, argnums=(0, 1), allow_int=True), x, w)
+    assert text.count("call @nm_matmul") == 2
+    assert "nm_sddmm" in text
 
 
 @needs_jax

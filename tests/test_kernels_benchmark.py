@@ -207,6 +207,15 @@ def test_wrong_options_are_named(option, message, monkeypatch, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["mosaic", "triton"])
+def test_without_a_gpu_nothing_is_measured_or_written(name, monkeypatch, tmp_path):
+    arguments = [f"--implementation={name}", f"--results={tmp_path}", "--ops=few"]
+    monkeypatch.setattr("sys.argv", ["kernels", *arguments])
+    with pytest.raises(SystemExit, match=r"nothing to measure here: the .* GPU"):
+        kernels.main()
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_peer_needs_pytorch(monkeypatch):
     monkeypatch.setattr(peers, "obstacle", lambda: "PyTorch is not installed")
     with pytest.raises(RuntimeError, match="--peer=cusparselt: PyTorch is not installed"):

@@ -13,7 +13,6 @@ from pallas_kernels.compressed import CompressedMatrix
 from pallas_kernels.device import current
 from pallas_kernels.epilogue import (
     Epilogue,
-    Norm,
     apart,
     finish,
     moments,
