@@ -244,8 +244,7 @@ def backward(activation, options, residuals, dy):
         dx, sums = _exact_dx(dz, w, x, terms, low_rank, options), sums_of(dz)
     else:
         if transpose is None:
-            # Of other patterns than 2:4 it has no kernel, their products have.
-            asked = "xla" if implementation == "xla" else None
+            asked = for_transposes(implementation)
             transpose = nm_transpose(w, dtype=x.dtype, implementation=asked)
         through = options.through and (options.through, _source(x, terms))
         biased = terms.bias is not None
@@ -266,6 +265,12 @@ def backward(activation, options, residuals, dy):
     dw = CompressedMatrix(dw, no_gradient, w.pattern, w.axis, w.shape)
     dbias = None if terms.bias is None else sums.astype(terms.bias.dtype)
     return dx, dw, None, Terms(dbias, dadapter, dy if options.added else None)
+
+
+def for_transposes(implementation: str | None) -> str | None:
+    """What is asked of `nm_transpose` where products are asked for so: it has no kernel for patterns other
+    than 2:4, of which products have one."""
+    return "xla" if implementation == "xla" else None
 
 
 def _source(x, terms: Terms):

@@ -49,9 +49,10 @@ def gradients(activation, options: Options, residuals, dy):
 
 def transposes(w: CompressedMatrix, dtype, implementation: str | None) -> CompressedMatrix:
     """`nm_transpose` of a matrix or a stack of them."""
-    transpose = functools.partial(nm_transpose, dtype=dtype, implementation=implementation)
+    asked = matmul.for_transposes(implementation)
+    transpose = functools.partial(nm_transpose, dtype=dtype, implementation=asked)
     query = Query("nm_transpose", w.shape, w.pattern, str(w.dtype))
-    if choose(query, implementation).implementation == "xla":
+    if choose(query, asked).implementation == "xla":
         for _ in w.values.shape[:-2]:  # one layer after another, for each is dense for a moment
             transpose = functools.partial(jax.lax.map, transpose)
     return transpose(w)

@@ -25,7 +25,7 @@ from pallas_kernels import CompressedMatrix, nm_transpose
 from pallas_kernels.epilogue import ACTIVATIONS
 from pallas_kernels.epilogue import apart as apart_of
 from slope_jax import matmul, pieces
-from slope_jax.matmul import EXACT, NOTHING, Options, Working
+from slope_jax.matmul import EXACT, NOTHING, Options, Working, for_transposes
 from slope_jax.sharding import (
     BATCH,
     DATA,
@@ -200,7 +200,7 @@ def _backward(activation, options, place, residuals, dy):
         if transpose is None:
             weight = _gathered_weight(values.astype(x.dtype), metadata, w, place)
             if is_sparse and options.backward != EXACT:
-                other = nm_transpose(weight, implementation=options.implementation)
+                other = nm_transpose(weight, implementation=for_transposes(options.implementation))
         else:
             other = _gathered_transpose(transpose, w, place)
             weight = _positions(metadata, w, place)

@@ -80,6 +80,7 @@ NEXT = {1: 1.0, 2: 1.0, 4: 2.5, 8: 3.0}
 # What an adapter's first product adds, microseconds: of a byte of l that a CTA reads, of an entry that a warp
 # multiplies, and where four warps read the same ones. Fitted to 121 timings of 11 shapes of ranks 16 and 24.
 LEFT_OF_CTA, LEFT_OF_WARP, FOUR_ACROSS = 3.9e-5, 7e-5, 0.17
+APART = 2.6  # microseconds that a kernel of its own takes, and the way to it
 
 
 def choose(tokens: int, k: int, f: int) -> Config:
@@ -99,22 +100,19 @@ def choose_with_first(
 
     >>> choose_with_first(16, 1280, 5120, "bfloat16", 0, 24)
     Config(across=4, along=1, split=4, stages=4)
+    >>> choose_with_first(16, 4096, 28672, "bfloat16", 0, 16)
     """
     if rank > MOST_INNER or tokens > MOST_FIRST or k * rank > MOST_ROWS:
         return None
     times = {}
     for across, split in itertools.product((1, 2, 4), (1, 2, 4, 8)):
         config = Config(across, 4 // across, split)
-        if _idle(config, k) or not fits(config, tokens, k, f, dtype, norms, rank):
-            continue
-        rows = pl.cdiv(k, config.along * split * warps.STEP) * warps.STEP  # of l, a warp's
-        times[config] = (
-            _time(config.geometry(tokens, k, f))
-            + LEFT_OF_CTA * (k / split * rank * 2)
-            + LEFT_OF_WARP * (rows * rank)
-            + FOUR_ACROSS * (across == 4)
-        )
-    return min(times, key=times.get, default=None)
+        if not _idle(config, k) and fits(config, tokens, k, f, dtype, norms, rank):
+            times[config] = _time_with_first(config.geometry(tokens, k, f, dtype, norms, rank))
+    best = min(times, key=times.get, default=None)
+    if best is None or times[best] > _time(choose(tokens, k, f).geometry(tokens, k, f)) + APART:
+        return None
+    return best
 
 
 def fits(config: Config, *problem) -> bool:
@@ -151,8 +149,8 @@ def _idle(config: Config, k: int) -> bool:
     return shares > 1 and shares * warps.STEP >= 2 * k
 
 
-def _time(g: warps.Geometry) -> float:
-    """Microseconds, estimated: waves of CTAs, each as slow as the slowest thing that bounds it."""
+def _waves(g: warps.Geometry) -> tuple[int, int, int]:
+    """Full waves of CTAs, how many are left for one more, and how many are in a full one."""
     registers = min(255, 75 + 3.4 * g.width)  # as ptxas reports
     room = max(
         1,
@@ -161,25 +159,35 @@ def _time(g: warps.Geometry) -> float:
             REGISTERS // (32 * registers * g.warps),
         ),
     )
+    slots = int(PROCESSORS[g.split] * room)
+    return *divmod(pl.cdiv(g.f, warps.OUTPUTS * g.across) * g.split, slots), slots
+
+
+def _time(g: warps.Geometry) -> float:
+    """Microseconds, estimated: waves of CTAs, each as slow as the slowest thing that bounds it."""
     weight = warps.OUTPUTS * g.across * g.k / g.split * 9 / 8  # bytes of a CTA
     tokens = g.width * g.k / g.split * 2
     flight = (g.stages - 1) * g.warps * warps.WARP_BYTES
-    processors = PROCESSORS[g.split]
     # mma.sp takes 64 tokens at half of a processor's rate.
     processor_rate = PROCESSOR_RATE * min(1, 32 / g.width)
 
     def wave(count: float) -> float:
-        rate = min(processor_rate / pl.cdiv(count, processors), flight / LATENCY)
+        rate = min(processor_rate / pl.cdiv(count, PROCESSORS[g.split]), flight / LATENCY)
         bounds = count * weight / MEMORY_RATE, count * tokens / CACHE_RATE, weight / rate
         return sum(bound**3 for bound in bounds) ** (1 / 3)
 
-    count = pl.cdiv(g.f, warps.OUTPUTS * g.across) * g.split
-    slots = int(processors * room)
-    full, rest = divmod(count, slots)
-    waves = full + (rest > 0)
-    time = 1.7 + 0.1 * (g.warps > 4) + LAUNCH[g.split] * min(count, slots)
-    time += NEXT[g.split] * (waves - 1) + full * wave(slots)
+    full, rest, slots = _waves(g)
+    time = 1.7 + 0.1 * (g.warps > 4) + LAUNCH[g.split] * (slots if full else rest)
+    time += NEXT[g.split] * (full + (rest > 0) - 1) + full * wave(slots)
     return time + (wave(rest) if rest else 0.0)
+
+
+def _time_with_first(g: warps.Geometry) -> float:
+    """The same where it makes an adapter's first product."""
+    full, rest, _ = _waves(g)
+    rows = pl.cdiv(g.k, g.along * g.split * warps.STEP) * warps.STEP  # of l, a warp's
+    first = LEFT_OF_CTA * (g.k / g.split * g.rank * 2) + LEFT_OF_WARP * (rows * g.rank)
+    return _time(g) + (full + (rest > 0)) * first + FOUR_ACROSS * (g.across == 4)
 
 
 @launch.once("config", "activation", "save_preactivation", "save_moments", "out_dtype", "form")
