@@ -12,6 +12,7 @@ Which entries survive, and the bits of every survivor, are defined for all input
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +78,7 @@ class CompressedMatrix:
         for name, leaf, shape in zip(
             ("values", "metadata"), (self.values, self.metadata), want, strict=True
         ):
+            check_array(leaf, name)
             if leaf.shape[-2:] != shape:
                 raise ValueError(
                     f"{name} has shape {leaf.shape}; a {self.pattern} matrix of shape"
@@ -91,6 +93,32 @@ class CompressedMatrix:
         if self.metadata.dtype != jnp.uint8:
             raise ValueError(f"metadata has dtype {self.metadata.dtype}; it must be uint8")
         return self
+
+
+def check_compressed(w: Any) -> None:
+    """Raises an error unless `w` is a compressed matrix, or a stack of them, whose parts fit."""
+    if not isinstance(w, CompressedMatrix):
+        raise TypeError(
+            f"w is a {type(w).__name__}; it must be a CompressedMatrix: compress(w, '2:4')"
+        )
+    w.check()
+
+
+def check_array(value: Any, what: str) -> None:
+    """Raises a TypeError unless it has the shape and dtype of an array."""
+    if not (hasattr(value, "dtype") and hasattr(value, "shape")):
+        raise TypeError(
+            f"{what} is a {type(value).__name__}; it must be an array, as of jnp.asarray"
+        )
+
+
+def check_pair(value: Any, what: str) -> None:
+    """Raises a TypeError unless it is two arrays."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        found = f"{len(value)} things" if isinstance(value, tuple | list) else type(value).__name__
+        raise TypeError(f"{what} is {found}; it must be two arrays, as a tuple")
+    for number, array in enumerate(value):
+        check_array(array, f"{what}[{number}]")
 
 
 def check_dtype(dtype, what: str) -> None:
@@ -133,11 +161,14 @@ def compress(
       ValueError: shapes, dtype or pattern do not fit, or a concrete mask keeps more than n.
     """
     pattern = Pattern.parse(pattern)
+    check_array(w, "w")
     check_dtype(w.dtype, "w")
     if w.ndim < 2:
         raise ValueError(f"w has shape {w.shape}; it must be (..., in, out)")
     shape = (w.shape[-2], w.shape[-1])
     compressed_shapes(shape, pattern, axis)
+    if mask is not None:
+        check_array(mask, "mask")
     if mask is not None and (mask.shape != w.shape or mask.dtype != jnp.bool_):
         raise ValueError(
             f"mask is {mask.dtype}{list(mask.shape)}; it must be bool{list(w.shape)}, True keeps"
@@ -149,7 +180,7 @@ def compress(
 
 def decompress(w: CompressedMatrix) -> jax.Array:
     """The dense (..., in, out) matrix: survivors at their positions, +0.0 elsewhere."""
-    w.check()
+    check_compressed(w)
     return _decompress(w)
 
 

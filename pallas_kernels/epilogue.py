@@ -6,8 +6,9 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pallas_kernels.compressed import check_dtype
+from pallas_kernels.compressed import check_array, check_dtype, check_pair
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -131,6 +132,7 @@ class Epilogue:
         if self.sections is not None:
             self._check_sections(out)
         if self.bias is not None:
+            check_array(self.bias, "bias")
             check_dtype(self.bias.dtype, "bias")
             if self.bias.shape != (out,):
                 raise ValueError(f"bias has shape {self.bias.shape}; it must be (out,), ({out},)")
@@ -144,7 +146,8 @@ class Epilogue:
             self._check_adapter(x, out)
 
     def _check_sections(self, out: int) -> None:
-        if any(size < 1 for size in self.sections) or sum(self.sections) != out:
+        fits = all(isinstance(size, int | np.integer) and size >= 1 for size in self.sections)
+        if not fits or sum(self.sections) != out:
             raise ValueError(
                 f"sections={self.sections} must be positive and add up to the {out} outputs of w"
             )
@@ -165,6 +168,8 @@ class Epilogue:
             )
         wanted = (*x.shape[:-1], out)
         for name, array in zip(("residual", "through"), self.joining, strict=True):
+            if array is not None:
+                check_array(array, name)
             if array is not None and (array.shape != wanted or array.dtype != x.dtype):
                 raise ValueError(
                     f"{name} is {array.dtype}{list(array.shape)}; it must be"
@@ -174,8 +179,12 @@ class Epilogue:
     def _check_norm(self, x: jax.Array) -> None:
         if self.norm is None:
             return
+        if not isinstance(self.norm, Norm):
+            raise TypeError(f"norm is a {type(self.norm).__name__}; it must be a Norm: Norm(scale)")
         for name in ("scale", "shift"):
             array = getattr(self.norm, name)
+            if array is not None or name == "scale":
+                check_array(array, f"the norm's {name}")
             if array is not None and array.shape != x.shape[-1:]:
                 raise ValueError(
                     f"the norm's {name} has shape {array.shape}; it must be (in,), {x.shape[-1:]}"
@@ -188,6 +197,7 @@ class Epilogue:
             )
 
     def _check_low_rank(self, x: jax.Array, out: int) -> None:
+        check_pair(self.low_rank, "low_rank")
         t, r = self.low_rank
         if r.ndim != 2 or t.shape != (*x.shape[:-1], r.shape[0]) or r.shape[1] != out:
             raise ValueError(
@@ -198,6 +208,7 @@ class Epilogue:
             raise ValueError(f"low_rank is {t.dtype} and {r.dtype}; both must be x's {x.dtype}")
 
     def _check_adapter(self, x: jax.Array, out: int) -> None:
+        check_pair(self.adapter, "adapter")
         left, r = self.adapter
         if r.ndim != 2 or left.shape != (x.shape[-1], r.shape[0]) or r.shape[1] != out:
             raise ValueError(
@@ -249,7 +260,7 @@ def first_product(x: jax.Array, left: jax.Array, precision=None) -> jax.Array:
 
 
 def check_activation(name: str | None) -> None:
-    if name is not None and name not in ACTIVATIONS:
+    if name is not None and not (isinstance(name, str) and name in ACTIVATIONS):
         raise ValueError(
             f"activation is {name!r}; it must be None or one of {', '.join(map(repr, ACTIVATIONS))}"
         )

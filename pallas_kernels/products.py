@@ -1,12 +1,19 @@
 """The three products of a compressed weight, and that of an adapter: each validates once, then dispatches."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, xla
-from pallas_kernels.compressed import DTYPES, CompressedMatrix, check_dtype
+from pallas_kernels.compressed import (
+    DTYPES,
+    CompressedMatrix,
+    check_array,
+    check_compressed,
+    check_dtype,
+)
 from pallas_kernels.epilogue import Epilogue, Norm, first_product
 from pallas_kernels.sections import Sections, whole
 
@@ -81,7 +88,7 @@ def nm_matmul(
         )
     _check_rows(x, w.shape[0], "x", "in")
     _check_same_dtype(x, w.values, "x", "w.values")
-    name, source = (None, None) if through is None else through
+    name, source = (None, None) if through is None else _through(through)
     epilogue = Epilogue(
         bias=bias,
         low_rank=low_rank,
@@ -140,11 +147,17 @@ def nm_sddmm(
     [[13.0], [13.0]]
     """
     _check_matrix(w)
+    if isinstance(x, Sections):
+        raise TypeError(
+            "x comes in sections; nm_sddmm takes those of dy, and x in one piece: whole"
+        )
     _check_rows(x, w.shape[0], "x", "in")
     _check_rows(dy, w.shape[1], "dy", "out")
     _check_same_dtype(x, dy, "x", "dy")
     if x.shape[:-1] != dy.shape[:-1]:
         raise ValueError(f"x {x.shape} and dy {dy.shape} must have the same tokens")
+    if into is not None:
+        check_array(into, "into")
     out_dtype = _written(out_dtype or (w if into is None else into).dtype)
     _check_into(into, w, out_dtype)
     choice = dispatch.choose(_query("nm_sddmm", w, x), implementation)
@@ -172,7 +185,7 @@ def nm_transpose(
       TypeError: w is no CompressedMatrix.
       ValueError: w is compressed along axis 1, or m does not divide the output axis.
     """
-    _check_compressed(w)
+    check_compressed(w)
     if w.axis != 0:
         raise ValueError("w is compressed along axis 1; nm_transpose needs axis 0 (input)")
     w.pattern.check_divides(w.shape[1], f"output axis of shape {w.shape}")
@@ -208,6 +221,7 @@ def narrow_matmul(
     >>> narrow_matmul(jnp.ones((2, 8)), jnp.ones((8, 1))).tolist()
     [[8.0], [8.0]]
     """
+    check_array(left, "left")
     if left.ndim != 2:
         raise ValueError(f"left has shape {left.shape}; it must be a matrix")
     _check_rows(x, left.shape[1 if transposed else 0], "x", "in", "left")
@@ -250,16 +264,8 @@ def _written(dtype, name: str = "out_dtype") -> jnp.dtype:
     return dtype
 
 
-def _check_compressed(w: CompressedMatrix) -> None:
-    if not isinstance(w, CompressedMatrix):
-        raise TypeError(
-            f"w is a {type(w).__name__}; it must be a CompressedMatrix: compress(w, '2:4')"
-        )
-    w.check()
-
-
 def _check_matrix(w: CompressedMatrix) -> None:
-    _check_compressed(w)
+    check_compressed(w)
     if w.values.ndim != 2:
         raise ValueError(
             f"w.values has shape {w.values.shape}: a stack of matrices; use jax.vmap or scan"
@@ -271,13 +277,21 @@ def _check_rows(
 ) -> None:
     if isinstance(x, Sections):
         x.check(name)
-    elif not hasattr(x, "dtype"):
-        raise TypeError(f"{name} is a {type(x).__name__}; it must be an array: jnp.asarray({name})")
+    else:
+        check_array(x, name)
     check_dtype(x.dtype, name)
     if x.ndim < 1 or x.shape[-1] != size:
         raise ValueError(
             f"{name} has shape {x.shape}; its last axis must be {matrix}'s {role}, {size}"
         )
+
+
+def _through(through: Any) -> tuple[Any, Any]:
+    if not isinstance(through, tuple | list) or len(through) != 2:
+        raise TypeError(
+            f"through is {through!r}; it must be the name of an activation and what entered it, (name, z)"
+        )
+    return through
 
 
 def _check_same_dtype(a: jax.Array, b: jax.Array, a_name: str, b_name: str) -> None:

@@ -16,6 +16,7 @@ from pallas_kernels import (
     nm_sddmm,
     nm_transpose,
 )
+from pallas_kernels.compressed import check_array, check_compressed, check_dtype, check_pair
 from pallas_kernels.epilogue import gradient_through, sums_of
 from pallas_kernels.sections import Sections
 from pallas_kernels.varying import alike
@@ -131,6 +132,7 @@ def slope_matmul(
     if isinstance(x, Activated):
         through, source, x = x.activation, x.z, x.y
         _check_activated(through, source, x)
+    check_compressed(w)
     check_operands(x, w, working, adapter, backward)
     _check_terms(x, w, activation, residual, activated)
     check_sections(sections, activation, residual)
@@ -330,7 +332,9 @@ _slope_matmul.defvjp(_forward, backward, optimize_remat=True)
 
 
 def check_operands(x, w, working: Working, adapter, backward: str) -> None:
-    """Raises a ValueError unless the arguments of `slope_matmul` fit; w may be dense."""
+    """Raises an error unless the arguments of `slope_matmul` fit; w may be dense."""
+    check_array(x, "x")
+    check_dtype(x.dtype, "x")
     if isinstance(w, CompressedMatrix):
         w.pattern.check_divides(w.shape[1], f"output axis of shape {w.shape}")
     _check_adapter(adapter, w.shape)
@@ -353,6 +357,8 @@ def _check_activated(activation: str, z, y) -> None:
 
 def _check_terms(x, w, activation: str | None, residual, activated: bool) -> None:
     wanted = (*x.shape[:-1], w.shape[1])
+    if residual is not None:
+        check_array(residual, "residual")
     if residual is not None and (residual.shape, residual.dtype) != (wanted, x.dtype):
         raise ValueError(
             f"residual is {residual.dtype}{list(residual.shape)}; it must be {x.dtype}{list(wanted)}"
@@ -381,6 +387,7 @@ def check_backward(backward: str) -> None:
 def _check_adapter(adapter, shape: tuple[int, int]) -> None:
     if adapter is None:
         return
+    check_pair(adapter, "adapter")
     left, right = adapter
     if left.ndim != 2 or right.shape != (left.shape[1], shape[1]) or left.shape[0] != shape[0]:
         raise ValueError(

@@ -1,5 +1,7 @@
 """The three products: exact on integers, within the rounding of their dtype on random data."""
 
+import dataclasses
+
 import compiled
 import jax
 import jax.numpy as jnp
@@ -9,13 +11,16 @@ import pytest
 from pallas_kernels import (
     Pattern,
     Query,
+    Sections,
     choose,
     compress,
+    decompress,
     nm_matmul,
     nm_sddmm,
     nm_transpose,
 )
 from pallas_kernels.dispatch import IMPLEMENTATIONS
+from slope_jax import slope_matmul
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -191,3 +196,44 @@ def test_sddmm_adds_into_a_buffer_in_float32(into_dtype, out_dtype, axis):
         np.asarray(compiled.decompress(w.with_values(found)), np.float32),
         np.asarray(exact, np.float32),
     )
+
+
+WRONG_KINDS = {
+    "bias": ([1.0], "bias is a list; it must be an array"),
+    "residual": (1.0, "residual is a float; it must be an array"),
+    "low_rank": (jnp.ones((3, 8)), "low_rank is .*; it must be two arrays"),
+    "adapter": ((None, None), r"adapter\[0\] is a NoneType; it must be an array"),
+    "norm": ((jnp.ones(16), None), "norm is a tuple; it must be a Norm"),
+    "through": ("relu", "through is 'relu'; it must be the name .* and what entered it"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_KINDS)
+def test_what_joins_a_product_and_is_of_another_kind_is_named(name):
+    w = compress(jnp.ones((16, 8)), "2:4")
+    value, message = WRONG_KINDS[name]
+    with pytest.raises(TypeError, match=message):
+        nm_matmul(jnp.ones((3, 16)), w, **{name: value})
+
+
+def test_operands_of_other_kinds_are_named():
+    w = compress(jnp.ones((16, 8)), "2:4")
+    x, dy = jnp.ones((3, 16)), jnp.ones((3, 8))
+    for call, message in (
+        (lambda: slope_matmul(x, jnp.ones((16, 8))), "w is a .*; it must be a CompressedMatrix"),
+        (lambda: slope_matmul([[1.0]], w), "x is a list; it must be an array"),
+        (lambda: slope_matmul(x, w, adapter=(x,)), "adapter is 1 things; it must be two arrays"),
+        (lambda: nm_sddmm(x, dy, w, into=[1.0]), "into is a list; it must be an array"),
+        (lambda: nm_sddmm(Sections((x,)), dy, w), "x comes in sections"),
+        (lambda: compress([[1.0]], "2:4"), "w is a list; it must be an array"),
+        (lambda: dataclasses.replace(w, values=None).check(), "values is a NoneType"),
+        (lambda: decompress(x), "w is a .*; it must be a CompressedMatrix"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+    with pytest.raises(ValueError, match="x has dtype int32"):
+        slope_matmul(jnp.ones((3, 16), jnp.int32), w)
+    with pytest.raises(ValueError, match=r"sections=\('8',\) must be positive and add up to the 8"):
+        nm_matmul(x, w, sections=("8",))
+    with pytest.raises(ValueError, match=r"activation is \['gelu'\]"):
+        nm_matmul(x, w, activation=["gelu"])
