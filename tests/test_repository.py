@@ -158,3 +158,14 @@ def test_make_pretrain_runs_the_job():
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split()[1:] == ["-m", "train.pretrain", "--model=bert-base", "--steps=3"]
+
+
+def test_what_needs_a_newer_jax_is_run_with_one():
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    listed = re.search(r"for name in (.*?); do", script, re.DOTALL)[1].replace("\\", " ").split()
+    needing = {
+        path.stem.removeprefix("test_")
+        for path in (ROOT / "tests").glob("test_*.py")
+        if re.search(r"^@needs_jax", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert needing <= set(listed)
