@@ -18,7 +18,14 @@ from slope_jax.models.calibration import dense_twin
 from slope_jax.models.config import TransformerConfig
 from slope_jax.models.decoder import Decoder
 from slope_jax.models.gpt2 import GPT2, GPT2Config
-from slope_jax.models.hf_adapter import FOLDER, Adapter, adapter_of, check_adapter, read_adapter
+from slope_jax.models.hf_adapter import (
+    FOLDER,
+    Adapter,
+    adapter_of,
+    check_adapter,
+    check_alone,
+    read_adapter,
+)
 from slope_jax.models.hf_files import all_of, checked_folder, read_json
 from slope_jax.models.hf_weights import Weights, array_of, open_weights
 from slope_jax.models.llama import Llama, LlamaConfig
@@ -75,12 +82,7 @@ def load_hf(
     """
     if calibration is None:
         return _load(folder, model)
-    adapter = read_adapter(checked_folder(folder))
-    if adapter is not None:
-        raise ValueError(
-            f"calibration prunes weights that stand alone, but {adapter.path} adds adapters to them:"
-            " take that folder out, or leave out calibration"
-        )
+    check_alone(checked_folder(folder))
     check_model(model)
     dense = _load(folder, dense_twin(model), on_device=False)
     return prune_wanda(model, dense, calibration)

@@ -155,6 +155,16 @@ def read_adapter(folder: Path) -> Adapter | None:
     return Adapter(path, rank, scale, {ours: found[theirs] for ours, theirs in names.items()})
 
 
+def check_alone(folder: Path) -> None:
+    """Raises a ValueError where the weights of a folder, that calibration is to prune, have adapters."""
+    adapter = read_adapter(folder)
+    if adapter is not None:
+        raise ValueError(
+            f"calibration prunes weights that stand alone, but {adapter.path} adds adapters to them:"
+            " take that folder out, or leave out calibration"
+        )
+
+
 def _names(path: Path, found: Iterable[str]) -> dict[str, str]:
     """Names of `Adapter.tensors` -> those in the file."""
     surplus = sorted(n for n in found if not (n.startswith(_STEM) and n.endswith((_A, _B))))
