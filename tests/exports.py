@@ -23,7 +23,7 @@ FAMILIES = {
     "bert": ("bert-tiny", {}),
     "gpt2": ("gpt2-nano", {}),
     "opt": ("opt-nano", {}),
-    "llama": ("llama-nano", {"num_kv_heads": 2, "rope_scaling": SCALED}),
+    "llama": ("llama-nano", {"num_kv_heads": 2, "rope_scaling": SCALED, "tied_head": True}),
     "mistral": ("llama-nano", {"num_kv_heads": 2, "window": 5}),
 }
 IDS = np.random.default_rng(0).integers(0, 61, (3, 20)).astype(np.int32)

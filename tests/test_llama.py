@@ -68,6 +68,12 @@ def save(torch, model, folder):
     return model, folder
 
 
+def safetensors_of(folder):
+    from safetensors.numpy import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
 @pytest.fixture(scope="module")
 def llama(torch, transformers, tmp_path_factory):
     config = transformers.LlamaConfig(**TINY, rope_parameters=LLAMA3)
@@ -119,6 +125,42 @@ def test_a_mistral_without_a_window_stays_one(torch, transformers, tmp_path):
         models.build("llama-nano", family="opt")
 
 
+@pytest.fixture(scope="module")
+def tied(torch, transformers, tmp_path_factory):
+    config = transformers.LlamaConfig(**TINY, tie_word_embeddings=True)
+    return save(torch, transformers.LlamaForCausalLM(config), tmp_path_factory.mktemp("tied"))
+
+
+def test_tied_tables(torch, transformers, tied, tmp_path):
+    """Read, and written back as one table."""
+    theirs, folder = tied
+    model, variables = models.from_hf(folder, sparsity="dense")
+    same_form(model, variables)
+    assert "lm_head" not in variables["params"]
+    close(jax.jit(model.apply)(variables, IDS)[..., :61], logits(torch, theirs, IDS))
+    written = models.export_hf(tmp_path / "a", model, variables)
+    again = transformers.AutoModelForCausalLM.from_pretrained(written)
+    assert again.config.tie_word_embeddings
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    close(logits(torch, again, IDS), logits(torch, theirs, IDS))
+    assert safetensors_of(written).keys() == safetensors_of(folder).keys()
+
+
+def test_a_copy_of_a_tied_table_must_be_one(tied, tmp_path):
+    from safetensors.numpy import save_file
+
+    tensors = safetensors_of(tied[1])
+    (tmp_path / "config.json").write_text((tied[1] / "config.json").read_text())
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = [models.from_hf(folder, sparsity="dense")[1] for folder in (tied[1], tmp_path)]
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    tensors["lm_head.weight"][5, 5] += 1
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from embed_tokens\.weight"):
+        models.from_hf(tmp_path, sparsity="dense")
+
+
 # As published with the weights, the fields that matter.
 LLAMA_3_8B = {
     "model_type": "llama",
@@ -156,7 +198,8 @@ def test_published_configurations_are_the_variants(name, raw):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tie_word_embeddings": True}, "tie_word_embeddings=True"),
+        ({"tie_word_embeddings": None}, r"tie_word_embeddings=None \(ours: False or True\)"),
+        ({"tie_word_embeddings": True}, r"tied_head: folder True, model False\. Build"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"head_dim": 64}, "32 heads of head_dim=64 do not make up hidden_size=4096"),
         ({"rope_scaling": {"type": "yarn"}}, "the rotary embedding 'yarn'"),

@@ -244,6 +244,7 @@ def config_json(
     if family in ("llama", "mistral"):
         scaling = ours.rope_scaling
         found |= {"rope_theta": ours.rope_theta, "head_dim": ours.head_dim}
+        found |= {"tie_word_embeddings": ours.tied_head}
         if scaling is not None:
             found["rope_scaling"] = {
                 "rope_type": "llama3",

@@ -30,7 +30,8 @@ class Family(NamedTuple):
       fixed: their fields that our models do not vary -> the values that fit.
       dropout: their field of the probability after attention and MLP; None has none.
       outside: parameters outside the layers; layer: those of layer i.
-      tied: copies that some files hold of tensors that the model ties -> the originals.
+      tied: copies that some files hold of tensors that the model ties -> the originals; of LLaMA and
+        Mistral, where `tied_head` is true.
       optional: heads of ours that a folder may leave out, in order: each but the first only where
         those before it are left out as well.
       finish: (config.json, fields so far) -> fields, for what is more than a name.
@@ -242,7 +243,7 @@ def _finish_llama(raw: dict, fields: dict) -> dict:
             f" hidden_size={width}, as they do in our models"
         )
     fields = fields | {"num_kv_heads": fields["num_kv_heads"] or heads}
-    return fields | _rope(raw)
+    return fields | {"tied_head": bool(raw.get("tie_word_embeddings", False))} | _rope(raw)
 
 
 def _rope(raw: dict) -> dict:
@@ -279,7 +280,7 @@ _LLAMA = Family(
         "hidden_act": ("silu",),
         "attention_bias": (False,),
         "mlp_bias": (False,),
-        "tie_word_embeddings": (False,),
+        "tie_word_embeddings": (False, True),
     },
     dropout=None,
     outside=[
@@ -288,7 +289,7 @@ _LLAMA = Family(
         Source(("lm_head", "kernel"), ("lm_head.weight",), transpose=True, vocabulary=1),
     ],
     layer=_llama_layer,
-    tied={},
+    tied={"lm_head.weight": "embed_tokens.weight"},
     finish=_finish_llama,
 )
 _MISTRAL = _LLAMA._replace(

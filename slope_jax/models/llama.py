@@ -1,5 +1,5 @@
 """LLaMA-3 (Grattafiori et al., 2024, arXiv 2407.21783) and Mistral-7B (Jiang et al., 2023,
-arXiv 2310.06825): RMSNorm, rotary positions, grouped queries, SwiGLU, no biases, untied head."""
+arXiv 2310.06825): RMSNorm, rotary positions, grouped queries, SwiGLU, no biases."""
 
 import dataclasses
 from typing import ClassVar
@@ -21,6 +21,8 @@ class LlamaConfig(DecoderConfig):
       num_kv_heads: heads of keys and values, each shared by num_heads / num_kv_heads queries.
       rope_theta: base of the rotary frequencies.
       rope_scaling: None, or the `RopeScaling` of LLaMA-3.1 and later.
+      tied_head: whether the token table makes the logits (LLaMA-3.2's small models); if not, the
+        linear "lm_head" does.
       window: tokens that one sees, itself included (Mistral-7B v0.1); None: all before it.
       family: "llama" or "mistral", as which it is exported; without a window the two are one model.
     """
@@ -32,6 +34,7 @@ class LlamaConfig(DecoderConfig):
     num_kv_heads: int = 8
     rope_theta: float = 500_000.0
     rope_scaling: RopeScaling | None = None
+    tied_head: bool = False
     window: int | None = None
     family: str = dataclasses.field(default="llama", compare=False)
 
@@ -39,7 +42,6 @@ class LlamaConfig(DecoderConfig):
     activation: ClassVar[str] = "silu"
     gated: ClassVar[bool] = True
     position_offset: ClassVar[int | None] = None
-    tied_head: ClassVar[bool] = False
     use_bias: ClassVar[bool] = False
     rms_norm: ClassVar[bool] = True
 
