@@ -110,6 +110,24 @@ def test_mistral_with_a_window(torch, transformers, tmp_path):
     close(jax.jit(model.apply)(variables, IDS)[..., :61], logits(torch, theirs, IDS))
 
 
+@pytest.mark.parametrize("width", [4, 16])
+def test_heads_of_another_width(torch, transformers, tmp_path, width):
+    """Narrower or wider together than the hidden states (Mistral-Nemo's); written back as they were."""
+    config = transformers.MistralConfig(**TINY, head_dim=width, sliding_window=None)
+    theirs, folder = save(torch, transformers.MistralForCausalLM(config), tmp_path / "a")
+    model, variables = models.from_hf(folder, sparsity="dense")
+    same_form(model, variables)
+    assert model.config.head_dim == width
+    assert (
+        variables["params"]["layers_0_to_1"]["attention"]["output"]["kernel"].shape[1] == 4 * width
+    )
+    expected = logits(torch, theirs, IDS)
+    close(jax.jit(model.apply)(variables, IDS)[..., :61], expected)
+    written = models.export_hf(tmp_path / "b", model, variables)
+    again = transformers.AutoModelForCausalLM.from_pretrained(written)
+    close(logits(torch, again, IDS), expected)
+
+
 def test_a_mistral_without_a_window_stays_one(torch, transformers, tmp_path):
     config = transformers.MistralConfig(**TINY, sliding_window=None)
     theirs, folder = save(torch, transformers.MistralForCausalLM(config), tmp_path / "a")
@@ -201,7 +219,8 @@ def test_published_configurations_are_the_variants(name, raw):
         ({"tie_word_embeddings": None}, r"tie_word_embeddings=None \(ours: False or True\)"),
         ({"tie_word_embeddings": True}, r"tied_head: folder True, model False\. Build"),
         ({"attention_bias": True}, "attention_bias=True"),
-        ({"head_dim": 64}, "32 heads of head_dim=64 do not make up hidden_size=4096"),
+        ({"head_dim": 64}, r"head_dim: folder 64, model 128\. Build"),
+        ({"num_attention_heads": 48}, "=4096 is not a multiple of num_attention_heads=48, and th"),
         ({"rope_scaling": {"type": "yarn"}}, "the rotary embedding 'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor, high"),
         ({"rope_theta": 1e4}, r"rope_theta: folder 10000.0, model 500000.0\. Build"),
@@ -221,6 +240,9 @@ def test_folders_that_do_not_fit(tmp_path, change, message):
     ("overrides", "message"),
     [
         ({"num_kv_heads": 3}, "num_heads=4 is not a multiple of num_kv_heads=3"),
+        ({"head_dim": 0}, "head_dim=0 must be None or a positive integer"),
+        ({"head_dim": 7}, "heads of 7 cannot be rotated in pairs; choose head_dim, or"),
+        ({"hidden_size": 36, "num_heads": 8}, "36 is not a multiple of num_heads=8"),
         ({"num_kv_heads": 0}, "num_kv_heads=0 must be a positive integer"),
         ({"num_heads": 32, "num_kv_heads": 32}, "heads of 1 cannot be rotated in pairs"),
         ({"rope_theta": 0.0}, "rope_theta=0.0 must be above 1"),

@@ -236,14 +236,18 @@ def _finish_llama(raw: dict, fields: dict) -> dict:
     heads, width = fields["num_heads"], fields["hidden_size"]
     if heads < 1:
         raise ValueError(f"config.json: num_attention_heads={heads} must be positive")
-    head_dim = raw.get("head_dim") or width // heads
-    if head_dim * heads != width:
+    head_dim = raw.get("head_dim")
+    if head_dim is None and width % heads:
         raise ValueError(
-            f"config.json: {heads} heads of head_dim={head_dim} do not make up"
-            f" hidden_size={width}, as they do in our models"
+            f"config.json: hidden_size={width} is not a multiple of num_attention_heads={heads}, and"
+            " there is no head_dim"
         )
-    fields = fields | {"num_kv_heads": fields["num_kv_heads"] or heads}
-    return fields | {"tied_head": bool(raw.get("tie_word_embeddings", False))} | _rope(raw)
+    fields = fields | {
+        "num_kv_heads": fields["num_kv_heads"] or heads,
+        "head_dim": width // heads if head_dim is None else head_dim,
+        "tied_head": bool(raw.get("tie_word_embeddings", False)),
+    }
+    return fields | _rope(raw)
 
 
 def _rope(raw: dict) -> dict:

@@ -18,6 +18,7 @@ class LlamaConfig(DecoderConfig):
     """`TransformerConfig` with LLaMA-3's defaults, and:
 
     Attributes:
+      head_dim: width of one head; None: hidden_size / num_heads, which it becomes.
       num_kv_heads: heads of keys and values, each shared by num_heads / num_kv_heads queries.
       rope_theta: base of the rotary frequencies.
       rope_scaling: None, or the `RopeScaling` of LLaMA-3.1 and later.
@@ -31,6 +32,7 @@ class LlamaConfig(DecoderConfig):
     max_positions: int = 8192
     norm_epsilon: float = 1e-5
     dropout: float = 0.0
+    head_dim: int | None = None
     num_kv_heads: int = 8
     rope_theta: float = 500_000.0
     rope_scaling: RopeScaling | None = None
@@ -57,11 +59,19 @@ class LlamaConfig(DecoderConfig):
         if self.family not in FAMILIES:
             raise ValueError(f"family={self.family!r}; choose one of {', '.join(FAMILIES)}")
 
+    def _check_heads(self):
+        width = self.head_dim
+        if width is None:
+            super()._check_heads()
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
+        elif isinstance(width, bool) or not isinstance(width, int) or width < 1:
+            raise ValueError(f"head_dim={width!r} must be None or a positive integer")
+
     def layer_linears(self) -> dict[str, tuple[int, int]]:
         hidden, mlp = self.hidden_size, self.mlp_size
         return {
             "attention/qkv": (hidden, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim),
-            "attention/output": (hidden, hidden),
+            "attention/output": (self.num_heads * self.head_dim, hidden),
             "mlp/gate_up": (hidden, 2 * mlp),
             "mlp/down": (mlp, hidden),
         }

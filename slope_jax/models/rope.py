@@ -28,8 +28,8 @@ def check_rope(head_dim: int, theta: float, scaling: RopeScaling | None) -> None
     """Raises a ValueError that names what cannot be rotated."""
     if head_dim % 2:
         raise ValueError(
-            f"heads of {head_dim} cannot be rotated in pairs; choose num_heads so that"
-            " hidden_size / num_heads is even"
+            f"heads of {head_dim} cannot be rotated in pairs; choose head_dim, or"
+            " hidden_size / num_heads, even"
         )
     if not theta > 1:
         raise ValueError(f"rope_theta={theta!r} must be above 1; LLaMA-3 has 500000")
