@@ -110,6 +110,26 @@ def test_mistral_with_a_window(torch, transformers, tmp_path):
     close(jax.jit(model.apply)(variables, IDS)[..., :61], logits(torch, theirs, IDS))
 
 
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_all_frequencies_divided(torch, transformers, tmp_path, key):
+    """As Transformers writes it since version 5, and as older folders have it."""
+    rotary = {"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0}
+    config = transformers.LlamaConfig(**TINY, rope_parameters=rotary)
+    theirs, folder = save(torch, transformers.LlamaForCausalLM(config), tmp_path / "a")
+    expected = logits(torch, theirs, IDS)
+    if key == "rope_scaling":
+        raw = json.loads((folder / "config.json").read_text())
+        del raw["rope_parameters"]
+        raw |= {"rope_theta": 100.0, key: {"type": "linear", "factor": 4.0}}
+        (folder / "config.json").write_text(json.dumps(raw))
+    model, variables = models.from_hf(folder, sparsity="dense")
+    assert model.config.rope_scaling == RopeScaling(4.0)
+    close(jax.jit(model.apply)(variables, IDS)[..., :61], expected)
+    written = models.export_hf(tmp_path / "b", model, variables)
+    again = transformers.AutoModelForCausalLM.from_pretrained(written)
+    close(logits(torch, again, IDS), expected)
+
+
 @pytest.mark.parametrize("width", [4, 16])
 def test_heads_of_another_width(torch, transformers, tmp_path, width):
     """Narrower or wider together than the hidden states (Mistral-Nemo's); written back as they were."""
@@ -222,6 +242,9 @@ def test_published_configurations_are_the_variants(name, raw):
         ({"head_dim": 64}, r"head_dim: folder 64, model 128\. Build"),
         ({"num_attention_heads": 48}, "=4096 is not a multiple of num_attention_heads=48, and th"),
         ({"rope_scaling": {"type": "yarn"}}, "the rotary embedding 'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' .*'linear' or 'llama3'"),
+        ({"rope_scaling": {"type": "linear"}}, "the rotary embedding 'linear' lacks factor"),
+        ({"rope_scaling": {"type": ["a"]}}, r"the rotary embedding \['a'\]"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor, high"),
         ({"rope_theta": 1e4}, r"rope_theta: folder 10000.0, model 500000.0\. Build"),
         ({"model_type": "opt"}, "model_type is 'opt', but the model is a llama or mistral"),
@@ -248,6 +271,8 @@ def test_folders_that_do_not_fit(tmp_path, change, message):
         ({"rope_theta": 0.0}, "rope_theta=0.0 must be above 1"),
         ({"rope_scaling": 8.0}, "rope_scaling=8.0 must be None or a RopeScaling"),
         ({"rope_scaling": RopeScaling(8.0, 4.0, 1.0, 16)}, "low_frequency < high_frequency"),
+        ({"rope_scaling": RopeScaling(0.5)}, "it must have factor >= 1"),
+        ({"rope_scaling": RopeScaling(8.0, 1.0)}, "or none of these three"),
         ({"window": 0}, "window=0 must be None or a positive integer"),
         ({"mlp_size": 42}, "the input of layers/0/mlp/down has 42 entries"),
     ],

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from slope_jax.models.rope import RopeScaling
+from slope_jax.models.hf_rope import read_rope
 
 
 class Source(NamedTuple):
@@ -247,26 +247,7 @@ def _finish_llama(raw: dict, fields: dict) -> dict:
         "head_dim": width // heads if head_dim is None else head_dim,
         "tied_head": bool(raw.get("tie_word_embeddings", False)),
     }
-    return fields | _rope(raw)
-
-
-def _rope(raw: dict) -> dict:
-    """Theta and scaling; Transformers writes "rope_parameters" since version 5."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", raw.get("rope_theta", 10_000.0))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ValueError(
-            f"config.json: our models do not have the rotary embedding {kind!r} (ours: 'default' or"
-            " 'llama3')"
-        )
-    if kind == "default":
-        return {"rope_theta": theta, "rope_scaling": None}
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    missing = [name for name in names if name not in rope]
-    if missing:
-        raise ValueError(f"config.json: the rotary embedding 'llama3' lacks {', '.join(missing)}")
-    return {"rope_theta": theta, "rope_scaling": RopeScaling(*(rope[name] for name in names))}
+    return fields | read_rope(raw)
 
 
 _LLAMA = Family(

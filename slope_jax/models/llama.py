@@ -21,7 +21,7 @@ class LlamaConfig(DecoderConfig):
       head_dim: width of one head; None: hidden_size / num_heads, which it becomes.
       num_kv_heads: heads of keys and values, each shared by num_heads / num_kv_heads queries.
       rope_theta: base of the rotary frequencies.
-      rope_scaling: None, or the `RopeScaling` of LLaMA-3.1 and later.
+      rope_scaling: None, or a `RopeScaling`, such as that of LLaMA-3.1 and later.
       tied_head: whether the token table makes the logits (LLaMA-3.2's small models); if not, the
         linear "lm_head" does.
       window: tokens that one sees, itself included (Mistral-7B v0.1); None: all before it.
