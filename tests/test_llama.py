@@ -68,6 +68,13 @@ def save(torch, model, folder):
     return model, folder
 
 
+@pytest.mark.parametrize(
+    ("name", "published"), [("llama-3.2-1b", 1_235_814_400), ("llama-3.2-3b", 3_212_749_824)]
+)
+def test_parameter_counts_of_tied_models(name, published):
+    assert models.count_parameters(models.build(name, sparsity="dense")) == published
+
+
 def safetensors_of(folder):
     from safetensors.numpy import load_file
 
@@ -225,7 +232,27 @@ MISTRAL_7B = LLAMA_3_8B | {
 }
 
 
-@pytest.mark.parametrize(("name", "raw"), [("llama-3-8b", LLAMA_3_8B), ("mistral-7b", MISTRAL_7B)])
+LLAMA_3_2_1B = LLAMA_3_8B | {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "max_position_embeddings": 131072,
+    "head_dim": 64,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "raw"),
+    [("llama-3-8b", LLAMA_3_8B), ("llama-3.2-1b", LLAMA_3_2_1B), ("mistral-7b", MISTRAL_7B)],
+)
 def test_published_configurations_are_the_variants(name, raw):
     config = models.build(name).config
     expected = hf_names.read_config(raw, raw["model_type"])

@@ -81,7 +81,17 @@ class LlamaConfig(DecoderConfig):
         return rope.rotary_tables(positions, speed)
 
 
-# Grattafiori et al., table 3; Jiang et al., table 1 (the window is v0.1's); nano is a toy.
+# LLaMA-3.2's small models.
+_SMALL = {
+    "max_positions": 131_072,
+    "num_kv_heads": 8,
+    "mlp_size": 8192,
+    "rope_scaling": RopeScaling(32.0, 1.0, 4.0, 8192),
+    "tied_head": True,
+}
+
+# Grattafiori et al., table 3; Jiang et al., table 1 (the window is v0.1's); of LLaMA-3.2, the published
+# config.json; nano is a toy.
 VARIANTS = {
     "llama-nano": {
         "num_layers": 4,
@@ -97,6 +107,8 @@ VARIANTS = {
         "num_kv_heads": 8,
         "mlp_size": 14336,
     },
+    "llama-3.2-1b": {"num_layers": 16, "hidden_size": 2048, "num_heads": 32, **_SMALL},
+    "llama-3.2-3b": {"num_layers": 28, "hidden_size": 3072, "num_heads": 24, **_SMALL},
     "mistral-7b": {
         "vocab_size": 32_000,
         "max_positions": 32_768,
