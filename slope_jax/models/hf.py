@@ -21,12 +21,12 @@ from slope_jax.models.gpt2 import GPT2, GPT2Config
 from slope_jax.models.hf_adapter import (
     FOLDER,
     Adapter,
-    adapter_of,
     check_adapter,
     check_alone,
     read_adapter,
 )
 from slope_jax.models.hf_files import all_of, checked_folder, read_json
+from slope_jax.models.hf_fused import adapter_of, rank_of
 from slope_jax.models.hf_weights import Weights, array_of, open_weights
 from slope_jax.models.llama import Llama, LlamaConfig
 from slope_jax.models.opt import OPT, OPTConfig
@@ -125,12 +125,13 @@ def _checked_adapter(weights: Weights, config: TransformerConfig) -> Adapter | N
         )
     if adapter is None:
         return None
-    if adapter.rank != config.rank:
+    check_adapter(adapter, config, weights.family)
+    rank = rank_of(adapter, config, weights.family)
+    if rank != config.rank:
         raise ValueError(
             f"adapter_rank={config.adapter_rank}: {adapter.path} holds adapters of rank"
-            f" {adapter.rank}; build the model with that, or take that folder out"
+            f" {rank}; build the model with that, or take that folder out"
         )
-    check_adapter(adapter, config, weights.family)
     return adapter
 
 
@@ -183,8 +184,10 @@ def from_hf(
     model = _built(folder, overrides)
     adapter = None if "adapter_rank" in overrides else read_adapter(folder)
     if adapter is not None:
-        check_adapter(adapter, model.config, _family(read_json(folder / "config.json"), model))
-        model = _built(folder, overrides | {"adapter_rank": adapter.rank})
+        family = _family(read_json(folder / "config.json"), model)
+        check_adapter(adapter, model.config, family)
+        rank = rank_of(adapter, model.config, family)
+        model = _built(folder, overrides | {"adapter_rank": rank})
     return model, load_hf(folder, model, calibration=calibration)
 
 
@@ -231,7 +234,7 @@ def _adapters(
 ) -> list[jax.Array]:
     """adapter_l and adapter_r of one kernel."""
     source, want = weights.sources[path], weights.shapes[path]
-    pair = adapter_of(adapter, source, *want.shape, config.adapter_scale)
+    pair = adapter_of(adapter, source, config, *want.shape)
     if not all(np.isfinite(array).all() for array in pair):
         weights.infinite.add(f"{FOLDER}/{source.names[0]}")
     return [jnp.asarray(array.astype(want.dtype)) for array in pair]
