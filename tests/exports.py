@@ -23,8 +23,8 @@ FAMILIES = {
     "bert": ("bert-tiny", {}),
     "gpt2": ("gpt2-nano", {}),
     "opt": ("opt-nano", {}),
-    "llama": ("llama-nano", {"num_kv_heads": 2, "rope_scaling": SCALED}),
-    "mistral": ("llama-nano", {"num_kv_heads": 2, "window": 5}),
+    "llama": ("llama-nano", {"num_kv_heads": 2, "rope_scaling": SCALED, "tied_head": True}),
+    "mistral": ("llama-nano", {"num_kv_heads": 2, "window": 5, "head_dim": 16}),
 }
 IDS = np.random.default_rng(0).integers(0, 61, (3, 20)).astype(np.int32)
 

@@ -68,6 +68,19 @@ def save(torch, model, folder):
     return model, folder
 
 
+@pytest.mark.parametrize(
+    ("name", "published"), [("llama-3.2-1b", 1_235_814_400), ("llama-3.2-3b", 3_212_749_824)]
+)
+def test_parameter_counts_of_tied_models(name, published):
+    assert models.count_parameters(models.build(name, sparsity="dense")) == published
+
+
+def safetensors_of(folder):
+    from safetensors.numpy import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
 @pytest.fixture(scope="module")
 def llama(torch, transformers, tmp_path_factory):
     config = transformers.LlamaConfig(**TINY, rope_parameters=LLAMA3)
@@ -104,6 +117,44 @@ def test_mistral_with_a_window(torch, transformers, tmp_path):
     close(jax.jit(model.apply)(variables, IDS)[..., :61], logits(torch, theirs, IDS))
 
 
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_all_frequencies_divided(torch, transformers, tmp_path, key):
+    """As Transformers writes it since version 5, and as older folders have it."""
+    rotary = {"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0}
+    config = transformers.LlamaConfig(**TINY, rope_parameters=rotary)
+    theirs, folder = save(torch, transformers.LlamaForCausalLM(config), tmp_path / "a")
+    expected = logits(torch, theirs, IDS)
+    if key == "rope_scaling":
+        raw = json.loads((folder / "config.json").read_text())
+        del raw["rope_parameters"]
+        raw |= {"rope_theta": 100.0, key: {"type": "linear", "factor": 4.0}}
+        (folder / "config.json").write_text(json.dumps(raw))
+    model, variables = models.from_hf(folder, sparsity="dense")
+    assert model.config.rope_scaling == RopeScaling(4.0)
+    close(jax.jit(model.apply)(variables, IDS)[..., :61], expected)
+    written = models.export_hf(tmp_path / "b", model, variables)
+    again = transformers.AutoModelForCausalLM.from_pretrained(written)
+    close(logits(torch, again, IDS), expected)
+
+
+@pytest.mark.parametrize("width", [4, 16])
+def test_heads_of_another_width(torch, transformers, tmp_path, width):
+    """Narrower or wider together than the hidden states (Mistral-Nemo's); written back as they were."""
+    config = transformers.MistralConfig(**TINY, head_dim=width, sliding_window=None)
+    theirs, folder = save(torch, transformers.MistralForCausalLM(config), tmp_path / "a")
+    model, variables = models.from_hf(folder, sparsity="dense")
+    same_form(model, variables)
+    assert model.config.head_dim == width
+    assert (
+        variables["params"]["layers_0_to_1"]["attention"]["output"]["kernel"].shape[1] == 4 * width
+    )
+    expected = logits(torch, theirs, IDS)
+    close(jax.jit(model.apply)(variables, IDS)[..., :61], expected)
+    written = models.export_hf(tmp_path / "b", model, variables)
+    again = transformers.AutoModelForCausalLM.from_pretrained(written)
+    close(logits(torch, again, IDS), expected)
+
+
 def test_a_mistral_without_a_window_stays_one(torch, transformers, tmp_path):
     config = transformers.MistralConfig(**TINY, sliding_window=None)
     theirs, folder = save(torch, transformers.MistralForCausalLM(config), tmp_path / "a")
@@ -117,6 +168,42 @@ def test_a_mistral_without_a_window_stays_one(torch, transformers, tmp_path):
     assert models.variant_config("mistral-7b", window=None).family == "mistral"
     with pytest.raises(ValueError, match="family='opt'; choose one of llama, mistral"):
         models.build("llama-nano", family="opt")
+
+
+@pytest.fixture(scope="module")
+def tied(torch, transformers, tmp_path_factory):
+    config = transformers.LlamaConfig(**TINY, tie_word_embeddings=True)
+    return save(torch, transformers.LlamaForCausalLM(config), tmp_path_factory.mktemp("tied"))
+
+
+def test_tied_tables(torch, transformers, tied, tmp_path):
+    """Read, and written back as one table."""
+    theirs, folder = tied
+    model, variables = models.from_hf(folder, sparsity="dense")
+    same_form(model, variables)
+    assert "lm_head" not in variables["params"]
+    close(jax.jit(model.apply)(variables, IDS)[..., :61], logits(torch, theirs, IDS))
+    written = models.export_hf(tmp_path / "a", model, variables)
+    again = transformers.AutoModelForCausalLM.from_pretrained(written)
+    assert again.config.tie_word_embeddings
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    close(logits(torch, again, IDS), logits(torch, theirs, IDS))
+    assert safetensors_of(written).keys() == safetensors_of(folder).keys()
+
+
+def test_a_copy_of_a_tied_table_must_be_one(tied, tmp_path):
+    from safetensors.numpy import save_file
+
+    tensors = safetensors_of(tied[1])
+    (tmp_path / "config.json").write_text((tied[1] / "config.json").read_text())
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = [models.from_hf(folder, sparsity="dense")[1] for folder in (tied[1], tmp_path)]
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    tensors["lm_head.weight"][5, 5] += 1
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from embed_tokens\.weight"):
+        models.from_hf(tmp_path, sparsity="dense")
 
 
 # As published with the weights, the fields that matter.
@@ -145,7 +232,27 @@ MISTRAL_7B = LLAMA_3_8B | {
 }
 
 
-@pytest.mark.parametrize(("name", "raw"), [("llama-3-8b", LLAMA_3_8B), ("mistral-7b", MISTRAL_7B)])
+LLAMA_3_2_1B = LLAMA_3_8B | {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "max_position_embeddings": 131072,
+    "head_dim": 64,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "raw"),
+    [("llama-3-8b", LLAMA_3_8B), ("llama-3.2-1b", LLAMA_3_2_1B), ("mistral-7b", MISTRAL_7B)],
+)
 def test_published_configurations_are_the_variants(name, raw):
     config = models.build(name).config
     expected = hf_names.read_config(raw, raw["model_type"])
@@ -156,10 +263,15 @@ def test_published_configurations_are_the_variants(name, raw):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tie_word_embeddings": True}, "tie_word_embeddings=True"),
+        ({"tie_word_embeddings": None}, r"tie_word_embeddings=None \(ours: False or True\)"),
+        ({"tie_word_embeddings": True}, r"tied_head: folder True, model False\. Build"),
         ({"attention_bias": True}, "attention_bias=True"),
-        ({"head_dim": 64}, "32 heads of head_dim=64 do not make up hidden_size=4096"),
+        ({"head_dim": 64}, r"head_dim: folder 64, model 128\. Build"),
+        ({"num_attention_heads": 48}, "=4096 is not a multiple of num_attention_heads=48, and th"),
         ({"rope_scaling": {"type": "yarn"}}, "the rotary embedding 'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' .*'linear' or 'llama3'"),
+        ({"rope_scaling": {"type": "linear"}}, "the rotary embedding 'linear' lacks factor"),
+        ({"rope_scaling": {"type": ["a"]}}, r"the rotary embedding \['a'\]"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor, high"),
         ({"rope_theta": 1e4}, r"rope_theta: folder 10000.0, model 500000.0\. Build"),
         ({"model_type": "opt"}, "model_type is 'opt', but the model is a llama or mistral"),
@@ -178,11 +290,16 @@ def test_folders_that_do_not_fit(tmp_path, change, message):
     ("overrides", "message"),
     [
         ({"num_kv_heads": 3}, "num_heads=4 is not a multiple of num_kv_heads=3"),
+        ({"head_dim": 0}, "head_dim=0 must be None or a positive integer"),
+        ({"head_dim": 7}, "heads of 7 cannot be rotated in pairs; choose head_dim, or"),
+        ({"hidden_size": 36, "num_heads": 8}, "36 is not a multiple of num_heads=8"),
         ({"num_kv_heads": 0}, "num_kv_heads=0 must be a positive integer"),
         ({"num_heads": 32, "num_kv_heads": 32}, "heads of 1 cannot be rotated in pairs"),
         ({"rope_theta": 0.0}, "rope_theta=0.0 must be above 1"),
         ({"rope_scaling": 8.0}, "rope_scaling=8.0 must be None or a RopeScaling"),
         ({"rope_scaling": RopeScaling(8.0, 4.0, 1.0, 16)}, "low_frequency < high_frequency"),
+        ({"rope_scaling": RopeScaling(0.5)}, "it must have factor >= 1"),
+        ({"rope_scaling": RopeScaling(8.0, 1.0)}, "or none of these three"),
         ({"window": 0}, "window=0 must be None or a positive integer"),
         ({"mlp_size": 42}, "the input of layers/0/mlp/down has 42 entries"),
     ],

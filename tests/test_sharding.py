@@ -207,7 +207,7 @@ SIZES = {
 }
 MODELS = {
     "gpt2-nano": SIZES | {"num_heads": 4, "adapter_rank": 8},
-    "llama-nano": SIZES | {"num_heads": 8, "num_kv_heads": 4},
+    "llama-nano": SIZES | {"num_heads": 8, "num_kv_heads": 4, "head_dim": 16},
     "bert-tiny": SIZES | {"num_heads": 4, "remat": True},
 }
 

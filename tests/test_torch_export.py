@@ -72,7 +72,7 @@ def test_matrices_that_pytorch_does_not_take(shape, pattern, options, message):
 @pytest.mark.parametrize("name", ["gpt2-nano", "llama-nano"])
 def test_folder_holds_what_the_dense_one_holds(torch, conversions, tmp_path, monkeypatch, name):
     """Fused kernels are split and transposed as in `export_hf`, whose folders Transformers reads."""
-    fields = {"num_kv_heads": 1} if name == "llama-nano" else {}
+    fields = {"num_kv_heads": 1, "tied_head": True} if name == "llama-nano" else {}
     policy = r"layers/.*=2:4; .*=dense"
     model = models.build(name, **SMALL, **fields, sparsity=policy, adapter_rank=2)
     variables = jax.jit(model.init)(jax.random.key(0), **model.example_inputs())

@@ -11,6 +11,8 @@ from jobs import save_run
 from slope_jax.fill import fill_masks
 from slope_jax.generate import generate
 from train import serving
+from train.calibration import calibration_batches
+from train.data.tokenizer import train_tokenizer
 from train.export import export_run, main
 from train.generate import main as generate_main
 from train.texts import masked_ids
@@ -248,6 +250,41 @@ def test_adapters_that_stay_apart_are_read_back(run, tmp_path, capsys):
     assert "holds adapters alone; give the folder of their model" in capsys.readouterr().err
 
 
+def test_adapters_are_not_added_to_what_is_to_be_pruned(run, tmp_path, capsys, monkeypatch):
+    """They would fill the zeros; apart, they leave them."""
+    from safetensors.numpy import load_file
+
+    folder, merged = tmp_path / "lora", tmp_path / "merged"
+    assert main([f"--checkpoint={run}", f"--output={folder}", "--adapters=lora"]) == 0
+    assert "no zeros" not in capsys.readouterr().out
+    assert main([f"--checkpoint={run}", f"--output={merged}"]) == 0
+    assert "no zeros then; --adapters=lora keeps both" in capsys.readouterr().out
+    pruned = [f"--checkpoint={folder}", "--sparsity=2:4"]
+    forms = {"apart": "--adapters=lora", "packed": "--semi-structured"}
+    if json.loads((folder / "config.json").read_text())["model_type"] == "llama":
+        del forms["packed"]  # sizes that PyTorch's class does not take
+    for name, more in forms.items():
+        assert main([*pruned, more, f"--output={tmp_path / name}"]) == 0
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert "2:4" in config["slope_jax"]["sparsity"]
+        assert (tmp_path / name / "adapter" / "adapter_model.safetensors").is_file()
+    tensors = load_file(tmp_path / "apart" / "model.safetensors")
+    (down, *_) = (
+        w for name, w in tensors.items() if name.endswith(("down_proj.weight", "fc.weight"))
+    )
+    assert (down == 0).mean() == 0.5
+    for name in ("train.imported.read", "train.calibration.calibration_batches"):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("something was read"))
+    capsys.readouterr()
+    for more, message in (
+        ([], f"{folder}/adapter has adapters, and added to the pruned weights they would leave no"),
+        (["--adapters=merge"], "Give --adapters=lora"),
+        (["--calibration=text:a.txt", "--adapters=lora"], "take that folder out, or leave out cal"),
+    ):
+        assert main([*pruned, *more, f"--output={tmp_path / 'x'}"]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_other_patterns_than_the_usual_one_are_kept(tmp_path, small_text):
     texts = [(small_text / "a.txt").read_text()]
     options = {"method": "slope", "sparsity": "2:4,2:8", "adapter_rank": 3, "adapter_start": 0.0}
@@ -298,7 +335,9 @@ def test_a_folder_is_pruned_on_the_way(tmp_path, small_text, capsys):
         assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), *masks)))
     capsys.readouterr()
     output, empty = f"--output={tmp_path / 'x'}", tmp_path / "empty.txt"
+    short = tmp_path / "short.txt"
     empty.write_text("\n")
+    short.write_text("a")
     for wrong, message in (
         ([f"--checkpoint={tmp_path / 'gpt2-nano'}", "--sparsity=2:4"], "export it first, and then"),
         ([f"--checkpoint={dense}", *text[1:]], "--calibration, --cache-dir without --sparsity"),
@@ -311,10 +350,36 @@ def test_a_folder_is_pruned_on_the_way(tmp_path, small_text, capsys):
         ([f"--checkpoint={dense}", *text, "--calibration-length=2"], "2 must lie between"),
         ([f"--checkpoint={dense}", "--sparsity=2:3"], "2:3"),
         ([f"--checkpoint={dense}", *text, f"--calibration=text:{empty}"], "no "),
+        (
+            [f"--checkpoint={dense}", *text, f"--calibration=text:{short}"],
+            "text for 1 of 128 rows, 1 of 65,280 tokens. Wanda needs 1,024 or more",
+        ),
+        (
+            [f"--checkpoint={dense}", *text, *size, f"--calibration=text:{short}"],
+            "text for 1 of 11 rows, 1 of 198 tokens. Wanda needs 198 or more",
+        ),
     ):
         assert main([*wrong, output]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_calibration_says_how_much_text_there_was(small_text, tmp_path):
+    vocabulary = train_tokenizer([(small_text / "a.txt").read_text()], "clm", 300)
+    said = []
+
+    def read(length, sequences):
+        options = {"sequences": sequences, "cache_dir": tmp_path, "say": said.append}
+        source = f"text:{small_text / 'a.txt'}"
+        return len(np.concatenate(calibration_batches(source, vocabulary, length, **options)))
+
+    assert read(64, 20) == 20
+    assert said.pop() == "calibration: read 20 of 20 rows, 1,280 of 1,280 tokens"
+    found = read(64, 9999)
+    assert 20 < found < 9999
+    (told,) = said
+    start = f"calibration: read {found:,} of 9,999 rows, {64 * found:,} of 639,936 tokens"
+    assert told == f"{start}; warning: the text ends there, and more would choose better"
 
 
 def test_what_cannot_be_exported_is_said_before_anything_is_read(

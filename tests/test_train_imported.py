@@ -23,6 +23,11 @@ pytest.importorskip("safetensors", reason="safetensors is not installed")
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 LLAMA = SIZES | {"num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 48}
+LLAMA |= {
+    "head_dim": 16,  # more than 32 / 4
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0},
+}
 GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 48}
 BERT = SIZES | {"intermediate_size": 64, "max_position_embeddings": 48}
 VOCABULARY = 304

@@ -2,7 +2,7 @@
 
 import itertools
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from train.data.tokenizer import Vocabulary
 
 SEQUENCES = 128  # of the paper
 LONGEST = 2048  # likewise; where a model has more positions
+LEAST = 1024  # tokens, unless fewer are asked for: the norms of too few are chance
 _ROWS = 8  # of a batch
 
 
@@ -23,6 +24,7 @@ def calibration_batches(
     beginning: Iterable[int] = (),
     sequences: int = SEQUENCES,
     cache_dir: pathlib.Path | None = None,
+    say: Callable[[str], None] = print,
 ) -> list[np.ndarray]:
     """Batches of `length` tokens in a row, for `slope_jax.models.prune_wanda`.
 
@@ -35,12 +37,13 @@ def calibration_batches(
       length: tokens of a row, special ones included.
       beginning: ids ahead of the text.
       sequences: rows at most; reading ends where there are enough.
+      say: gets one line that tells how much was read, and whether it is less than was asked for.
 
     Returns:
       Integers (B, length), B at most 8.
 
     Raises:
-      ValueError: the source is unknown or has no text.
+      ValueError: the source is unknown or has no text, or fewer than 1,024 tokens and than asked for.
     """
     specials = vocabulary.specials
     ends = ([specials.cls], [specials.sep]) if vocabulary.objective == "mlm" else ([], [])
@@ -54,8 +57,22 @@ def calibration_batches(
     rows = _cut(itertools.islice(tokens, size * sequences), size)
     if not rows:
         raise ValueError(f"calibration {source!r} has no text; give another source")
+    say(_read(source, rows, size, sequences))
     full = np.array([[*ends[0], *row, *ends[1]] for row in rows], np.int32)
     return [full[i : i + _ROWS] for i in range(0, len(full), _ROWS)]
+
+
+def _read(source: str, rows: list[list[int]], size: int, sequences: int) -> str:
+    """How much it is, for people; raises a ValueError where it is too little."""
+    tokens, asked = sum(map(len, rows)), size * sequences
+    found = f"{len(rows):,} of {sequences:,} rows, {tokens:,} of {asked:,} tokens"
+    if tokens < min(LEAST, asked):
+        raise ValueError(
+            f"calibration {source!r} has text for {found}. Wanda needs {min(LEAST, asked):,} or more, or"
+            " its choice is chance: give more text, or leave out calibration to prune by magnitude"
+        )
+    few = "" if tokens == asked else "; warning: the text ends there, and more would choose better"
+    return f"calibration: read {found}{few}"
 
 
 def _tokens(texts: Iterable[str], vocabulary: Vocabulary) -> Iterator[int]:

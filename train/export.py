@@ -52,7 +52,7 @@ def export_run(
     Args:
       folder: a new one.
       run: what `train.serving.load_trained` or `load` gives.
-      adapters, dtype: as for `export_hf`.
+      adapters, dtype: as for `export_hf`; merged adapters leave no zeros in the weights.
 
     Raises:
       ValueError: the folder exists already.
@@ -182,23 +182,37 @@ def _run(arguments: argparse.Namespace) -> None:
             adapters=arguments.adapters or "merge",
             dtype=arguments.dtype or stored,
         )
-    print(f"{serving.title(run.about)}: exported to {folder}")
+    said = f"{serving.title(run.about)}: exported to {folder}"
+    if run.model.config.rank and not arguments.semi_structured and arguments.adapters != "lora":
+        said += ", adapters added to the weights, which have no zeros then; --adapters=lora keeps both apart"
+    print(said)
 
 
 def _check_model(arguments: argparse.Namespace) -> None:
     """What does not fit a model that is to be pruned, as config.json describes it."""
-    from slope_jax.models import hf, wanda
+    from slope_jax.models import hf, hf_adapter, wanda
     from slope_jax.models.torch_export import checked_dtype
+    from slope_jax.policy import DENSE
 
     if arguments.semi_structured:
         checked_dtype(arguments.dtype or "bfloat16")
     if arguments.sparsity is None:
         return
     model = hf.described(arguments.checkpoint, sparsity=arguments.sparsity)
+    path = arguments.checkpoint.expanduser()
     if arguments.calibration is not None:
+        hf_adapter.check_alone(path)
         wanda.check_model(model)
     if arguments.semi_structured:
         _check_semi_structured(model)
+        return
+    adapter = hf_adapter.read_adapter(path)
+    prunes = set(model.config.patterns.values()) != {DENSE}
+    if adapter is not None and prunes and arguments.adapters != "lora":
+        raise ValueError(
+            f"--sparsity={arguments.sparsity}: {adapter.path} has adapters, and added to the pruned"
+            " weights they would leave no zeros. Give --adapters=lora, which writes them beside these"
+        )
 
 
 def _check_semi_structured(model: Any) -> None:

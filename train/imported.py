@@ -99,6 +99,8 @@ def _about(
 ) -> dict[str, Any]:
     family, config = raw["model_type"], model.config
     fields = {name: getattr(config, name) for name in hf_names.read_config(raw, family)}
+    if fields.get("rope_scaling") is not None:
+        fields["rope_scaling"] = list(fields["rope_scaling"])  # as JSON gives it back
     return {
         "config": {
             "model": family,

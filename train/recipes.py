@@ -103,7 +103,7 @@ RECIPES: dict[tuple[str, str], dict[str, Any]] = {
         "eps": 1e-8,
         "dropout": 0.1,
     },
-    # 15 trillion tokens, the first 2000 steps to warm up.
+    # 15 trillion tokens, the first 2000 steps to warm up. Of LLaMA-3.2 no such numbers are published.
     ("paper", "llama"): PAPER_LLAMA
     | {"vocab_size": 128_256, "steps": (3_576_279,), "warmup": (2000 / 3_576_279,)},
     # 2 trillion tokens.

@@ -243,7 +243,7 @@ class Attention(nn.Module):
             kernel_init=self.output_init,
             name="output",
         )
-        return output(mixed.reshape(x.shape), residual)
+        return output(mixed.reshape(*x.shape[:2], -1), residual)
 
     def _is_single(self, x: jax.Array | Normed, context: Context) -> bool:
         """Whether this is one new token of each sequence, for the kernel."""

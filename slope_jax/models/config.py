@@ -50,7 +50,8 @@ class TransformerConfig:
         of 8; the padded columns of the logits are the most negative number of their dtype, so that
         no probability and no gradient reaches them.
       max_positions: longest sequence, in tokens.
-      hidden_size, num_layers, num_heads, mlp_size: widths; heads divide the hidden size.
+      hidden_size, num_layers, num_heads, mlp_size: widths; heads divide the hidden size, where they
+        have no width of their own (`LlamaConfig.head_dim`).
       dropout: probability, after the embeddings, attention and MLP. None on the attention
         probabilities: fused attention has none.
       sparsity: a `SparsityPolicy` or what `SparsityPolicy.parse` reads ("2:4", "2:4,2:8", "dense").
@@ -119,10 +120,7 @@ class TransformerConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive integer")
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}"
-            )
+        self._check_heads()
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be a probability in [0, 1)")
         if not self.norm_epsilon > 0:
@@ -192,6 +190,7 @@ class TransformerConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of one head of attention."""
         return self.hidden_size // self.num_heads
 
     @property
@@ -205,6 +204,12 @@ class TransformerConfig:
         if 0 < self.adapter_rank < 1:
             return max(1, round(self.adapter_rank * self.hidden_size))
         return int(self.adapter_rank)
+
+    def _check_heads(self):
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}"
+            )
 
     def _check_patterns(self):
         for linear in self.linears:

@@ -18,8 +18,15 @@ from slope_jax.models.calibration import dense_twin
 from slope_jax.models.config import TransformerConfig
 from slope_jax.models.decoder import Decoder
 from slope_jax.models.gpt2 import GPT2, GPT2Config
-from slope_jax.models.hf_adapter import FOLDER, Adapter, adapter_of, check_adapter, read_adapter
+from slope_jax.models.hf_adapter import (
+    FOLDER,
+    Adapter,
+    check_adapter,
+    check_alone,
+    read_adapter,
+)
 from slope_jax.models.hf_files import all_of, checked_folder, read_json
+from slope_jax.models.hf_fused import adapter_of, rank_of
 from slope_jax.models.hf_weights import Weights, array_of, open_weights
 from slope_jax.models.llama import Llama, LlamaConfig
 from slope_jax.models.opt import OPT, OPTConfig
@@ -75,12 +82,7 @@ def load_hf(
     """
     if calibration is None:
         return _load(folder, model)
-    adapter = read_adapter(checked_folder(folder))
-    if adapter is not None:
-        raise ValueError(
-            f"calibration prunes weights that stand alone, but {adapter.path} adds adapters to them:"
-            " take that folder out, or leave out calibration"
-        )
+    check_alone(checked_folder(folder))
     check_model(model)
     dense = _load(folder, dense_twin(model), on_device=False)
     return prune_wanda(model, dense, calibration)
@@ -123,12 +125,13 @@ def _checked_adapter(weights: Weights, config: TransformerConfig) -> Adapter | N
         )
     if adapter is None:
         return None
-    if adapter.rank != config.rank:
+    check_adapter(adapter, config, weights.family)
+    rank = rank_of(adapter, config, weights.family)
+    if rank != config.rank:
         raise ValueError(
             f"adapter_rank={config.adapter_rank}: {adapter.path} holds adapters of rank"
-            f" {adapter.rank}; build the model with that, or take that folder out"
+            f" {rank}; build the model with that, or take that folder out"
         )
-    check_adapter(adapter, config, weights.family)
     return adapter
 
 
@@ -181,8 +184,10 @@ def from_hf(
     model = _built(folder, overrides)
     adapter = None if "adapter_rank" in overrides else read_adapter(folder)
     if adapter is not None:
-        check_adapter(adapter, model.config, _family(read_json(folder / "config.json"), model))
-        model = _built(folder, overrides | {"adapter_rank": adapter.rank})
+        family = _family(read_json(folder / "config.json"), model)
+        check_adapter(adapter, model.config, family)
+        rank = rank_of(adapter, model.config, family)
+        model = _built(folder, overrides | {"adapter_rank": rank})
     return model, load_hf(folder, model, calibration=calibration)
 
 
@@ -229,7 +234,7 @@ def _adapters(
 ) -> list[jax.Array]:
     """adapter_l and adapter_r of one kernel."""
     source, want = weights.sources[path], weights.shapes[path]
-    pair = adapter_of(adapter, source, *want.shape, config.adapter_scale)
+    pair = adapter_of(adapter, source, config, *want.shape)
     if not all(np.isfinite(array).all() for array in pair):
         weights.infinite.add(f"{FOLDER}/{source.names[0]}")
     return [jnp.asarray(array.astype(want.dtype)) for array in pair]

@@ -3,22 +3,20 @@
     FOLDER/adapter/adapter_config.json           the rank, the scale, and what has adapters
     FOLDER/adapter/adapter_model.safetensors     lora_A (r, in) and lora_B (out, r) of each
 
-A linear of ours may be several of theirs (queries, keys, values; gate, up): these share their lora_A,
-and each has its columns of adapter_r.
+A linear of ours may be several of theirs (queries, keys, values; gate, up). Those that we write share
+their lora_A, and each has its columns of adapter_r; `hf_fused` reads others as well.
 """
 
 import json
 import math
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from pallas_kernels.files import write_atomically
-from slope_jax.dense import ADAPTER_L, ADAPTER_R, inverse_rank_normal
+from slope_jax.dense import ADAPTER_L, ADAPTER_R
 from slope_jax.models import hf_names
 from slope_jax.models.config import TransformerConfig
 from slope_jax.models.hf_families import Source
@@ -67,7 +65,7 @@ class Adapter(NamedTuple):
 
     Attributes:
       path: its folder, for messages.
-      rank: of all adapters.
+      rank: of all adapters, of theirs.
       scale: factor on their product.
       tensors: by the names of `hf_families`, ".weight" replaced by ".lora_A.weight", ".lora_B.weight".
     """
@@ -155,6 +153,16 @@ def read_adapter(folder: Path) -> Adapter | None:
     return Adapter(path, rank, scale, {ours: found[theirs] for ours, theirs in names.items()})
 
 
+def check_alone(folder: Path) -> None:
+    """Raises a ValueError where the weights of a folder, that calibration is to prune, have adapters."""
+    adapter = read_adapter(folder)
+    if adapter is not None:
+        raise ValueError(
+            f"calibration prunes weights that stand alone, but {adapter.path} adds adapters to them:"
+            " take that folder out, or leave out calibration"
+        )
+
+
 def _names(path: Path, found: Iterable[str]) -> dict[str, str]:
     """Names of `Adapter.tensors` -> those in the file."""
     surplus = sorted(n for n in found if not (n.startswith(_STEM) and n.endswith((_A, _B))))
@@ -199,14 +207,14 @@ def check_adapter(adapter: Adapter, config: TransformerConfig, family: str) -> N
       ValueError: names all that are not.
     """
     kernels = [s for s in hf_names.sources(config, family) if s.path[-1] == "kernel"]
-    owner = {end: s for s in kernels for name in s.names for end in _pair(name)}
+    owner = {end: s for s in kernels for name in s.names for end in pair(name)}
     unknown = sorted(set(adapter.tensors) - set(owner))
     if unknown:
         raise ValueError(
             f"{adapter.path} has adapters of {all_of(unknown)}, which are no linear layers of our"
             f" {family}: {_MERGE}"
         )
-    given = [s for s in kernels if adapter.tensors.keys() & {e for n in s.names for e in _pair(n)}]
+    given = [s for s in kernels if adapter.tensors.keys() & {e for n in s.names for e in pair(n)}]
     paths = [hf_names.linear_of(source) for source in given]
     dense = [path for path in paths if config.patterns[path] == DENSE]
     if dense:
@@ -218,67 +226,38 @@ def check_adapter(adapter: Adapter, config: TransformerConfig, family: str) -> N
     sizes = {linear.path: linear for linear in config.linears}
     wrong = []
     for source, path in zip(given, paths, strict=True):
-        wrong += _problems(
-            adapter, source, sizes[path].in_features, _widths(config, source, sizes[path])
-        )
+        widths = widths_of(config, source, sizes[path].out_features)
+        wrong += _problems(adapter, source, sizes[path].in_features, widths)
     if wrong:
         raise ValueError(
             f"{adapter.path} does not fit our {family}: {listed(wrong)}. To use them all the same, {_MERGE}"
         )
 
 
-def _pair(name: str) -> tuple[str, str]:
+def pair(name: str) -> tuple[str, str]:
+    """Of a weight: the names of its lora_A and lora_B in `Adapter.tensors`."""
     stem = name.removesuffix(".weight")
     return stem + _A, stem + _B
 
 
-def _widths(config: TransformerConfig, source: Source, linear) -> list[int]:
-    """Columns of each of their tensors."""
-    width = linear.out_features if source.vocabulary is None else config.vocab_size
+def widths_of(config: TransformerConfig, source: Source, outputs: int) -> list[int]:
+    """Columns of each of their tensors, which are one of ours with so many."""
+    width = outputs if source.vocabulary is None else config.vocab_size
     parts = hf_names.parts_of(config, source, np.empty((0, width)))
     return [part.shape[-1] for part in parts]
 
 
 def _problems(adapter: Adapter, source: Source, inputs: int, widths: list[int]) -> list[str]:
     """What is wrong with the adapters of one linear of ours."""
-    wrong, firsts = [], []
+    wrong = []
     for name, width in zip(source.names, widths, strict=True):
-        for end, shape in zip(
-            _pair(name), ((adapter.rank, inputs), (width, adapter.rank)), strict=True
-        ):
-            tensor = adapter.tensors.get(end)
+        found = [adapter.tensors.get(end) for end in pair(name)]
+        if found == [None, None] and len(widths) > 1:  # some of the linears have adapters
+            continue
+        shapes = ((adapter.rank, inputs), (width, adapter.rank))
+        for end, tensor, shape in zip(pair(name), found, shapes, strict=True):
             if tensor is None:
                 wrong.append(f"{end} is missing")
             elif tensor.shape != shape or not tensor.is_float:
                 wrong.append(f"{end} is {tensor.dtype}{list(tensor.shape)}, not {list(shape)}")
-        firsts.append(_pair(name)[0])
-    if not wrong and len(firsts) > 1:
-        first, *others = (adapter.tensors[name].read() for name in firsts)
-        if not all(np.array_equal(first, other) for other in others):
-            wrong.append(
-                f"{', '.join(firsts)} differ, but theirs is one linear of ours with one adapter_l"
-            )
     return wrong
-
-
-def adapter_of(
-    adapter: Adapter, source: Source, inputs: int, outputs: int, born: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """adapter_l (inputs, rank) and adapter_r (rank, outputs) of a kernel.
-
-    Where there is none, a newborn one, the same every time: it adds nothing, but unlike one of zeros on
-    both sides it gets gradients.
-
-    Args:
-      born: `adapter_scale` of the model.
-    """
-    pairs = [_pair(name) for name in source.names]
-    if pairs[0][0] not in adapter.tensors:
-        key = jax.random.fold_in(jax.random.key(0), zlib.crc32("/".join(source.path).encode()))
-        left = inverse_rank_normal(key, (inputs, adapter.rank), scale=born)
-        return np.asarray(left), np.zeros((adapter.rank, outputs), np.float32)
-    left = adapter.tensors[pairs[0][0]].read().T
-    right = np.concatenate([adapter.tensors[last].read().T for _, last in pairs], axis=-1)
-    if adapter.scale != 1:
-        right = right.astype(np.float32) * np.float32(adapter.scale)
-    return left, np.pad(right, ((0, 0), (0, outputs - right.shape[-1])))

@@ -20,6 +20,7 @@ from slope_jax.models.hf_adapter import FOLDER, write_adapter
 from slope_jax.models.hf_families import FAMILIES, Source
 from slope_jax.models.hf_files import listed, save_tensors
 from slope_jax.models.hf_names import ABOUT, at, full_name, linear_of, parts_of
+from slope_jax.models.hf_rope import rope_json
 from slope_jax.models.hf_tokenizer import write_tokenizer
 from slope_jax.models.opt import OPT
 from slope_jax.models.stack import unstack_layers
@@ -33,12 +34,6 @@ _HEADS = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
 }
-_ROPE_SCALING = (
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-)
 _decompress = jax.jit(decompress)
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -242,13 +237,8 @@ def config_json(
     if table.dropout is not None:
         found |= {table.dropout: ours.dropout}
     if family in ("llama", "mistral"):
-        scaling = ours.rope_scaling
-        found |= {"rope_theta": ours.rope_theta, "head_dim": ours.head_dim}
-        if scaling is not None:
-            found["rope_scaling"] = {
-                "rope_type": "llama3",
-                **dict(zip(_ROPE_SCALING, scaling, strict=True)),
-            }
+        found |= {"head_dim": ours.head_dim, "tie_word_embeddings": ours.tied_head}
+        found |= rope_json(ours.rope_theta, ours.rope_scaling)
     if family == "opt":
         found["word_embed_proj_dim"] = ours.hidden_size
     dense = set(ours.patterns.values()) == {DENSE} or (merged and ours.rank)

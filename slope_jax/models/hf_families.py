@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from slope_jax.models.rope import RopeScaling
+from slope_jax.models.hf_rope import read_rope
 
 
 class Source(NamedTuple):
@@ -30,7 +30,8 @@ class Family(NamedTuple):
       fixed: their fields that our models do not vary -> the values that fit.
       dropout: their field of the probability after attention and MLP; None has none.
       outside: parameters outside the layers; layer: those of layer i.
-      tied: copies that some files hold of tensors that the model ties -> the originals.
+      tied: copies that some files hold of tensors that the model ties -> the originals; of LLaMA and
+        Mistral, where `tied_head` is true.
       optional: heads of ours that a folder may leave out, in order: each but the first only where
         those before it are left out as well.
       finish: (config.json, fields so far) -> fields, for what is more than a name.
@@ -235,33 +236,18 @@ def _finish_llama(raw: dict, fields: dict) -> dict:
     heads, width = fields["num_heads"], fields["hidden_size"]
     if heads < 1:
         raise ValueError(f"config.json: num_attention_heads={heads} must be positive")
-    head_dim = raw.get("head_dim") or width // heads
-    if head_dim * heads != width:
+    head_dim = raw.get("head_dim")
+    if head_dim is None and width % heads:
         raise ValueError(
-            f"config.json: {heads} heads of head_dim={head_dim} do not make up"
-            f" hidden_size={width}, as they do in our models"
+            f"config.json: hidden_size={width} is not a multiple of num_attention_heads={heads}, and"
+            " there is no head_dim"
         )
-    fields = fields | {"num_kv_heads": fields["num_kv_heads"] or heads}
-    return fields | _rope(raw)
-
-
-def _rope(raw: dict) -> dict:
-    """Theta and scaling; Transformers writes "rope_parameters" since version 5."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", raw.get("rope_theta", 10_000.0))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ValueError(
-            f"config.json: our models do not have the rotary embedding {kind!r} (ours: 'default' or"
-            " 'llama3')"
-        )
-    if kind == "default":
-        return {"rope_theta": theta, "rope_scaling": None}
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    missing = [name for name in names if name not in rope]
-    if missing:
-        raise ValueError(f"config.json: the rotary embedding 'llama3' lacks {', '.join(missing)}")
-    return {"rope_theta": theta, "rope_scaling": RopeScaling(*(rope[name] for name in names))}
+    fields = fields | {
+        "num_kv_heads": fields["num_kv_heads"] or heads,
+        "head_dim": width // heads if head_dim is None else head_dim,
+        "tied_head": bool(raw.get("tie_word_embeddings", False)),
+    }
+    return fields | read_rope(raw)
 
 
 _LLAMA = Family(
@@ -279,7 +265,7 @@ _LLAMA = Family(
         "hidden_act": ("silu",),
         "attention_bias": (False,),
         "mlp_bias": (False,),
-        "tie_word_embeddings": (False,),
+        "tie_word_embeddings": (False, True),
     },
     dropout=None,
     outside=[
@@ -288,7 +274,7 @@ _LLAMA = Family(
         Source(("lm_head", "kernel"), ("lm_head.weight",), transpose=True, vocabulary=1),
     ],
     layer=_llama_layer,
-    tied={},
+    tied={"lm_head.weight": "embed_tokens.weight"},
     finish=_finish_llama,
 )
 _MISTRAL = _LLAMA._replace(

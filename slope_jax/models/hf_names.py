@@ -104,8 +104,14 @@ def dropout(raw: dict[str, Any], family: str) -> float:
 
 def sources(config: TransformerConfig, family: str) -> list[Source]:
     """Every parameter of a dense model with single layers."""
-    table = FAMILIES[family]
-    return [*table.outside, *(s for i in range(config.num_layers) for s in table.layer(i))]
+    table, copies = FAMILIES[family], tied(config, family)
+    outside = [source for source in table.outside if not copies.keys() & set(source.names)]
+    return [*outside, *(s for i in range(config.num_layers) for s in table.layer(i))]
+
+
+def tied(config: TransformerConfig, family: str) -> dict[str, str]:
+    """Tensors that are copies of others in this model -> the originals."""
+    return FAMILIES[family].tied if getattr(config, "tied_head", True) else {}
 
 
 def at(tree: Mapping, path: tuple[str, ...]) -> Any:
@@ -127,6 +133,6 @@ def parts_of(config: TransformerConfig, source: Source, array: np.ndarray) -> li
     if count == 1:
         return [array]
     if "qkv" in source.path:
-        kv_width = getattr(config, "num_kv_heads", config.num_heads) * config.head_dim
-        return np.split(array, [config.hidden_size, config.hidden_size + kv_width], axis=-1)
+        queries, keys = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+        return np.split(array, [queries, queries + keys], axis=-1)
     return np.split(array, count, axis=-1)

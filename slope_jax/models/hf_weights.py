@@ -50,7 +50,7 @@ def open_weights(folder: Path, family: str, model: Bert | Decoder) -> Weights:
     config, raw = model.config, read_json(folder / "config.json")
     _compare(folder, config, hf_names.read_config(raw, family))
     sources = {source.path: source for source in hf_names.sources(config, family)}
-    tensors = _untied(folder, family, open_tensors(folder))
+    tensors = _untied(folder, hf_names.tied(config, family), open_tensors(folder))
     there = _there(family, sources.values(), tensors)
     _check_names(folder, there, tensors)
     # Of as many layers as the files have: a config.json that tells of more would take long.
@@ -97,10 +97,10 @@ def _there(family: str, sources: Iterable[Source], tensors: dict[str, Tensor]) -
     return [source for source in sources if source.path[0] not in absent]
 
 
-def _untied(folder: Path, family: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _untied(folder: Path, tied: dict[str, str], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without the copies of tied tensors, which must be equal to what they copy."""
     result = dict(tensors)
-    for copy, original in FAMILIES[family].tied.items():
+    for copy, original in tied.items():
         if copy not in tensors or original not in tensors:
             continue
         pair = result.pop(copy).read(), tensors[original].read()

@@ -1,5 +1,5 @@
 """LLaMA-3 (Grattafiori et al., 2024, arXiv 2407.21783) and Mistral-7B (Jiang et al., 2023,
-arXiv 2310.06825): RMSNorm, rotary positions, grouped queries, SwiGLU, no biases, untied head."""
+arXiv 2310.06825): RMSNorm, rotary positions, grouped queries, SwiGLU, no biases."""
 
 import dataclasses
 from typing import ClassVar
@@ -18,9 +18,12 @@ class LlamaConfig(DecoderConfig):
     """`TransformerConfig` with LLaMA-3's defaults, and:
 
     Attributes:
+      head_dim: width of one head; None: hidden_size / num_heads, which it becomes.
       num_kv_heads: heads of keys and values, each shared by num_heads / num_kv_heads queries.
       rope_theta: base of the rotary frequencies.
-      rope_scaling: None, or the `RopeScaling` of LLaMA-3.1 and later.
+      rope_scaling: None, or a `RopeScaling`, such as that of LLaMA-3.1 and later.
+      tied_head: whether the token table makes the logits (LLaMA-3.2's small models); if not, the
+        linear "lm_head" does.
       window: tokens that one sees, itself included (Mistral-7B v0.1); None: all before it.
       family: "llama" or "mistral", as which it is exported; without a window the two are one model.
     """
@@ -29,9 +32,11 @@ class LlamaConfig(DecoderConfig):
     max_positions: int = 8192
     norm_epsilon: float = 1e-5
     dropout: float = 0.0
+    head_dim: int | None = None
     num_kv_heads: int = 8
     rope_theta: float = 500_000.0
     rope_scaling: RopeScaling | None = None
+    tied_head: bool = False
     window: int | None = None
     family: str = dataclasses.field(default="llama", compare=False)
 
@@ -39,7 +44,6 @@ class LlamaConfig(DecoderConfig):
     activation: ClassVar[str] = "silu"
     gated: ClassVar[bool] = True
     position_offset: ClassVar[int | None] = None
-    tied_head: ClassVar[bool] = False
     use_bias: ClassVar[bool] = False
     rms_norm: ClassVar[bool] = True
 
@@ -55,11 +59,19 @@ class LlamaConfig(DecoderConfig):
         if self.family not in FAMILIES:
             raise ValueError(f"family={self.family!r}; choose one of {', '.join(FAMILIES)}")
 
+    def _check_heads(self):
+        width = self.head_dim
+        if width is None:
+            super()._check_heads()
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
+        elif isinstance(width, bool) or not isinstance(width, int) or width < 1:
+            raise ValueError(f"head_dim={width!r} must be None or a positive integer")
+
     def layer_linears(self) -> dict[str, tuple[int, int]]:
         hidden, mlp = self.hidden_size, self.mlp_size
         return {
             "attention/qkv": (hidden, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim),
-            "attention/output": (hidden, hidden),
+            "attention/output": (self.num_heads * self.head_dim, hidden),
             "mlp/gate_up": (hidden, 2 * mlp),
             "mlp/down": (mlp, hidden),
         }
@@ -69,7 +81,17 @@ class LlamaConfig(DecoderConfig):
         return rope.rotary_tables(positions, speed)
 
 
-# Grattafiori et al., table 3; Jiang et al., table 1 (the window is v0.1's); nano is a toy.
+# LLaMA-3.2's small models.
+_SMALL = {
+    "max_positions": 131_072,
+    "num_kv_heads": 8,
+    "mlp_size": 8192,
+    "rope_scaling": RopeScaling(32.0, 1.0, 4.0, 8192),
+    "tied_head": True,
+}
+
+# Grattafiori et al., table 3; Jiang et al., table 1 (the window is v0.1's); of LLaMA-3.2, the published
+# config.json; nano is a toy.
 VARIANTS = {
     "llama-nano": {
         "num_layers": 4,
@@ -85,6 +107,8 @@ VARIANTS = {
         "num_kv_heads": 8,
         "mlp_size": 14336,
     },
+    "llama-3.2-1b": {"num_layers": 16, "hidden_size": 2048, "num_heads": 32, **_SMALL},
+    "llama-3.2-3b": {"num_layers": 28, "hidden_size": 3072, "num_heads": 24, **_SMALL},
     "mistral-7b": {
         "vocab_size": 32_000,
         "max_positions": 32_768,

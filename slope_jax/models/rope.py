@@ -9,7 +9,10 @@ import numpy as np
 
 
 class RopeScaling(NamedTuple):
-    """LLaMA-3.1's way to read further than it was trained: low frequencies are slowed down.
+    """Ways to read further than a model was trained: frequencies are slowed down.
+
+    All of them by the factor ("linear"; Chen et al., 2023, arXiv 2306.15595), or, with the other three
+    fields, the low ones alone ("llama3", since LLaMA-3.1).
 
     Attributes:
       factor: by which they are divided, at least 1.
@@ -19,17 +22,22 @@ class RopeScaling(NamedTuple):
     """
 
     factor: float
-    low_frequency: float
-    high_frequency: float
-    original_positions: int
+    low_frequency: float | None = None
+    high_frequency: float | None = None
+    original_positions: int | None = None
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether all frequencies are divided."""
+        return self[1:] == (None, None, None)
 
 
 def check_rope(head_dim: int, theta: float, scaling: RopeScaling | None) -> None:
     """Raises a ValueError that names what cannot be rotated."""
     if head_dim % 2:
         raise ValueError(
-            f"heads of {head_dim} cannot be rotated in pairs; choose num_heads so that"
-            " hidden_size / num_heads is even"
+            f"heads of {head_dim} cannot be rotated in pairs; choose head_dim, or"
+            " hidden_size / num_heads, even"
         )
     if not theta > 1:
         raise ValueError(f"rope_theta={theta!r} must be above 1; LLaMA-3 has 500000")
@@ -37,11 +45,15 @@ def check_rope(head_dim: int, theta: float, scaling: RopeScaling | None) -> None
         return
     if not isinstance(scaling, RopeScaling):
         raise ValueError(f"rope_scaling={scaling!r} must be None or a RopeScaling")
-    ordered = 0 < scaling.low_frequency < scaling.high_frequency
-    if not (ordered and scaling.factor >= 1 and scaling.original_positions >= 1):
+    whole = scaling.is_linear or (
+        None not in scaling
+        and 0 < scaling.low_frequency < scaling.high_frequency
+        and scaling.original_positions >= 1
+    )
+    if not (whole and scaling.factor >= 1):
         raise ValueError(
-            f"{scaling}: it must have factor >= 1, 0 < low_frequency < high_frequency and"
-            " original_positions >= 1"
+            f"{scaling}: it must have factor >= 1, and 0 < low_frequency < high_frequency and"
+            " original_positions >= 1, or none of these three"
         )
 
 
@@ -54,6 +66,8 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None)
     speed = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling is None:
         return speed
+    if scaling.is_linear:
+        return speed / scaling.factor
     turns = speed * scaling.original_positions / (2 * math.pi)
     low, high = scaling.low_frequency, scaling.high_frequency
     keep = np.clip((turns - low) / (high - low), 0, 1)

@@ -60,13 +60,21 @@ class Wanda(Slope):
         pruned = prune_wanda(model, source.variables, found)
         say(
             f"Pruned {self.config.init_from} after its step {source.about['step']} by Wanda on"
-            f" {sequences:,} sequences, in {time.monotonic() - began:.0f} s"
+            f" {_told(found, sequences)}, in {time.monotonic() - began:.0f} s"
         )
         # Moments of a new optimizer are zeros, whatever the weights.
         state = state.replace(params=_like(state.params, pruned["params"]), masks=pruned["masks"])
         # Weights that were read from a disk are bound to their device; were the moments not, the
         # second step would be compiled anew.
         return jax.device_put(state, jax.devices()[0])
+
+
+def _told(batches: list[dict[str, Any]], sequences: int) -> str:
+    """How much text they are; a small corpus is read again and again."""
+    rows = [row for batch in batches for row in batch["input_ids"]]
+    different = len({row.tobytes() for row in rows})
+    few = "" if different == sequences else f" (only {different:,} different ones: little text)"
+    return f"{sequences:,} sequences{few} of {len(rows[0]):,} tokens"
 
 
 def take_tokenizer(config: Config, folder: pathlib.Path) -> None:

@@ -1,0 +1,48 @@
+"""Rotary positions as config.json describes them, both ways."""
+
+from typing import Any
+
+from slope_jax.models.rope import RopeScaling
+
+# Their names of what a `RopeScaling` holds, in its order.
+_NAMES = {
+    "linear": ("factor",),
+    "llama3": (
+        *("factor", "low_freq_factor", "high_freq_factor"),
+        "original_max_position_embeddings",
+    ),
+}
+
+
+def read_rope(raw: dict[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` of a config.json.
+
+    Transformers writes "rope_parameters" since version 5, and "rope_theta" and "rope_scaling" before.
+
+    Raises:
+      ValueError: it is of a kind that our models do not have, or not whole.
+    """
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", raw.get("rope_theta", 10_000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return {"rope_theta": theta, "rope_scaling": None}
+    if not isinstance(kind, str) or kind not in _NAMES:
+        ours = " or ".join(map(repr, ("default", *_NAMES)))
+        raise ValueError(
+            f"config.json: our models do not have the rotary embedding {kind!r} (ours: {ours})"
+        )
+    missing = [name for name in _NAMES[kind] if name not in rope]
+    if missing:
+        raise ValueError(f"config.json: the rotary embedding {kind!r} lacks {', '.join(missing)}")
+    scaling = RopeScaling(*(rope[name] for name in _NAMES[kind]))
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def rope_json(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
+    """The entries that `read_rope` reads, as all versions of Transformers do."""
+    if scaling is None:
+        return {"rope_theta": theta}
+    kind = "linear" if scaling.is_linear else "llama3"
+    named = zip(_NAMES[kind], scaling, strict=False)
+    return {"rope_theta": theta, "rope_scaling": {"rope_type": kind, **dict(named)}}
