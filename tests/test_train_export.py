@@ -13,7 +13,7 @@ from slope_jax.generate import generate
 from train import serving
 from train.export import export_run, main
 from train.generate import main as generate_main
-from train.texts import masked_ids
+from train.prompts import masked_ids
 
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 
