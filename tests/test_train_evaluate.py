@@ -258,6 +258,7 @@ def test_requests_are_generated_together_as_each_by_itself(served, monkeypatch, 
     ]
     stop = lone.generate_until([request(texts[1], {"max_gen_toks": 3} | how)])[0][1:2]
     asked[4] = request(texts[4], {"max_gen_toks": 3, "until": [stop]} | how)
+    asked[5] = request(texts[5], {"max_gen_toks": 3, "temperature": 0.5})
     expected = lone.generate_until(asked)
     rows = []
     real = stream
@@ -268,7 +269,7 @@ def test_requests_are_generated_together_as_each_by_itself(served, monkeypatch, 
 
     monkeypatch.setattr("train.requests.stream", watched)
     assert Harness(served, batch_size=4, seed=3).generate_until(asked) == expected
-    assert rows == [(4, 3), (4, 3), (1, 9)]
+    assert rows == [(4, 3), (4, 3), (1, 9), (1, 3)]
     assert len(set(expected)) > 4
     with pytest.raises(ValueError, match="batch_size=0 must be 1 or more"):
         Harness(served, batch_size=0).generate_until(asked)
