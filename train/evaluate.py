@@ -306,7 +306,9 @@ def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
         "--window", type=int, help="tokens; the run's longest sequence by default, at most 4096"
     )
     parser.add_argument("--stride", type=int, help="tokens; half a window by default")
-    parser.add_argument("--batch", type=int, default=8, help="windows at a time")
+    parser.add_argument(
+        "--batch", type=int, default=8, help="most windows, or requests of tasks, at a time"
+    )
     parser.add_argument("--tasks", help="of the LM Evaluation Harness: names or .yaml files, a,b")
     parser.add_argument(
         "--shots", type=int, help="solved examples ahead of each; the task's if not given"

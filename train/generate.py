@@ -98,7 +98,8 @@ def _continue(served: "Served", arguments: argparse.Namespace) -> None:
 
     prompts, special = arguments.prompt, bool(arguments.special_tokens)
     longest = max(map(len, encoded(served, prompts, special_tokens=special)))
-    count = arguments.max_new_tokens or _fitting(served, longest)
+    asked = arguments.max_new_tokens
+    count = fitting_tokens(served, longest) if asked is None else asked
     begin = time.perf_counter()
     growing = continuations(
         served,
@@ -111,6 +112,12 @@ def _continue(served: "Served", arguments: argparse.Namespace) -> None:
         seed=arguments.seed or 0,
         special_tokens=special,
     )
+    if asked is None and count < NEW_TOKENS:
+        print(
+            f"{count} new tokens, not {NEW_TOKENS}: no more fit behind a prompt of {longest}, for the"
+            f" model has {served.model.config.max_positions} positions",
+            file=sys.stderr,
+        )
     warn_of_length(
         served,
         longest + count,
@@ -138,18 +145,6 @@ def _continue(served: "Served", arguments: argparse.Namespace) -> None:
         for prompt, made in zip(prompts, texts, strict=True):
             print(f"{prompt}{made.text}\n")
     _say_speed(marks, len(prompts), texts[0].tokens)
-
-
-def _fitting(served: "Served", longest: int) -> int:
-    """New tokens where none are asked for; says so if they are fewer than usual."""
-    count = fitting_tokens(served, longest)
-    if count < NEW_TOKENS:
-        print(
-            f"{count} new tokens, not {NEW_TOKENS}: no more fit behind a prompt of {longest}, for the"
-            f" model has {served.model.config.max_positions} positions",
-            file=sys.stderr,
-        )
-    return count
 
 
 def warn_of_length(served: "Served", tokens: int, what: str, remedy: str) -> None:
