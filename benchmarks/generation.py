@@ -24,8 +24,8 @@ from benchmarks.record import RESULTS, make_record, write_record
 from slope_jax import explain
 from slope_jax.generate import stream
 from train import serving
+from train.command import quiet
 from train.environment import JOB_PACKAGES, accelerator
-from train.generate import quiet
 from train.texts import CHUNK
 
 PROMPTS = ((1, 32), (1, 512), (8, 128), (32, 128))

@@ -21,7 +21,8 @@ from benchmarks import shapes, steps
 from pallas_kernels.samples import CACHE_BYTES
 from slope_jax import explain, find_layers, models
 from slope_jax.generate import inference_variables
-from slope_jax.models.cache import CACHE, init_cache
+from slope_jax.models.cache import CACHE, cache_slots, init_cache
+from slope_jax.models.config import TransformerConfig
 
 PREFILL, DECODE = "prefill", "decode"
 TABLES = ("embeddings", "norm", "lm_head")
@@ -43,10 +44,11 @@ class Work(NamedTuple):
         """Shape of the tokens that a step reads."""
         return self.batch, self.prompt if self.phase == PREFILL else 1
 
-    @property
-    def slots(self) -> int:
-        """Of the cache."""
-        return self.prompt + (ITERATIONS[DECODE] if self.phase == DECODE else 0)
+    def slots(self, config: TransformerConfig) -> int:
+        """Of the cache, as generation has them behind this prompt and the steps' tokens."""
+        return cache_slots(
+            config, self.prompt + ITERATIONS[self.phase] * (self.phase == DECODE) + 1
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +205,7 @@ class Run:
         config = cut.ready[0].config
         self.program, self.variables = program, variables
         self.ids = jax.random.randint(jax.random.key(2), work.ids, 0, config.vocab_size, jnp.int32)
-        self.cache = init_cache(config, work.batch, work.slots)
+        self.cache = init_cache(config, work.batch, work.slots(config))
         self.largest = jnp.zeros(())
 
     def loops(self, count: int) -> None:
@@ -224,7 +226,7 @@ def lower(cut: Cut, work: Work) -> Lowered:
     """Traces and lowers the loop of a cut model."""
     model, variables = cut.ready
     ids = jax.ShapeDtypeStruct(work.ids, jnp.int32)
-    cache = jax.eval_shape(lambda: init_cache(model.config, work.batch, work.slots))
+    cache = jax.eval_shape(lambda: init_cache(model.config, work.batch, work.slots(model.config)))
     loop = jax.jit(functools.partial(_loop, model, work), donate_argnums=(1, 2))
     return Lowered(cut, work, loop.lower(variables, ids, cache))
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,12 +11,12 @@ import numpy as np
 
 from pallas_kernels.epilogue import RANK_MULTIPLE, padded_rank
 from slope_jax.dense import ADAPTER_L, ADAPTER_R
-from slope_jax.models.cache import CACHE, init_cache
+from slope_jax.models.cache import CACHE, cache_slots, init_cache, prompt_width
 from slope_jax.models.decoder import Decoder
 from slope_jax.models.stack import unstack_layers
 from slope_jax.prompts import checked_prompts, is_integer
+from slope_jax.sampling import check_sampling, checked_key, draw, likely
 
-_COLDEST, _HOTTEST = 1e-30, 1e30  # temperatures by which float32 logits divide to finite numbers
 _CAST = ("kernel", "embedding", ADAPTER_L, ADAPTER_R)
 
 
@@ -91,7 +90,10 @@ def generate(
     top_p: float | None = None,
     key: jax.Array | None = None,
 ) -> Generation:
-    """Continues prompts, greedily or by sampling; compiled once for each shape.
+    """Continues prompts, greedily or by sampling.
+
+    Programs are compiled for few sizes of prompts and caches (`prompt_width` and `cache_slots` of
+    `slope_jax.models.cache`), and serve all numbers of new tokens that have room in them.
 
     Args:
       model: GPT-2, OPT, LLaMA or Mistral.
@@ -104,7 +106,8 @@ def generate(
       temperature: 0 takes the likeliest token; from 1e-30 to 1e30, logits are divided by it and sampled.
       top_k: sample from the k likeliest tokens only.
       top_p: sample from the fewest tokens that hold this probability together, in (0, 1].
-      key: PRNG key, needed for sampling.
+      key: PRNG key, needed for sampling; or one of each row (B,), which then is continued as it would
+        be by itself.
 
     Raises:
       ValueError: a value or an id out of range, or prompts and new tokens together exceed
@@ -129,7 +132,9 @@ def generate(
         top_p,
         key,
     )
-    return _generate(how, given, prompts)
+    loop, _ = _start(how, given, prompts)
+    loop = _advance(how, given, loop, np.int32(max_new_tokens))
+    return Generation(loop.tokens[:, :max_new_tokens], loop.lengths)
 
 
 def stream(
@@ -179,13 +184,13 @@ def stream(
         yield np.asarray(tokens)  # before the program of the others is compiled
         if max_new_tokens == 1 or bool(ended):
             return
-        size, done, until = min(chunk, max_new_tokens), 1, 1 + chunk
+        size, done, until = min(chunk, how.slots), 1, min(1 + chunk, max_new_tokens)
         loop = _advance(how, given, loop, np.int32(until))
         while True:
-            first = min(done, max_new_tokens - size)
+            first = min(done, how.slots - size)
             made = _made(loop, np.int32(first), size)
             if until < max_new_tokens:  # where all rows have ended, it does nothing
-                until += chunk
+                until = min(until + chunk, max_new_tokens)
                 loop = _advance(how, given, loop, np.int32(until))
             tokens, (step, ended) = jax.device_get(made)
             yield tokens[:, done - first : step - first]
@@ -200,7 +205,7 @@ class _How(NamedTuple):
     """What is compiled for."""
 
     model: Decoder
-    max_new_tokens: int
+    slots: int  # of the cache, and columns for new tokens
     end_tokens: tuple[int, ...]
     greedy: bool
     top_k: int | None
@@ -228,26 +233,26 @@ def _prepared(
 ) -> tuple[_How, _Given, jax.Array]:
     if not isinstance(model, Decoder):
         raise ValueError(f"{type(model).__name__} does not generate; use a GPT-2, OPT or LLaMA")
-    vocab_size = model.config.vocab_size
-    prompts, lengths = checked_prompts(prompts, lengths, vocab_size)
-    _check_room(prompts.shape[1], max_new_tokens, model.config.max_positions)
-    ends = _checked_ends(end_token, vocab_size)
-    _check_sampling(vocab_size, temperature, top_k, top_p, key)
+    config = model.config
+    prompts, lengths = checked_prompts(prompts, lengths, config.vocab_size)
+    batch, width = prompts.shape
+    _check_room(width, max_new_tokens, config.max_positions)
+    ends = _checked_ends(end_token, config.vocab_size)
+    check_sampling(temperature, top_k, top_p, vocab_size=config.vocab_size)
+    if temperature and key is None:
+        raise ValueError(f"temperature={temperature} samples; pass key=jax.random.key(seed)")
+    key = None if key is None else checked_key(key, batch)
     given = _Given(
         variables,
         lengths,
-        key,
+        key if temperature else None,
         np.float32(temperature) if temperature else None,
         None if top_p is None else np.float32(top_p),
     )
-    return _How(model, max_new_tokens, ends, not temperature, top_k), given, prompts
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _generate(how: _How, given: _Given, prompts: jax.Array) -> Generation:
-    loop, _ = _start(how, given, prompts)
-    loop = _advance(how, given, loop, np.int32(how.max_new_tokens))
-    return Generation(loop.tokens, loop.lengths)
+    slots = cache_slots(config, width + max_new_tokens)
+    xp = np if isinstance(prompts, np.ndarray) else jnp
+    prompts = xp.pad(prompts, ((0, 0), (0, prompt_width(config, width) - width)))
+    return _How(model, slots, ends, not temperature, top_k), given, prompts
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -258,11 +263,11 @@ def _start(
 
     The caller waits for these alone: to take them out of the loop would be a program of its own.
     """
-    batch, width = prompts.shape
+    batch = len(prompts)
     zeros = jnp.zeros((batch,), jnp.int32)
-    tokens = jnp.full((batch, how.max_new_tokens), (*how.end_tokens, 0)[0], jnp.int32)
-    # The last token is never read.
-    cache = init_cache(how.model.config, batch, width + how.max_new_tokens - 1)
+    # Of as many columns as the cache, so that one program goes on behind prompts of any width.
+    tokens = jnp.full((batch, how.slots), (*how.end_tokens, 0)[0], jnp.int32)
+    cache = init_cache(how.model.config, batch, how.slots)
     logits, cache = _run(how, given, cache, prompts, logits_at=(given.lengths - 1)[:, None])
     loop = _Loop(jnp.int32(0), cache, tokens, zeros, zeros > 0)
     loop = _add(how, given, loop, logits, cache)
@@ -272,7 +277,6 @@ def _start(
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _advance(how: _How, given: _Given, loop: _Loop, until: jax.Array) -> _Loop:
     """On to `until` tokens, or until all rows have ended."""
-    until = jnp.minimum(until, how.max_new_tokens)
 
     def body(loop: _Loop) -> _Loop:
         last = jax.lax.dynamic_slice_in_dim(loop.tokens, loop.step - 1, 1, axis=1)
@@ -304,31 +308,14 @@ def _add(how: _How, given: _Given, loop: _Loop, logits, cache) -> _Loop:
     if how.greedy:
         token = logits.argmax(-1).astype(jnp.int32)
     else:
-        kept = _likely(logits / given.temperature, how.top_k, given.top_p)
-        step_key = jax.random.fold_in(given.key, loop.step)
-        token = jax.random.categorical(step_key, kept).astype(jnp.int32)
+        kept = likely(logits / given.temperature, how.top_k, given.top_p)
+        token = draw(given.key, loop.step, kept)
     ended = loop.ended
     if how.end_tokens:
         token = jnp.where(ended, jnp.int32(how.end_tokens[0]), token)
         ended = ended | jnp.isin(token, jnp.array(how.end_tokens, jnp.int32))
     grown = loop.lengths + (~loop.ended).astype(jnp.int32)
     return _Loop(loop.step + 1, cache, loop.tokens.at[:, loop.step].set(token), grown, ended)
-
-
-def _likely(logits: jax.Array, top_k: int | None, top_p: jax.Array | None) -> jax.Array:
-    """Logits (B, V) with those of unlikely tokens at -inf: beyond top_k, then beyond top_p.
-
-    Of equally likely tokens, which 16-bit logits often have, those ahead in the vocabulary stay.
-    """
-    if top_k is None and top_p is None:
-        return logits
-    falling, tokens = jax.lax.top_k(logits, top_k or logits.shape[-1])
-    if top_p is not None:
-        shares = jax.nn.softmax(falling, axis=-1)
-        needed = jnp.cumsum(shares, axis=-1) - shares < top_p  # those ahead do not reach top_p
-        falling = jnp.where(needed, falling, -jnp.inf)
-    rows = jnp.arange(len(logits))[:, None]
-    return jnp.full_like(logits, -jnp.inf).at[rows, tokens].set(falling, unique_indices=True)
 
 
 def _checked_ends(end_token: Any, vocab_size: int) -> tuple[int, ...]:
@@ -352,32 +339,3 @@ def _check_room(width: int, max_new_tokens, most: int) -> None:
             f"prompts of {width} tokens and {max_new_tokens} new ones are {total}, more than"
             f" max_positions={most}; shorten one of them"
         )
-
-
-def _check_sampling(vocab_size: int, temperature, top_k, top_p, key) -> None:
-    if not _is_number(temperature):
-        raise ValueError(f"temperature={temperature!r} must be a number; 0 is greedy")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature={temperature} must not be negative or infinite; 0 is greedy")
-    if temperature and not _COLDEST <= temperature <= _HOTTEST:
-        raise ValueError(
-            f"temperature={temperature} divides logits in float32, so it must be 0, which is greedy, or"
-            f" lie between {_COLDEST:g} and {_HOTTEST:g}"
-        )
-    if top_k is not None and not (is_integer(top_k) and 1 <= top_k <= vocab_size):
-        raise ValueError(f"top_k={top_k!r} must be an integer between 1 and {vocab_size} tokens")
-    if top_p is not None and (not _is_number(top_p) or not 0 < top_p <= 1):
-        raise ValueError(f"top_p={top_p!r} must be a probability in (0, 1]")
-    if temperature and key is None:
-        raise ValueError(f"temperature={temperature} samples; pass key=jax.random.key(seed)")
-    if not temperature and (top_k is not None or top_p is not None):
-        raise ValueError("top_k and top_p choose what is sampled; set a temperature above 0")
-    if key is not None and not isinstance(key, jax.Array | np.ndarray):
-        raise ValueError(f"key={key!r} is no key; pass key=jax.random.key({key!r})")
-
-
-def _is_number(value: Any) -> bool:
-    """A number of Python or NumPy, or an array of one."""
-    return (
-        isinstance(value, float | int | np.number | np.ndarray | jax.Array) and np.ndim(value) == 0
-    )

@@ -14,7 +14,7 @@ from flax import traverse_util
 
 from slope_jax.adapters import example_inputs
 from slope_jax.dense import ADAPTER_L, ADAPTER_R, MASKS, SparseDense
-from slope_jax.models.cache import init_cache
+from slope_jax.models.cache import cache_slots, init_cache
 from slope_jax.models.decoder import Decoder
 from slope_jax.prompts import is_integer
 from slope_jax.working import find_layers, working_copies
@@ -148,8 +148,8 @@ def memory(
         and a lone `SparseDense`. Without one, nothing is compared.
       accumulation: micro-batches in a step.
       activations: whether to count these; it takes as long as all the rest.
-      cache: (sequences, tokens of each, prompt and new ones) to generate at once, by a decoder; None:
-        nothing is generated.
+      cache: (sequences, tokens of each, prompt and new ones) to generate at once, by a decoder, which
+        makes room for multiples of 256 tokens; None: nothing is generated.
 
     Raises:
       ValueError: no example inputs, variables that are not those of the model, `accumulation`
@@ -201,7 +201,7 @@ def memory(
 
 
 def cache_bytes(model: Decoder, batch: int, length: int) -> int:
-    """Bytes of the keys and values that a decoder keeps for `batch` sequences of `length` tokens.
+    """Bytes of the keys and values for which generation makes room, `batch` sequences of `length` tokens.
 
     Raises:
       ValueError: not a decoder, or sequences longer than it reads.
@@ -215,7 +215,8 @@ def cache_bytes(model: Decoder, batch: int, length: int) -> int:
         raise ValueError(
             f"sequences of {length} tokens are longer than max_positions={most}; ask for no more"
         )
-    made = jax.eval_shape(lambda: init_cache(model.config, batch, length))
+    slots = cache_slots(model.config, length)
+    made = jax.eval_shape(lambda: init_cache(model.config, batch, slots))
     return sum(map(_nbytes, jax.tree.leaves(made)))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from slope_jax import generate as module
-from slope_jax import models
+from slope_jax import models, sampling
 from slope_jax.generate import generate, inference_variables, stream
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -31,7 +31,7 @@ PROMPTS = IDS[:, :6]
 @functools.cache
 def made(name, **overrides):
     """A model and variables far from its birth, where all logits are alike."""
-    model = models.build(name, **SMALL, **overrides)
+    model = models.build(name, **(SMALL | overrides))
     variables = jax.jit(model.init)(jax.random.key(0), IDS)
     params = jax.tree.map(lambda leaf: leaf * 6, variables["params"])
     return model, variables | {"params": params}
@@ -198,7 +198,7 @@ def test_likely_tokens():
     logits = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3]]))
 
     def kept(top_k, top_p):
-        return np.isfinite(module._likely(logits, top_k, top_p))[0].tolist()
+        return np.isfinite(sampling.likely(logits, top_k, top_p))[0].tolist()
 
     assert kept(2, None) == [False, True, False, True]
     assert kept(None, jnp.float32(0.69)) == [False, True, False, True]
@@ -212,14 +212,14 @@ def test_likely_tokens():
 def test_of_equally_likely_tokens_the_lower_ids_are_kept():
     logits = jnp.array([[1.0, 2.0, 2.0, 0.0, 2.0, 2.0], [0.0] * 6])  # bf16 knows few values
     for top_k, kept in ((1, [[1], [0]]), (3, [[1, 2, 4], [0, 1, 2]]), (5, [[0, 1, 2, 4, 5], [0, 1, 2, 3, 4]])):  # fmt: skip
-        found = module._likely(logits, top_k, None)
+        found = sampling.likely(logits, top_k, None)
         assert [np.flatnonzero(np.isfinite(row)).tolist() for row in found] == kept
         for row, ids in enumerate(kept):
             np.testing.assert_array_equal(found[row, ids], logits[row, ids])
     # The tied ones hold e^2 / (4 e^2 + e + 1) = 0.222 each of the first row, a sixth of the second.
-    found = module._likely(logits, None, jnp.float32(0.4))
+    found = sampling.likely(logits, None, jnp.float32(0.4))
     assert [np.flatnonzero(np.isfinite(row)).tolist() for row in found] == [[1, 2], [0, 1, 2]]
-    both = module._likely(logits, 4, jnp.float32(0.6))
+    both = sampling.likely(logits, 4, jnp.float32(0.6))
     assert [np.flatnonzero(np.isfinite(row)).tolist() for row in both] == [[1, 2, 4], [0, 1, 2]]
 
 
@@ -269,6 +269,12 @@ def test_prompts_may_be_traced():
         ({"temperature": "hot"}, "temperature='hot' must be a number"),
         ({"temperature": 1.0, "key": KEY, "top_p": "a"}, "top_p='a' must be a probability"),
         ({"temperature": 1.0, "key": 0}, r"key=0 is no key; pass key=jax.random.key\(0\)"),
+        ({"temperature": 1.0, "key": np.zeros(3)}, r"key is float64\[3\], which is no key; pass"),
+        ({"temperature": 1.0, "key": np.zeros(3, np.uint32)}, r"key is uint32\[3\], which is no"),
+        (
+            {"temperature": 1.0, "key": np.zeros((4, 2), np.uint32)},
+            "4 keys; pass one, .* the 3 rows",
+        ),
         ({"temperature": 1.0, "key": KEY, "top_k": 2.0}, "top_k=2.0 must be an integer"),
         ({"temperature": 1.0}, r"samples; pass key="),
         ({"temperature": 1.0, "key": KEY, "top_k": 62}, "top_k=62 must be .* between 1 and 61"),
@@ -327,3 +333,50 @@ def test_a_stream_is_the_whole_in_pieces():
     for chunk in (0, 1.5, True, None):
         with pytest.raises(ValueError, match=f"chunk={chunk} must be a positive integer"):
             stream(model, variables, PROMPTS, max_new_tokens=2, chunk=chunk)
+
+
+def test_few_programs_serve_all_lengths_of_prompts_and_numbers_of_new_tokens():
+    """Three of widths and two of caches; the tokens are those of the model without a cache."""
+    model, variables = made("gpt2-nano", max_positions=280, num_layers=1)
+    ids = np.tile(np.asarray(IDS), (1, 24))
+    programs = (module._start, module._advance, module._made)
+    before = [program._cache_size() for program in programs]
+    sizes = ((1, 16), (5, 252), (64, 192), (63, 1), (65, 33), (128, 2), (279, 1), (270, 9))
+    for width, count in sizes:
+        prompts = ids[:1, :width]
+        expected = generate(model, variables, prompts, max_new_tokens=count)
+        pieces = list(stream(model, variables, prompts, max_new_tokens=count))
+        streamed = np.concatenate(pieces, axis=1)
+        assert expected.tokens.shape == (1, count)
+        np.testing.assert_array_equal(streamed, expected.tokens)
+        whole = np.concatenate([prompts, streamed], axis=1)
+        padded = np.pad(whole, ((0, 0), (0, 280 - whole.shape[1])))
+        best = np.asarray(applied(model)(variables, padded)).argmax(-1)
+        np.testing.assert_array_equal(best[:, width - 1 : whole.shape[1] - 1], streamed)
+    made_now = [program._cache_size() - n for program, n in zip(programs, before, strict=True)]
+    assert made_now == [3, 2, 2]
+
+
+def test_prompts_that_fill_the_positions_fit():
+    model, variables = made("opt-nano")
+    whole = np.asarray(applied(model)(variables, np.pad(np.asarray(IDS), ((0, 0), (0, 4)))))
+    for width in (12, 15):
+        ids = np.pad(np.asarray(IDS), ((0, 0), (0, 3)))[:, :width]
+        made_of = generate(model, variables, ids, lengths=[12] * 3, max_new_tokens=16 - width)
+        assert made_of.tokens.shape == (3, 16 - width)
+        np.testing.assert_array_equal(made_of.tokens[:, 0], whole[:, 11].argmax(-1))
+
+
+def test_a_row_with_a_key_of_its_own_is_sampled_as_by_itself():
+    model, variables = made("opt-nano")
+    options = {"max_new_tokens": 6, "temperature": 2.0, "top_k": 30}
+    keys = jax.random.split(jax.random.key(1), 3)
+    found = generate(model, variables, PROMPTS, lengths=LENGTHS, key=keys, **options).tokens
+    for row, length in enumerate(LENGTHS):
+        prompt = PROMPTS[row : row + 1, :length]
+        for key in (keys[row], jax.random.key_data(keys[row])):
+            alone = generate(model, variables, prompt, key=key, **options).tokens
+            np.testing.assert_array_equal(alone[0], found[row])
+    raw = np.asarray(jax.random.key_data(keys))
+    again = generate(model, variables, PROMPTS, lengths=LENGTHS, key=raw, **options).tokens
+    np.testing.assert_array_equal(again, found)

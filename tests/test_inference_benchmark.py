@@ -46,7 +46,7 @@ def test_decoding_is_that_of_generate(variables):
     run.check()
     np.testing.assert_array_equal(run.ids[:, 0], tokens[:, steps])
     sequence = jnp.concatenate([prompts, tokens[:, :steps]], axis=1)
-    whole = {**variables, "cache": init_cache(model.config, 2, work.slots)}
+    whole = {**variables, "cache": init_cache(model.config, 2, work.slots(model.config))}
     _, filled = model.apply(whole, sequence, mutable=["cache"])
     for got, expected in zip(*map(jax.tree.leaves, (run.cache, filled["cache"])), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)

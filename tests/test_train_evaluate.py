@@ -1,5 +1,6 @@
 """Perplexity in windows against loops in NumPy, and the harness's requests without the harness."""
 
+import doctest
 import functools
 import json
 import math
@@ -14,11 +15,12 @@ import pytest
 import tokenizers
 
 from slope_jax import models
-from slope_jax.generate import generate
+from slope_jax.generate import generate, stream
+from train import scoring
 from train.data.tokenizer import train_tokenizer, vocabulary_from_json
 from train.evaluate import main, perplexity
 from train.harness import Harness, evaluate_tasks
-from train.scoring import score, strided_windows
+from train.scoring import batches, score, strided_windows
 from train.serving import Served
 from train.texts import continued_text
 
@@ -146,7 +148,7 @@ def test_errors_name_the_request(served):
         ({"num_beams": 3, "until": "a"}, NotImplementedError, "num_beams=3; generation here takes"),
     ):
         with (
-            mock.patch("train.harness.stream", side_effect=AssertionError("generated")),
+            mock.patch("train.requests.stream", side_effect=AssertionError("generated")),
             pytest.raises(error, match=f"request 1, 'kernel': {message}"),
         ):
             harness.generate_until([request("a", {}), request("kernel", options)])
@@ -214,7 +216,7 @@ def test_what_the_tokenizer_puts_ahead_of_texts_is_ahead_of_contexts(begun, add,
         assert whole == pytest.approx(-rolled(begun, text, ahead), rel=1e-5)
 
     stream = mock.Mock(side_effect=lambda *args, **options: iter([np.array([after])]))
-    monkeypatch.setattr("train.harness.stream", stream)
+    monkeypatch.setattr("train.requests.stream", stream)
     for context, before in (("The sparse", [*ahead, *encode("The sparse")]), ("", [end])):
         assert harness.generate_until([request(context, {"max_gen_toks": 8})]) == [" kernel"]
         count = stream.call_args.kwargs["lengths"][0]
@@ -243,6 +245,71 @@ def test_text_is_generated_up_to_a_stop(served):
     assert adapter.generate_until([request("sparse mask", aliased)]) == [whole]
     unsampled = options | {"temperature": 1.0}
     assert adapter.generate_until([request("sparse mask", unsampled)]) == [whole]
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_requests_are_generated_together_as_each_by_itself(served, monkeypatch, sampled):
+    """Those of equal options but for stops; the last ones of a kind are fewer than a batch."""
+    how = {"do_sample": True, "temperature": 2.0, "top_k": 50} if sampled else {}
+    texts = ["sparse mask", "a", "rank token " * 30, "", "dense", "kernel of", "values"]
+    lone = Harness(served, batch_size=1, seed=3)
+    asked = [
+        request(text, {"max_gen_toks": 3 + 6 * (n == 2)} | how) for n, text in enumerate(texts)
+    ]
+    stop = lone.generate_until([request(texts[1], {"max_gen_toks": 3} | how)])[0][1:2]
+    asked[4] = request(texts[4], {"max_gen_toks": 3, "until": [stop]} | how)
+    asked[5] = request(texts[5], {"max_gen_toks": 3, "temperature": 0.5})
+    expected = lone.generate_until(asked)
+    rows = []
+    real = stream
+
+    def watched(model, variables, ids, **options):
+        rows.append((len(ids), options["max_new_tokens"]))
+        return real(model, variables, ids, **options)
+
+    monkeypatch.setattr("train.requests.stream", watched)
+    assert Harness(served, batch_size=4, seed=3).generate_until(asked) == expected
+    assert rows == [(4, 3), (4, 3), (1, 9), (1, 3)]
+    assert len(set(expected)) > 4
+    with pytest.raises(ValueError, match="batch_size=0 must be 1 or more"):
+        Harness(served, batch_size=0).generate_until(asked)
+
+
+def test_a_request_that_ended_waits_for_no_other(served, monkeypatch):
+    encode, seen = served.vocabulary.encode, []
+    first, second = encode("one stop two"), encode("one two three")
+    length = min(len(first), len(second))
+
+    def stream(model, variables, ids, **options):
+        for piece in (first[:length], second[:length]), (second[:length], encode(" end") * length):
+            seen.append(len(ids))
+            yield np.array([row[:length] for row in piece], np.int32)
+        raise AssertionError("generated on behind all stops")
+
+    monkeypatch.setattr("train.requests.stream", stream)
+    asked = [request("a", {"until": "stop"}), request("b", {"until": "end"})]
+    found = Harness(served).generate_until(asked)
+    assert found[0] == "one "
+    assert found[1] == served.vocabulary.decode(second[:length]) + " "
+    assert seen == [2, 2]
+
+
+def test_groups_are_filled_up_by_little():
+    assert doctest.testmod(scoring).failed == 0
+    for count in (*range(1, 40), 1001):
+        for most in (1, 3, 8, 12, 100, 10**6):
+            rows, groups = batches(range(count), most)
+            assert [i for group in groups for i in group] == list(range(count))
+            assert len(groups) == -(-count // most)
+            assert max(map(len, groups)) <= rows <= most
+            assert rows - max(map(len, groups)) <= 7
+            assert rows in {1, 2, 4, most} or rows % 8 == 0
+
+
+def test_a_batch_of_more_than_there_is_costs_no_memory(served):
+    tokens = np.arange(100) % 300
+    expected = perplexity(served, tokens, batch_size=8)
+    assert perplexity(served, tokens, batch_size=10**9) == expected
 
 
 def test_tasks_sample_as_they_say(served):
@@ -397,7 +464,7 @@ def test_a_long_context_keeps_what_fits_beside_the_new_tokens(served, monkeypatc
         yield np.array([served.vocabulary.encode("one stop two")], np.int32)
         raise AssertionError("generated on behind a stop")
 
-    monkeypatch.setattr("train.harness.stream", stream)
+    monkeypatch.setattr("train.requests.stream", stream)
     text = "rank token " * 30
     tokens = served.vocabulary.encode(text)
     for wanted, count in ((5, 5), (23, 23), (24, 12), (10_000, 12)):
@@ -411,7 +478,7 @@ def test_a_long_context_keeps_what_fits_beside_the_new_tokens(served, monkeypatc
 
 def test_a_tasks_stop_is_found_however_its_accents_are_written(served, monkeypatch):
     tokens = np.array([served.vocabulary.encode("un caf\u00e9 noir")], np.int32)
-    monkeypatch.setattr("train.harness.stream", lambda *args, **options: iter([tokens]))
+    monkeypatch.setattr("train.requests.stream", lambda *args, **options: iter([tokens]))
     asked = request("sparse", {"until": "cafe\u0301"})
     assert Harness(served).generate_until([asked]) == ["un "]
 

@@ -15,7 +15,7 @@ from train.calibration import calibration_batches
 from train.data.tokenizer import train_tokenizer
 from train.export import export_run, main
 from train.generate import main as generate_main
-from train.texts import masked_ids
+from train.prompts import masked_ids
 
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 

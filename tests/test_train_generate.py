@@ -11,11 +11,11 @@ import tokenizers
 from jobs import save_run
 
 from slope_jax import models
-from train import serving
+from train import evaluate, serving
 from train.data.tokenizer import BERT_SPECIALS, train_tokenizer, vocabulary_from_json
 from train.generate import main
+from train.prompts import carries_space, masked_ids
 from train.serving import Served
-from train.texts import carries_space, masked_ids
 
 COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
 
@@ -73,7 +73,14 @@ def test_a_bert_gives_five_candidates_or_as_many_as_are_asked_for(filled, capsys
 
 @pytest.mark.parametrize(
     "option",
-    ["--temperature=0", "--top-p=0.5", "--stop=a", "--max-new-tokens=3", "--seed=0"],
+    [
+        "--temperature=0",
+        "--top-p=0.5",
+        "--stop=a",
+        "--max-new-tokens=3",
+        "--seed=0",
+        "--special-tokens",
+    ],
 )
 def test_a_bert_refuses_what_a_decoder_alone_takes(filled, tmp_path, capsys, option):
     assert filled("--prompt=[MASK]", option, f"--save={tmp_path / 'saved'}") == 2
@@ -145,11 +152,64 @@ def test_unreadable_text_is_refused_by_the_name_of_its_option(capsys, option, me
         ("--seed=-1", "--seed=-1 must lie in [0, 2**31)"),
         ("--top-k=0", "--top-k=0 must be 1 or more"),
         ("--max-new-tokens=0", "--max-new-tokens=0 must be 1 or more"),
+        ("--temperature=-1", "temperature=-1.0 must not be negative or infinite"),
+        ("--temperature=nan", "temperature=nan must not be"),
+        ("--top-p=0", "top_p=0.0 must be a probability in (0, 1]"),
+        ("--top-p=1.5", "top_p=1.5 must be a probability in (0, 1]"),
     ],
 )
 def test_numbers_out_of_range_are_refused_before_the_model_is_loaded(capsys, option, message):
-    assert main(["--checkpoint=run", "--prompt=a", "--temperature=1", option]) == 2
+    temperature = [] if option.startswith("--temperature") else ["--temperature=1"]
+    assert main(["--checkpoint=run", "--prompt=a", *temperature, option]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [main, evaluate.main])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nA\nB"
+            ),
+            "error: Out of memory allocating 9 bytes; give ",
+        ),
+        (MemoryError("Unable to allocate 9 GiB"), "error: Unable to allocate 9 GiB; give "),
+        (MemoryError(), "error: out of memory; give "),
+    ],
+)
+def test_too_little_memory_ends_in_one_line(monkeypatch, capsys, command, error, said):
+    monkeypatch.setattr("train.serving.load", mock.Mock(side_effect=error))
+    what = "--prompt=a" if command is main else "--data=docs"
+    assert command(["--checkpoint=run", what]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(said)
+    assert ("--batch" in err) == (command is not main)
+    assert err.count("\n") == 1
+
+
+def test_other_errors_of_the_runtime_are_bugs(monkeypatch):
+    error = jax.errors.JaxRuntimeError("INTERNAL: what")
+    monkeypatch.setattr("train.serving.load", mock.Mock(side_effect=error))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: what"):
+        main(["--checkpoint=run", "--prompt=a"])
+
+
+def test_as_many_tokens_as_fit_are_made_where_none_are_asked_for(written, capsys):
+    asked = []
+
+    def stream(model, variables, ids, *, max_new_tokens, **options):
+        asked.append((ids.shape[1], max_new_tokens))
+        return iter([np.array([[7]], np.int32)])
+
+    for prompt, said in (("a", False), ("a" * 100, True)):
+        written("a")  # the model
+        with mock.patch("slope_jax.generate.stream", stream):
+            assert main(["--checkpoint=run", f"--prompt={prompt}"]) == 0
+        width, count = asked.pop()
+        assert count == min(64, 128 - width)
+        assert ("new tokens, not 64: no more fit behind" in capsys.readouterr().err) == said
+    assert count < 64
 
 
 @pytest.mark.parametrize("stop", [COMPOSED, DECOMPOSED])

@@ -17,6 +17,7 @@ from train import evaluate, serving
 from train.data.tokenizer import train_tokenizer
 from train.generate import main
 from train.harness import Harness
+from train.prompts import encoded
 from train.texts import complete
 
 pytest.importorskip("safetensors", reason="safetensors is not installed")
@@ -258,6 +259,41 @@ def test_prompts_begin_and_end_as_those_of_transformers(torch, transformers, imp
     (nats,) = harness.loglikelihood_rolling([Request((PROMPTS[0],))])
     theirs = perplexity_of_windows(torch, model, ids, 40, 40) * (len(ids) - 1)
     assert -nats == pytest.approx(theirs, rel=1e-4)
+
+
+def test_special_tokens_that_a_prompt_spells_are_those_of_transformers(
+    torch, transformers, imported, tmp_path, capsys
+):
+    """What a chat template writes: turns that end, behind the token that begins a text, or without it."""
+    model, given = imported["llama"]
+    folder = shutil.copytree(given, tmp_path / "llama")
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    begin = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", begin)]
+    )
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    theirs.save_pretrained(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    put(folder, "config.json", eos_token_id=tokenizer.token_to_id("</s>"))
+    served = serving.from_hf(folder, dtype="float32")
+    said = "Sparse kernel</s>mask values"
+    for text, ahead in ((said, True), ("</s>", True), ("", True), (f"<s>{said}", False)):
+        expected = theirs(text, add_special_tokens=ahead).input_ids
+        assert encoded(served, [text], special_tokens=True) == [expected]
+        as_text = theirs(text, split_special_tokens=True).input_ids
+        assert encoded(served, [text]) == [as_text]
+    ids = theirs(said).input_ids
+    assert tokenizer.token_to_id("</s>") in ids
+    made = theirs_continued(torch, model, ids, 12)
+    expected = theirs.decode([*ids, *made]).removeprefix(theirs.decode(ids)).split("</s>")[0]
+    assert complete(served, said, max_new_tokens=12, special_tokens=True) == [expected]
+    assert complete(served, said, max_new_tokens=12) != [expected]
+    options = [f"--checkpoint={folder}", "--dtype=float32", f"--prompt={said}"]
+    assert main([*options, "--max-new-tokens=12", "--special-tokens"]) == 0
+    assert capsys.readouterr().out == f"{said}{expected}\n"
 
 
 @pytest.mark.filterwarnings("ignore")  # the harness and what it imports are not ours

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from slope_jax import generate as module
 from slope_jax import models
 from slope_jax.generate import generate
 from train.data.tokenizer import train_tokenizer, vocabulary_from_json
@@ -58,6 +59,26 @@ def test_a_seed_samples_the_same_again(served):
     key = jax.random.key(options.pop("seed"))
     assert found == behind(served, *alone(served, "Some", key=key, **options))
     assert complete(served, "Some", max_new_tokens=20, temperature=1.5, seed=8) != [found]
+
+
+def test_the_first_prompt_alone_waits_for_programs(served):
+    """Others of up to 64 tokens, with any number of new ones, find them."""
+    expected = behind(served, *alone(served, "words " * 11))
+    complete(served, "Some words", max_new_tokens=5)
+    programs = (module._start, module._advance, module._made)
+    before = [program._cache_size() for program in programs]
+    for words, count in ((1, 16), (5, 64), (11, 9), (11, 20)):
+        (found,) = complete(served, "words " * words, max_new_tokens=count)
+    assert found == expected
+    assert [program._cache_size() for program in programs] == before
+
+
+def test_as_many_tokens_as_fit_are_made_where_none_are_asked_for(served):
+    ids = served.vocabulary.encode("a" * 100)
+    for prompt, count in (("a", 64), ("a" * 100, 128 - len(ids))):
+        (last,) = list(continuations(served, prompt))[-1]
+        assert last.tokens == count or last.ended
+    assert count < 64
 
 
 def test_a_stop_ends_a_text_and_what_is_settled_stays(served):
@@ -173,6 +194,8 @@ def test_a_stop_may_be_one_text_or_none(served):
         ([], {}, "at least one prompt"),
         (3, {}, "prompts=3 must be a text or several"),
         (["a", 3], {}, r"prompts=\['a', 3\] must be a text or several"),
+        (["a", "a\ud800b"], {}, r"prompts, number 1: not UTF-8, '\\ud800' at character 1; give"),
+        ("a", {"stops": "\udcff"}, "stops, number 0: not UTF-8"),
         ("a", {"stops": [3]}, r"stops=\[3\] must be a text or several"),
         ("a", {"stops": ""}, "no empty text to stop at"),
         ("a", {"seed": None, "temperature": 1.0}, r"seed=None must be an integer in \[0, 2"),

@@ -19,7 +19,8 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from train.generate import check_place, exit_code, option, warn_of_length
+from train.command import check_place, exit_code, option
+from train.generate import warn_of_length
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from train.serving import Served
 
 MOST_WINDOW = 4096  # tokens where none are asked for: some imported models have 131,072 positions
+_LESS_MEMORY = (
+    "give a lower --batch, a lower --window with --data, or --dtype=bfloat16 where it is float32"
+)
 # Options that one of the two ways takes alone.
 _OF_MODE = {
     "data": ("held_out", "max_tokens", "window", "stride", "cache_dir"),
@@ -35,8 +39,8 @@ _OF_MODE = {
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command; 0 if it is done, 1 if files failed, 2 for bad input."""
-    return exit_code(_run, _arguments(args))
+    """Run the command; 0 if it is done, 1 if files or the memory failed, 2 for bad input."""
+    return exit_code(_run, _arguments(args), less_memory=_LESS_MEMORY)
 
 
 def perplexity(
@@ -302,7 +306,9 @@ def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
         "--window", type=int, help="tokens; the run's longest sequence by default, at most 4096"
     )
     parser.add_argument("--stride", type=int, help="tokens; half a window by default")
-    parser.add_argument("--batch", type=int, default=8, help="windows at a time")
+    parser.add_argument(
+        "--batch", type=int, default=8, help="most windows, or requests of tasks, at a time"
+    )
     parser.add_argument("--tasks", help="of the LM Evaluation Harness: names or .yaml files, a,b")
     parser.add_argument(
         "--shots", type=int, help="solved examples ahead of each; the task's if not given"

@@ -19,8 +19,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from train.generate import check_new, exit_code, option
-from train.texts import carries_space
+from train.command import check_new, exit_code, option
+from train.prompts import carries_space
 
 if TYPE_CHECKING:
     import tokenizers
@@ -28,10 +28,14 @@ if TYPE_CHECKING:
     from train.data.tokenizer import Vocabulary
     from train.serving import Served, Trained
 
+_LESS_MEMORY = (
+    "run it where there is more memory, or give a lower --calibration-length with --calibration"
+)
+
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command; 0 if it is done, 1 if files failed, 2 for bad input."""
-    return exit_code(_run, _arguments(args))
+    """Run the command; 0 if it is done, 1 if files or the memory failed, 2 for bad input."""
+    return exit_code(_run, _arguments(args), less_memory=_LESS_MEMORY)
 
 
 def export_run(

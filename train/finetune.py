@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from train.generate import quiet
+from train.command import quiet
 
 if TYPE_CHECKING:
     from train.tasks import FinetuneConfig

@@ -9,64 +9,28 @@ run was given --dtype=float32, or `--save-dtype` says otherwise.
 """
 
 import argparse
-import io
-import logging
-import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from train.texts import CHUNK, NEW_TOKENS, continuations, encoded, masked_ids
+from train.command import check_new, exit_code, option
+from train.prompts import encoded, masked_ids, utf8_fault
+from train.texts import CHUNK, NEW_TOKENS, continuations, fitting_tokens
 
 if TYPE_CHECKING:
     from train.serving import Served
 
 CANDIDATES = 5  # where none are asked for
 # Options of a decoder alone.
-_OF_DECODERS = ("max_new_tokens", "temperature", "top_p", "stop", "seed")
+_OF_DECODERS = ("max_new_tokens", "temperature", "top_p", "stop", "seed", "special_tokens")
+_LESS_MEMORY = "give fewer or shorter prompts, a lower --max-new-tokens, or --dtype=bfloat16 where it is float32"
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command; 0 if it is done, 1 if files failed, 2 for bad input."""
-    return exit_code(_run, _arguments(args))
-
-
-def exit_code(run: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
-    """What a command returns: 0, or what went wrong, which is said on stderr."""
-    quiet()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # not of a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        run(arguments)
-    except (ValueError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a damaged checkpoint, a full disk
-        explained = error.strerror if error.filename is None else None
-        print(f"error: {explained or error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print()
-        return 130
-    return 0
-
-
-def check_place(path: pathlib.Path, named: str = "--output") -> None:
-    """Raises a ValueError unless something can be written at the path of an option."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir():
-        raise ValueError(f"{named}={path}: {folder} is no folder; name another place")
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"{named}={path}: {folder} is not writable; name another place")
-
-
-def check_new(path: pathlib.Path, named: str = "--output") -> None:
-    """Raises a ValueError unless a folder can be made at the path of an option."""
-    if path.exists():
-        raise ValueError(f"{named}={path} exists already; name a new folder")
-    check_place(path, named)
+    """Run the command; 0 if it is done, 1 if files or the memory failed, 2 for bad input."""
+    return exit_code(_run, _arguments(args), less_memory=_LESS_MEMORY)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -101,6 +65,8 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     """What is wrong whatever the model, before it is read."""
+    from slope_jax.sampling import check_sampling
+
     if arguments.save_dtype and arguments.save is None:
         raise ValueError("--save-dtype is of the folder that --save=FOLDER names")
     if arguments.save is not None:
@@ -111,6 +77,9 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{option(name)}={value} must be 1 or more")
     if arguments.seed is not None and not 0 <= arguments.seed < 2**31:
         raise ValueError(f"--seed={arguments.seed} must lie in [0, 2**31)")
+    # Where none is given, the model may be a BERT, which takes --top-k and says that it takes no other.
+    temperature = 1.0 if arguments.temperature is None else arguments.temperature
+    check_sampling(temperature, arguments.top_k, arguments.top_p)
 
 
 def _check_masked(arguments: argparse.Namespace) -> None:
@@ -122,17 +91,15 @@ def _check_masked(arguments: argparse.Namespace) -> None:
         )
 
 
-def option(name: str) -> str:
-    """As the command line has it."""
-    return "--" + name.replace("_", "-")
-
-
 def _continue(served: "Served", arguments: argparse.Namespace) -> None:
     from slope_jax.memory import cache_bytes
+    from slope_jax.models.cache import cache_slots
     from train.display import size
 
-    prompts = arguments.prompt
-    count = NEW_TOKENS if arguments.max_new_tokens is None else arguments.max_new_tokens
+    prompts, special = arguments.prompt, bool(arguments.special_tokens)
+    longest = max(map(len, encoded(served, prompts, special_tokens=special)))
+    asked = arguments.max_new_tokens
+    count = fitting_tokens(served, longest) if asked is None else asked
     begin = time.perf_counter()
     growing = continuations(
         served,
@@ -143,8 +110,14 @@ def _continue(served: "Served", arguments: argparse.Namespace) -> None:
         top_p=arguments.top_p,
         stops=arguments.stop or (),
         seed=arguments.seed or 0,
+        special_tokens=special,
     )
-    longest = max(map(len, encoded(served, prompts)))
+    if asked is None and count < NEW_TOKENS:
+        print(
+            f"{count} new tokens, not {NEW_TOKENS}: no more fit behind a prompt of {longest}, for the"
+            f" model has {served.model.config.max_positions} positions",
+            file=sys.stderr,
+        )
     warn_of_length(
         served,
         longest + count,
@@ -152,8 +125,8 @@ def _continue(served: "Served", arguments: argparse.Namespace) -> None:
         "Give a shorter prompt or a lower --max-new-tokens",
     )
     print(
-        f"{size(cache_bytes(served.model, len(prompts), longest + count - 1))} of keys and values, for"
-        f" {len(prompts)} x {longest + count - 1} tokens",  # the last one is never read
+        f"{size(cache_bytes(served.model, len(prompts), longest + count))} of keys and values, for"
+        f" {len(prompts)} x {cache_slots(served.model.config, longest + count)} tokens",
         file=sys.stderr,
     )
     print(f"a new token: {paths(served, len(prompts))}", file=sys.stderr)
@@ -233,19 +206,10 @@ def _fill(served: "Served", arguments: argparse.Namespace) -> None:
             print(f"  {number}: {', '.join(words)}")
 
 
-def quiet() -> None:
-    """Keeps libraries from writing into what is generated."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.getLogger("absl").setLevel(logging.ERROR)
-
-
 def _text(given: str) -> str:
     """A text of the command line, in which bytes that are no UTF-8 arrive as lone surrogates."""
-    try:
-        given.encode()
-    except UnicodeEncodeError as error:
-        at = f"{given[error.start]!a} at character {error.start}"
-        raise argparse.ArgumentTypeError(f"not UTF-8, {at}; give text in UTF-8") from error
+    if fault := utf8_fault(given):
+        raise argparse.ArgumentTypeError(fault)
     return given
 
 
@@ -276,7 +240,9 @@ def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--prompt", type=_text, action="append", default=[], help="may be given again"
     )
-    parser.add_argument("--max-new-tokens", type=int, help=f"{NEW_TOKENS} if not given")
+    parser.add_argument(
+        "--max-new-tokens", type=int, help=f"{NEW_TOKENS} if not given, or what fits"
+    )
     parser.add_argument("--temperature", type=float, help="0, the default, takes the likeliest")
     parser.add_argument(
         "--top-k",
@@ -288,6 +254,12 @@ def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
         "--stop", type=_stop, action="append", help="text to end at; may be given again"
     )
     parser.add_argument("--seed", type=int, help="of the sampling; 0 if not given")
+    parser.add_argument(
+        "--special-tokens",
+        action="store_true",
+        default=None,
+        help="what spells a special token in a prompt, such as </s>, is that token",
+    )
     parser.add_argument("--save", type=pathlib.Path, help="new folder for the model alone")
     parser.add_argument("--save-dtype", choices=("bfloat16", "float32"), help="of its weights")
     return parser.parse_args(args)

@@ -2,19 +2,20 @@
 
 import functools
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import Any
 
-import jax
 import numpy as np
 
-from slope_jax.generate import stream
 from slope_jax.prompts import is_integer
+from slope_jax.sampling import check_sampling
 from train.evaluate import check_decoder
+from train.prompts import start_token, with_special_tokens
+from train.requests import Request, generated
 from train.scoring import score, strided_windows
 from train.serving import Served
-from train.texts import CHUNK, continued_text, stop_texts
+from train.texts import stop_texts
 
 MAX_NEW_TOKENS = 256  # where a task does not say
 _COUNTS = (
@@ -39,7 +40,7 @@ class Harness:
 
     Args:
       served: what `train.serving.load` gives, a decoder.
-      batch_size: requests at a time.
+      batch_size: most requests at a time; of those that generate, with equal options but for stops.
       add_bos_token: False leaves out what the tokenizer puts ahead, as that of `HFLM` does.
       seed: of tasks that sample, an integer in [0, 2**31).
     """
@@ -52,10 +53,9 @@ class Harness:
             raise ValueError(f"seed={seed!r} must be an integer in [0, 2**31)")
         self.served, self.size, self.seed = served, batch_size, seed
         self.longest = served.longest
-        self.tokenizer = served.vocabulary.copy()
-        self.tokenizer.encode_special_tokens = False  # what spells a token is one
+        self.tokenizer = served.vocabulary.with_special_tokens
         self.beginning = served.beginning if add_bos_token else []
-        self.start = _start(served)
+        self.start = start_token(served)
         names = {
             token: self.tokenizer.id_to_token(token) for token in served.vocabulary.specials.all
         }
@@ -128,8 +128,10 @@ class Harness:
         ]
         for who, _, options in named:
             self._check(who, options)
-        begun = [self._begun(number, *asked) for number, asked in enumerate(named)]
-        return [self._finished(*one) for one in begun]
+        asked = [self._asked(context, options) for _, context, options in named]
+        return generated(
+            self.served, asked, batch_size=self.size, seed=self.seed, specials=self.specials
+        )
 
     def _check(self, who: str, options: dict[str, Any]) -> None:
         known = [*_OPTIONS, *(["num_beams"] if options.get("num_beams") == 1 else [])]
@@ -146,47 +148,21 @@ class Harness:
                 f" {self.longest} tokens, the longest of the run; evaluate a model trained on longer"
                 " ones"
             )
+        vocab_size = self.served.model.config.vocab_size
+        if how := _sampling(options, vocab_size):
+            try:
+                check_sampling(**how, vocab_size=vocab_size)
+            except ValueError as error:
+                raise ValueError(f"{who}: {error}") from error
 
-    def _begun(
-        self, number: int, who: str, context: str, options: dict[str, Any]
-    ) -> tuple[Iterator[np.ndarray], list[str]]:
-        """The tokens to come, of which none is made yet, and what they stop at."""
+    def _asked(self, context: str, options: dict[str, Any]) -> Request:
         stops = options.get("until") or []
         stops = stop_texts(self.served.vocabulary, [stops] if isinstance(stops, str) else stops)
         wanted = _wanted(options)
         count = wanted if wanted < self.longest else self.longest // 2
-        room = self.longest - count
-        prompt = (self._encode(context) or [self.start])[-room:]
-        width = min(room, -(-len(prompt) // 64) * 64)  # few shapes to compile
-        ids = np.zeros((1, width), np.int32)
-        ids[0, : len(prompt)] = prompt
-        how = _sampling(options, self.served.model.config.vocab_size)
-        if how:
-            how["key"] = jax.random.fold_in(jax.random.key(self.seed), number)
-        try:
-            pieces = stream(
-                self.served.model,
-                self.served.variables,
-                ids,
-                lengths=np.array([len(prompt)]),
-                max_new_tokens=count,
-                chunk=CHUNK,
-                end_token=self.served.ends,
-                **how,
-            )
-        except ValueError as error:
-            raise ValueError(f"{who}: {error}") from error
-        return pieces, stops
-
-    def _finished(self, pieces: Iterator[np.ndarray], stops: list[str]) -> str:
-        text, tokens = "", []
-        unseen = {i for i, name in self.specials.items() if not any(name in stop for stop in stops)}
-        for piece in pieces:
-            tokens.extend(token for token in piece[0].tolist() if token not in unseen)
-            text, ended = continued_text(self.served, [], tokens, stops)
-            if ended:
-                break
-        return text
+        prompt = (self._encode(context) or [self.start])[-(self.longest - count) :]
+        sampling = _sampling(options, self.served.model.config.vocab_size)
+        return Request(prompt, count, sampling, stops)
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Tokens of both, those of the continuation from where they are not the context's alone.
@@ -214,20 +190,11 @@ class Harness:
 
     def _encode(self, text: str) -> list[int]:
         """Ids, behind what the tokenizer puts ahead, unless the text begins with that by name."""
-        spelled = text.startswith(self.tokenizer.decode([self.start], skip_special_tokens=False))
-        return self._bare(text) if spelled else [*self.beginning, *self._bare(text)]
+        return with_special_tokens(self.served, text, self.beginning)
 
     def _score(self, pieces):
         model, variables = self.served.model, self.served.variables
         return score(model, variables, pieces, batch_size=self.size)
-
-
-def _start(served: Served) -> int:
-    """What a text begins with where something must: its first token by name, else what ends texts."""
-    named = served.about.get("imported", {}).get("bos")
-    if named is not None:
-        return named
-    return [*served.beginning, served.vocabulary.specials.end_of_text][0]
 
 
 def _wanted(options: dict[str, Any]) -> int:

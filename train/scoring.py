@@ -1,7 +1,7 @@
 """How likely a trained decoder finds given tokens, in windows of a fixed size."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -61,6 +61,29 @@ def strided_windows(count: int, window: int, stride: int) -> list[Window]:
     return windows
 
 
+def batches(items: Sequence[Any], most: int) -> tuple[int, list[Sequence[Any]]]:
+    """The rows to which groups are to be filled up, and groups of up to `most` items, of about one size.
+
+    Of rows there are few numbers, so that few programs are compiled: powers of two up to 8, multiples of
+    8, and `most`.
+
+    Raises:
+      ValueError: `most`, a batch size, is not positive.
+
+    >>> batches("abcdefghi", 5), batches("abcdefg", 100)
+    ((5, ['abcde', 'fghi']), (8, ['abcdefg']))
+    """
+    if most < 1:
+        raise ValueError(f"batch_size={most} must be 1 or more")
+    if not items:
+        return 0, []
+    count = -(-len(items) // most)
+    size = -(-len(items) // count)
+    step = min(8, 1 << (size - 1).bit_length())
+    rows = min(most, -(-size // step) * step)
+    return rows, [items[i : i + size] for i in range(0, len(items), size)]
+
+
 def score(
     model: Decoder,
     variables: Mapping[str, Any],
@@ -76,14 +99,12 @@ def score(
     Args:
       model: a causal decoder; with `variables` best from `inference_variables`.
       pieces: int32 tokens, 2 .. max_positions + 1 of them, and 1 <= n < tokens.
-      batch_size: pieces at a time.
+      batch_size: most pieces at a time.
       advance: called with the number of pieces that were just scored.
 
     Raises:
       ValueError: a piece is too short or too long, or `batch_size` is not positive.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be 1 or more")
     most = model.config.max_positions
     for tokens, n in pieces:
         if not (1 <= n < len(tokens) <= most + 1):
@@ -93,11 +114,12 @@ def score(
             )
     order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i][0]))
     results: list[Scores | None] = [None] * len(pieces)
-    for group in _groups(order, batch_size):
+    rows, groups = batches(order, batch_size)
+    for group in groups:
         longest = len(pieces[group[0]][0]) - 1
         width = min(most, SHORTEST * 2 ** max(0, (longest - 1) // SHORTEST).bit_length())
-        ids = np.zeros((batch_size, width), np.int32)
-        labels = np.zeros((batch_size, width), np.int32)
+        ids = np.zeros((rows, width), np.int32)
+        labels = np.zeros((rows, width), np.int32)
         for row, i in enumerate(group):
             tokens = pieces[i][0]
             ids[row, : len(tokens) - 1], labels[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
@@ -115,8 +137,3 @@ def _score(model: Decoder, variables, ids: jax.Array, labels: jax.Array):
     # The padding is to the right, where causal attention does not look.
     nats, best = cross_entropy(model.apply(variables, ids), labels)
     return nats, best == labels
-
-
-def _groups(order: Iterable[int], size: int) -> Iterable[list[int]]:
-    order = list(order)
-    return [order[i : i + size] for i in range(0, len(order), size)]

@@ -1,20 +1,18 @@
-"""Text in, text out: what a served model continues or fills, in words instead of ids."""
+"""Text in, text out: what a served model continues, in words instead of ids."""
 
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
+from train.prompts import encoded, padded_rows, utf8_fault
 
 if TYPE_CHECKING:
-    import tokenizers
-
     from train.data.tokenizer import Vocabulary
     from train.serving import Served
 
 CHUNK = 8  # tokens that are made between two looks at them
-NEW_TOKENS = 64  # where none are asked for
+NEW_TOKENS = 64  # where none are asked for, and so many fit
 _BYTE = re.compile("<0x([0-9A-F]{2})>")  # a token that is a byte, in vocabularies such as LLaMA 2's
 
 
@@ -55,24 +53,29 @@ def continuations(
     served: "Served",
     prompts: str | Sequence[str],
     *,
-    max_new_tokens: int = NEW_TOKENS,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
     stops: str | Sequence[str] | None = (),
     seed: int = 0,
+    special_tokens: bool = False,
 ) -> Iterator[list[Continuation]]:
     """Texts as they grow: of each prompt, the first token, then a few more at a time.
 
     Args:
       served: a GPT-2, OPT, LLaMA or Mistral, from `serving.load`.
       prompts: a text, or several, which are continued together.
-      max_new_tokens, temperature, top_k, top_p: as for `slope_jax.generate.generate`.
+      max_new_tokens: of each prompt; None: 64, or as many as the model has positions for.
+      temperature, top_k, top_p: as for `slope_jax.generate.generate`.
       stops: a text that ends a continuation, ahead of `max_new_tokens`, or several; None: no text does.
       seed: of the sampling, an integer in [0, 2**31).
+      special_tokens: whether what spells a special token in a prompt, such as "</s>", is that token, as
+        what a chat template writes means it; else it is text like any other.
 
     Raises:
-      ValueError: no prompt, an empty stop, a model that does not generate, or an option out of range.
+      ValueError: no prompt, an empty stop, text that is not UTF-8, a model that does not generate, or an
+        option out of range.
     """
     import jax
 
@@ -85,11 +88,10 @@ def continuations(
     if not is_integer(seed) or not 0 <= seed < 2**31:
         raise ValueError(f"seed={seed!r} must be an integer in [0, 2**31)")
     vocabulary = served.vocabulary
-    rows = encoded(served, prompts)
-    lengths = np.array([len(row) for row in rows])
-    ids = np.zeros((len(rows), lengths.max()), np.int32)
-    for padded, row in zip(ids, rows, strict=True):
-        padded[: len(row)] = row
+    rows = encoded(served, prompts, special_tokens=special_tokens)
+    ids, lengths = padded_rows(rows)
+    if max_new_tokens is None:
+        max_new_tokens = fitting_tokens(served, ids.shape[1])
     pieces = stream(
         served.model,
         served.variables,
@@ -111,7 +113,15 @@ def _texts(name: str, given: str | Sequence[str]) -> list[str]:
     texts = list(texts) if isinstance(texts, Iterable) else [texts]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{name}={given!r} must be a text or several")
+    for number, text in enumerate(texts):
+        if fault := utf8_fault(text):
+            raise ValueError(f"{name}, number {number}: {fault}")
     return texts
+
+
+def fitting_tokens(served: "Served", longest: int) -> int:
+    """New tokens behind a prompt of `longest` tokens where none are asked for."""
+    return max(1, min(NEW_TOKENS, served.model.config.max_positions - longest))
 
 
 def _grown(served, prompts, pieces, stops) -> Iterator[list[Continuation]]:
@@ -126,12 +136,6 @@ def _grown(served, prompts, pieces, stops) -> Iterator[list[Continuation]]:
         yield found
         if all(row.ended for row in found):
             return
-
-
-def encoded(served: "Served", prompts: Sequence[str]) -> list[list[int]]:
-    """Ids of each prompt; of an empty one, what is ahead of a text, or the end of another."""
-    rows = ([*served.beginning, *served.vocabulary.encode(text)] for text in prompts)
-    return [row or [served.ends[0]] for row in rows]
 
 
 def continued_text(
@@ -230,27 +234,3 @@ def _settled(served: "Served", prompt: list[int], tokens: list[int], stops: Sequ
     text = continued_text(served, prompt, tokens, ())[0].rstrip("\ufffd")
     begun = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
     return len(text) - max(begun, default=0)
-
-
-def masked_ids(vocabulary: "Vocabulary", text: str) -> list[int]:
-    """A text's ids as a BERT reads it, each [MASK] in the place of a word and the space it carries.
-
-    Raises:
-      ValueError: no [MASK] is there.
-    """
-    specials = vocabulary.specials
-    mask = vocabulary.tokenizer.id_to_token(specials.mask)
-    *pieces, last = text.split(mask)  # in a text, the name of a special token is just text
-    if not pieces:
-        raise ValueError(f"{text!r} has no {mask}; a BERT fills masks and does not continue")
-    space = " " if carries_space(vocabulary.tokenizer) else ""
-    ids = [specials.cls]
-    for piece in pieces:
-        ids += [*vocabulary.encode(piece.removesuffix(space)), specials.mask]
-    return [*ids, *vocabulary.encode(last), specials.sep]
-
-
-def carries_space(tokenizer: "tokenizers.Tokenizer") -> bool:
-    """Whether a word's tokens hold the space ahead of it: in byte-level BPE, not in WordPiece."""
-    splits = tokenizer.pre_tokenizer
-    return splits is not None and splits.pre_tokenize_str("a b")[-1][0] != "b"

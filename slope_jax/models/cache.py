@@ -7,6 +7,34 @@ import jax.numpy as jnp
 from slope_jax.models.config import TransformerConfig
 
 CACHE = "cache"
+WIDTH_STEP, SLOTS_STEP = 64, 256  # the coarser, the fewer programs, and the more that is padding
+
+
+def prompt_width(config: TransformerConfig, tokens: int) -> int:
+    """To which generation pads prompts of so many tokens: one program reads those of one width.
+
+    >>> from slope_jax.models import build
+    >>> config = build("llama-nano", max_positions=400).config
+    >>> [prompt_width(config, tokens) for tokens in (1, 64, 65, 390)]
+    [64, 64, 128, 400]
+    """
+    return min(_rounded(tokens, WIDTH_STEP), config.max_positions)
+
+
+def cache_slots(config: TransformerConfig, tokens: int) -> int:
+    """Slots of the cache that generation makes for sequences of so many tokens, new ones included.
+
+    >>> from slope_jax.models import build
+    >>> config = build("llama-nano", max_positions=400).config
+    >>> [cache_slots(config, tokens) for tokens in (1, 257, 258)]
+    [256, 256, 400]
+    """
+    read = max(1, tokens - 1)  # the last one never is
+    return min(_rounded(read, SLOTS_STEP), config.max_positions)
+
+
+def _rounded(count: int, step: int) -> int:
+    return -(-count // step) * step
 
 
 def init_cache(config: TransformerConfig, batch: int, length: int) -> dict[str, Any]:

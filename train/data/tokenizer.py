@@ -1,5 +1,6 @@
 """The tokenizer: trained once on the training documents, or loaded from a file."""
 
+import functools
 import logging
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -57,6 +58,13 @@ class Vocabulary:
     def copy(self) -> tokenizers.Tokenizer:
         """Another tokenizer of the kind, for others to change."""
         return tokenizers.Tokenizer.from_str(self.to_json())
+
+    @functools.cached_property
+    def with_special_tokens(self) -> tokenizers.Tokenizer:
+        """Of the kind, but what spells a special token in a text is that token."""
+        tokenizer = self.copy()
+        tokenizer.encode_special_tokens = False
+        return tokenizer
 
     def save(self, path: Path | str) -> None:
         """Writes ``tokenizer.json``: the old file or the new one, never a part."""
