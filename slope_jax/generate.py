@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,12 +12,11 @@ import numpy as np
 from pallas_kernels.epilogue import RANK_MULTIPLE, padded_rank
 from slope_jax.dense import ADAPTER_L, ADAPTER_R
 from slope_jax.models.cache import CACHE, cache_slots, init_cache, prompt_width
+from slope_jax.models.casting import is_cast
 from slope_jax.models.decoder import Decoder
-from slope_jax.models.stack import unstack_layers
+from slope_jax.models.stack import Path, unstack_layers
 from slope_jax.prompts import checked_prompts, is_integer
 from slope_jax.sampling import check_sampling, checked_key, draw, likely
-
-_CAST = ("kernel", "embedding", ADAPTER_L, ADAPTER_R)
 
 
 class Generation(NamedTuple):
@@ -45,12 +44,21 @@ def inference_variables(
 
 
 def with_layers_apart(
-    model: Decoder, variables: Mapping[str, Any]
+    model: Decoder, variables: Mapping[str, Any], place: Callable[[Path, Any], Any] | None = None
 ) -> tuple[Decoder, dict[str, Any]]:
-    """`inference_variables`, the adapters of the rank that they have."""
-    params = cast_weights(variables["params"], model.config.dtype)
+    """`inference_variables`, the adapters of the rank that they have.
+
+    `place` gets each leaf of the result with its path, collection first, as soon as it is made, and
+    gives what stands there: of variables in NumPy, so that a device never holds more than it keeps.
+    """
+
+    def converted(path: Path, leaf: Any) -> Any:
+        if path[0] == "params" and is_cast(path[-1]):
+            leaf = leaf.astype(model.config.dtype)
+        return leaf if place is None else place(path, leaf)
+
     single = type(model)(dataclasses.replace(model.config, scan=False, remat=False))
-    return single, unstack_layers({**variables, "params": params})
+    return single, unstack_layers(variables, converted)
 
 
 def with_padded_ranks(
@@ -68,13 +76,6 @@ def with_padded_ranks(
     rank += -rank % RANK_MULTIPLE
     padded = type(model)(dataclasses.replace(model.config, adapter_rank=rank))
     return padded, {**variables, "params": params}
-
-
-def cast_weights(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
-    """Parameters with kernels, tables and adapters in a dtype, which norms and biases do not get."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.astype(dtype) if path[-1].key in _CAST else leaf, params
-    )
 
 
 def generate(

@@ -145,8 +145,27 @@ def test_shards(transformers, bert, tmp_path):
     equal(models.from_hf(tmp_path)[1], models.from_hf(folder)[1])
     lost = sorted(tmp_path.glob("model-*.safetensors"))[1]
     lost.unlink()
-    with pytest.raises(ValueError, match=f"{lost.name} is missing; the folder holds"):
+    remedy = "index.json names all shards of the model: copy or download the missing again"
+    with pytest.raises(ValueError, match=f"{lost.name} is missing; the folder holds .*{remedy}"):
         models.from_hf(tmp_path)
+
+
+@pytest.mark.parametrize("left", ["index", "single"])
+def test_a_folder_that_was_saved_again_is_read_as_transformers_reads_it(
+    torch, transformers, bert, tmp_path, left
+):
+    """In one file beside the index of its shards, or in shards beside the file that it was in."""
+    theirs, _ = bert
+    sizes = ["20KB", "1GB"] if left == "index" else ["1GB", "20KB"]
+    for factor, size in zip((1.0, 0.5), sizes, strict=True):
+        changed = type(theirs)(theirs.config)
+        changed.load_state_dict({k: factor * v for k, v in theirs.state_dict().items()})
+        changed.save_pretrained(tmp_path, safe_serialization=True, max_shard_size=size)
+    assert len(list(tmp_path.glob("model.safetensors*"))) == 2
+    read = type(theirs).from_pretrained(tmp_path).eval()
+    with pytest.warns(UserWarning, match=r"holds model.safetensors and .*index.json: the first is"):
+        model, variables = models.from_hf(tmp_path, sparsity="dense")
+    assert_bert_agrees(torch, read, model, variables)
 
 
 # Folders written by hand need neither torch nor transformers.
@@ -345,6 +364,7 @@ def put(name, content):
 
 
 def index(folder, weight_map):
+    (folder / "model.safetensors").unlink(missing_ok=True)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
@@ -360,6 +380,19 @@ def shards_cut_off(folder):
 
 def shards_missing(folder):
     index(folder, {"wte.weight": "b.safetensors", "wpe.weight": "a.safetensors"})
+
+
+def index_names_too_much(folder):
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    index(folder, dict.fromkeys([*gpt2_tensors(), "ghost"], "a.safetensors"))
+
+
+def index_is_empty(folder):
+    index(folder, {})
+
+
+def for_pytorch(folder):
+    (folder / "model.safetensors").rename(folder / "semi_structured.safetensors")
 
 
 def bert_under_the_name_of_gpt2(folder):
@@ -387,13 +420,9 @@ def stored_twice(folder):
             lambda folder: index(folder, {"wte.weight": "../model.safetensors"}),
             r"index.json names files that are not in the folder: \.\./model.safetensors",
         ),
-        (
-            lambda folder: index(
-                folder, dict.fromkeys([*gpt2_tensors(), "ghost"], "model.safetensors")
-            ),
-            "names tensors that no shard holds: ghost",
-        ),
-        (put("model.safetensors.index.json", "{}"), "has no 'weight_map'"),
+        (index_names_too_much, "names tensors that no shard holds: ghost"),
+        (index_is_empty, "has no 'weight_map'"),
+        (for_pytorch, r"2:4 tensors for PyTorch, .* Give what they were exported from, or export"),
         (stored_twice, r"holds tensors more than once: ln_f.bias$"),
         (
             bert_under_the_name_of_gpt2,

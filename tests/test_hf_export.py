@@ -11,8 +11,8 @@ from exports import FAMILIES, SMALL, load_theirs, logits_of_ours, logits_of_thei
 from parity import close, randomised
 
 from slope_jax import models
-from slope_jax.generate import cast_weights
 from slope_jax.models import hf_export, hf_files
+from slope_jax.models.casting import cast_weights
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
 

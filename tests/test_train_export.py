@@ -186,6 +186,10 @@ def test_other_forms_and_what_is_wrong(tmp_path, small_text, capsys, monkeypatch
         assert example.dtype == np.float16
         assert json.loads((folder / "config.json").read_text())["eos_token_id"] == 0
         assert (folder / "tokenizer.json").is_file()
+    with pytest.raises(
+        ValueError, match=r"holds 2:4 tensors for PyTorch, .* which are not read back"
+    ):
+        serving.load(tmp_path / "run1packed")
     capsys.readouterr()
     for wrong, message in (
         ([f"--output={tmp_path / 'saved'}"], "exists already"),

@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from flax import traverse_util
 from orbax.checkpoint import checkpoint_managers
 
 from pallas_kernels.files import FULL, UNWRITABLE
@@ -145,14 +147,19 @@ class Checkpoints:
         key = jax.random.wrap_key_data(items.pop("key"))
         return shapes.replace(**items), key
 
-    def restore_weights(self, step: int, shapes: TrainState) -> tuple[Any, Any]:
-        """Parameters and masks alone; `shapes` is the abstract state of the checkpoint."""
+    def restore_weights(
+        self, step: int, shapes: TrainState, *, on_host: bool = False
+    ) -> tuple[Any, Any]:
+        """Parameters and masks alone; `shapes` is the abstract state of the checkpoint.
+
+        `on_host` gives NumPy arrays, and nothing reaches a device.
+        """
         target = placed({"params": shapes.params, "masks": shapes.masks})
-        arguments = ocp.args.PyTreeRestore(
-            item=target,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-            partial_restore=True,
-        )
+        if on_host:
+            how = jax.tree.map(lambda x: ocp.RestoreArgs(np.ndarray, x.dtype), target)
+        else:
+            how = ocp.checkpoint_utils.construct_restore_args(target)
+        arguments = ocp.args.PyTreeRestore(item=target, restore_args=how, partial_restore=True)
         with self._reading(step):
             items = self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
         return items["params"], items["masks"]
@@ -224,6 +231,12 @@ def placed(shapes: Any) -> Any:
         )
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+
+
+def to_device(path: tuple[str, ...], leaf: Any) -> jax.Array:
+    """One leaf of variables, its path beginning with the collection, where `placed` has it."""
+    (place,) = jax.tree.leaves(placed(traverse_util.unflatten_dict({path: leaf})))
+    return jax.device_put(leaf, place.sharding)
 
 
 def _shares_memory() -> bool:

@@ -59,7 +59,7 @@ def read(
     raw = read_json(folder / CONFIG_FILE)
     known = hf.is_known(raw.get("model_type"))  # if not, `models.from_hf` says which there are
     vocabulary = read_vocabulary(folder, raw) if known else None
-    fields = {"calibration": calibration, "dtype": computes, "scan": False}
+    fields = {"calibration": calibration, "dtype": computes, "scan": False, "for_inference": True}
     try:
         if sparsity is None:
             sparsity = _stored_sparsity(folder, raw)

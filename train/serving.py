@@ -22,15 +22,14 @@ from flax import linen as nn
 from pallas_kernels.files import new_folder, write_atomically
 from slope_jax import TrainState
 from slope_jax.generate import (
-    cast_weights,
-    inference_variables,
     with_layers_apart,
     with_padded_ranks,
 )
+from slope_jax.models.casting import cast_weights
 from slope_jax.models.hf_export import checked_dtype
 from slope_jax.prompts import is_integer
 from train import imported, integrity
-from train.checkpoint import Checkpoints, placed
+from train.checkpoint import Checkpoints, placed, to_device
 from train.config import from_json, to_json
 from train.data.tokenizer import Vocabulary, vocabulary_from_json
 from train.state import abstract_state, compute_dtype, make_setup
@@ -125,6 +124,9 @@ def is_imported(path: pathlib.Path) -> bool:
 def load(path: pathlib.Path | str, *, step: int | None = None, dtype: str | None = None) -> Served:
     """A trained model from a run's folder, one of its checkpoints, what `save` wrote, or Hugging Face.
 
+    The device never has more than the result and one parameter of one layer; a run's float32 weights
+    are in host memory meanwhile.
+
     Args:
       path: RUN, RUN/checkpoints/STEP, the folder given to `save`, or one of Hugging Face, whose
         weights stay as they are (see `from_hf`).
@@ -149,11 +151,12 @@ def load(path: pathlib.Path | str, *, step: int | None = None, dtype: str | None
         if (path / SERVED_FILE).is_file():
             return _load_served(path, dtype)
         return from_hf(path, dtype=dtype or "auto")
-    trained = load_trained(path, step=step)
+    trained = _trained(path, step, on_host=True)
     about = _in_dtype(trained.about, dtype)
     computes = compute_dtype(from_json(about["config"]))
     model = type(trained.model)(dataclasses.replace(trained.model.config, dtype=computes))
-    model, variables = inference_variables(model, trained.variables)
+    model, variables = with_layers_apart(model, trained.variables, to_device)
+    model, variables = with_padded_ranks(model, variables)
     return Served(model, variables, trained.vocabulary, _about(about, model))
 
 
@@ -169,6 +172,7 @@ def from_hf(
     Texts end with any eos_token_id of the folder, else with the tokenizer's usual end of text. Prompts
     begin with what the tokenizer puts ahead of a text (`Served.beginning`), and so does a text that is
     evaluated, and what a task of the LM Evaluation Harness gives as context.
+    Tensors are read, pruned and cast one after the other; what Wanda holds besides, says `prune_wanda`.
 
     >>> served = from_hf("~/models/gpt2", sparsity="2:4")  # doctest: +SKIP
     >>> save(served, "gpt2-2to4")  # doctest: +SKIP
@@ -204,7 +208,11 @@ def load_trained(path: pathlib.Path | str, *, step: int | None = None) -> Traine
       ValueError: there is no run, no checkpoint, or not this one; says what there is.
       DamagedError: files are not what was written, or some are missing.
     """
-    path = _resolved(path, step)
+    return _trained(_resolved(path, step), step)
+
+
+def _trained(path: pathlib.Path, step: int | None, *, on_host: bool = False) -> Trained:
+    """`load_trained`; `on_host` in NumPy arrays."""
     if path.parent.name == "checkpoints" and path.name.isdigit():
         if step not in (None, int(path.name)):
             raise ValueError(
@@ -232,7 +240,7 @@ def load_trained(path: pathlib.Path | str, *, step: int | None = None) -> Traine
             f" checkpoints/STEP, or, to use a model and not to train it, a folder with {SERVED_FILE}"
             " or of Hugging Face"
         )
-    return _from_run(path, step)
+    return _from_run(path, step, on_host)
 
 
 def trained_shapes(about: dict[str, Any], vocabulary: Vocabulary) -> Trained:
@@ -285,7 +293,7 @@ def _resolved(path: pathlib.Path | str, step: Any) -> pathlib.Path:
     return path
 
 
-def _from_run(folder: pathlib.Path, step: int | None) -> Trained:
+def _from_run(folder: pathlib.Path, step: int | None, on_host: bool) -> Trained:
     checkpoints = Checkpoints(folder, keep=1, read_only=True)
     try:
         steps = checkpoints.steps()
@@ -308,7 +316,7 @@ def _from_run(folder: pathlib.Path, step: int | None) -> Trained:
             "adapters": joined,
         }
         shapes = _shapes(about)
-        params, masks = checkpoints.restore_weights(step, shapes)
+        params, masks = checkpoints.restore_weights(step, shapes, on_host=on_host)
         model, variables = _finished(about, shapes.replace(params=params, masks=masks))
         return Trained(model, variables, vocabulary, about)
     finally:

@@ -1,5 +1,6 @@
 """Weights from a Hugging Face folder: config.json and safetensors files."""
 
+import functools
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ from slope_jax.dense import ADAPTER_L, ADAPTER_R
 from slope_jax.models import hf_names
 from slope_jax.models.bert import Bert, BertConfig
 from slope_jax.models.calibration import dense_twin
+from slope_jax.models.casting import is_cast
 from slope_jax.models.config import TransformerConfig
 from slope_jax.models.decoder import Decoder
 from slope_jax.models.gpt2 import GPT2, GPT2Config
@@ -43,11 +45,12 @@ _MODELS = {
 }
 
 
-_compress = jax.jit(compress, static_argnums=1)
-
-
 def load_hf(
-    folder: str | Path, model: Bert | Decoder, *, calibration: Iterable[Any] | None = None
+    folder: str | Path,
+    model: Bert | Decoder,
+    *,
+    calibration: Iterable[Any] | None = None,
+    for_inference: bool = False,
 ) -> dict[str, Any]:
     """Variables of `model` with the weights of a Hugging Face folder.
 
@@ -55,9 +58,9 @@ def load_hf(
     folder, or by Wanda where there is text for it (`prune_wanda`), whatever `mask_init` says; with
     sparsity="dense" the function is that of the folder. Adapters in folder/adapter, LoRA in the form of
     PEFT, are the model's, apart. Rows that pad the vocabulary are zero, and so are the pooler and the
-    NSP head of a BERT that has none (BertForMaskedLM). Tensors are read one after the other, so that
-    little more memory is needed than the result takes; for Wanda the dense weights are in host memory,
-    and on the device one layer at a time.
+    NSP head of a BERT that has none (BertForMaskedLM). Tensors are read, pruned and cast one after the
+    other, so that the device holds the result and one parameter besides, two of a stack of layers;
+    for Wanda the dense weights are in host memory, and on the device one layer at a time.
 
     Args:
       folder: holds config.json and model.safetensors, or model.safetensors.index.json and its
@@ -66,9 +69,11 @@ def load_hf(
         state).
       calibration: batches of tokens (B, S), as `prune_wanda` takes them; None: by magnitude. Of a
         folder without adapters.
+      for_inference: kernels, tables and adapters in the model's `dtype`, as `inference_variables`
+        casts them, so that those of `param_dtype` never are on the device; else all of `param_dtype`.
 
     Returns:
-      {"params": ...} of `param_dtype`, and "masks" if anything is pruned: what `model.init` gives.
+      {"params": ...}, and "masks" if anything is pruned: what `model.init` gives, but for dtypes.
 
     Raises:
       ValueError: a file is missing or damaged, config.json differs from the model (all differences
@@ -80,26 +85,30 @@ def load_hf(
     >>> variables = load_hf("~/models/gpt2", model)  # doctest: +SKIP
     >>> variables = load_hf("~/models/gpt2", model, calibration=[ids])  # doctest: +SKIP
     """
+    dtype = model.config.dtype if for_inference else None
     if calibration is None:
-        return _load(folder, model)
+        return _load(folder, model, dtype)
     check_alone(checked_folder(folder))
     check_model(model)
-    dense = _load(folder, dense_twin(model), on_device=False)
-    return prune_wanda(model, dense, calibration)
+    dense = _load(folder, dense_twin(model), None, on_device=False)
+    return prune_wanda(model, dense, calibration, for_inference=for_inference)
 
 
-def _load(folder: str | Path, model: Bert | Decoder, *, on_device: bool = True) -> dict[str, Any]:
+def _load(
+    folder: str | Path, model: Bert | Decoder, dtype: Any, *, on_device: bool = True
+) -> dict[str, Any]:
+    """Kernels, tables and adapters of a dtype; None: of the parameters'."""
     weights = _weights(folder, model)
     config, pruned = model.config, _pruned_kernels(model.config)
     adapter = _checked_adapter(weights, config)
     variables: dict[str, Any] = {"params": {}, "masks": {}}
     for path, singles in _stacks(config, weights.sources).items():
-        leaves = [_leaf(weights, single, pruned.get(single), on_device) for single in singles]
+        leaves = [_leaf(weights, p, pruned.get(p), dtype, on_device) for p in singles]
         for name, parts in zip(("params", "masks"), zip(*leaves, strict=True), strict=True):
             if parts[0] is not None:
                 variables[name][path] = parts[0] if len(parts) == 1 else jnp.stack(parts)
         if adapter is not None and singles[0] in pruned:
-            pairs = [_adapters(weights, adapter, single, config) for single in singles]
+            pairs = [_adapters(weights, adapter, single, config, dtype) for single in singles]
             for name, parts in zip((ADAPTER_L, ADAPTER_R), zip(*pairs, strict=True), strict=True):
                 at = (*path[:-1], name)
                 variables["params"][at] = parts[0] if len(parts) == 1 else jnp.stack(parts)
@@ -165,7 +174,11 @@ def _has_pattern(kernel: np.ndarray, pattern: Pattern) -> bool:
 
 
 def from_hf(
-    folder: str | Path, *, calibration: Iterable[Any] | None = None, **overrides
+    folder: str | Path,
+    *,
+    calibration: Iterable[Any] | None = None,
+    for_inference: bool = False,
+    **overrides,
 ) -> tuple[Bert | Decoder, dict[str, Any]]:
     """The model that config.json describes, with the folder's adapters, and its variables as of `load_hf`.
 
@@ -174,7 +187,7 @@ def from_hf(
     Args:
       folder: as for `load_hf`; "model_type" in config.json is "bert", "gpt2", "opt", "llama" or
         "mistral".
-      calibration: as for `load_hf`.
+      calibration, for_inference: as for `load_hf`.
       **overrides: fields of the model's configuration, such as sparsity, dtype, dropout.
 
     Raises:
@@ -188,7 +201,7 @@ def from_hf(
         check_adapter(adapter, model.config, family)
         rank = rank_of(adapter, model.config, family)
         model = _built(folder, overrides | {"adapter_rank": rank})
-    return model, load_hf(folder, model, calibration=calibration)
+    return model, load_hf(folder, model, calibration=calibration, for_inference=for_inference)
 
 
 def _built(folder: Path, overrides: dict[str, Any]) -> Bert | Decoder:
@@ -230,23 +243,49 @@ def _family(raw: dict[str, Any], model: Bert | Decoder) -> str:
 
 
 def _adapters(
-    weights: Weights, adapter: Adapter, path: tuple[str, ...], config: TransformerConfig
+    weights: Weights,
+    adapter: Adapter,
+    path: tuple[str, ...],
+    config: TransformerConfig,
+    dtype: Any,
 ) -> list[jax.Array]:
     """adapter_l and adapter_r of one kernel."""
     source, want = weights.sources[path], weights.shapes[path]
     pair = adapter_of(adapter, source, config, *want.shape)
     if not all(np.isfinite(array).all() for array in pair):
         weights.infinite.add(f"{FOLDER}/{source.names[0]}")
-    return [jnp.asarray(array.astype(want.dtype)) for array in pair]
+    return [jnp.asarray(_rounded(array, want.dtype, dtype)) for array in pair]
 
 
-def _leaf(weights: Weights, path: tuple[str, ...], pattern: str | None, on_device: bool):
+def _leaf(
+    weights: Weights, path: tuple[str, ...], pattern: str | None, dtype: Any, on_device: bool
+):
     """A parameter of one layer and its metadata, None where it is dense."""
-    array = array_of(weights, path).astype(weights.shapes[path].dtype)
+    array, full = array_of(weights, path), weights.shapes[path].dtype
+    dtype = dtype if is_cast(path[-1]) else None
     if pattern is None:
+        array = _rounded(array, full, dtype)
         return jnp.asarray(array) if on_device else array, None
-    compressed = _compress(array, pattern)
-    return compressed.values, compressed.metadata
+    if not np.can_cast(
+        array.dtype, full
+    ):  # else the file's dtype has the same values, in fewer bytes
+        array = array.astype(full)
+    return _compress(array, pattern, full if dtype is None else dtype)
+
+
+def _rounded(array: np.ndarray, full: Any, dtype: Any) -> np.ndarray:
+    """Of the dtype of the parameters, then of `dtype`, on the host; at once where that is the same."""
+    if dtype is not None and np.can_cast(array.dtype, full):
+        return array.astype(dtype, copy=False)
+    array = array.astype(full, copy=False)
+    return array if dtype is None else array.astype(dtype, copy=False)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _compress(array: jax.Array, pattern: str, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Values of a dtype, chosen from what the array holds, and metadata."""
+    compressed = compress(array, pattern)
+    return compressed.values.astype(dtype), compressed.metadata
 
 
 def _stacks(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,13 @@ import numpy as np
 
 from slope_jax.models import hf_names
 
+# Files of `export_semi_structured`; not "model": Transformers would fill what it misses there at random.
+SEMI_STRUCTURED = "semi_structured"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_CONVERT = (
+    "Weights in another format become safetensors by from_pretrained and save_pretrained of"
+    " Transformers"
+)
 _FLOATS = ("F32", "F16", "BF16")
 
 
@@ -32,9 +39,17 @@ class Tensor:
 
 
 def checked_folder(folder: str | Path) -> Path:
+    """The folder, if it is one, and none that `export_semi_structured` wrote."""
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the one that holds config.json")
+    weights = (folder / _SINGLE).exists() or (folder / _INDEX).exists()
+    if not weights and any(folder.glob(f"{SEMI_STRUCTURED}*.safetensors")):
+        raise ValueError(
+            f"{folder} holds 2:4 tensors for PyTorch, as train.export --semi-structured writes them,"
+            " which are not read back. Give what they were exported from, or export that again"
+            " without --semi-structured"
+        )
     return folder
 
 
@@ -51,23 +66,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def open_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors by the names that `hf_families` uses, buffers left out."""
-    if (folder / _INDEX).exists():
-        shards = read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise ValueError(f"{folder / _INDEX} has no 'weight_map'; copy or download it again")
-        outside = [str(f) for f in shards.values() if not isinstance(f, str) or f != Path(f).name]
-        if outside:
-            raise ValueError(
-                f"{folder / _INDEX} names files that are not in the folder: {listed(outside)}"
-            )
-        files = sorted(set(shards.values()))
+    """All tensors by the names that `hf_families` uses, buffers left out.
+
+    Of a folder with model.safetensors and an index of shards the first is read, as Transformers does.
+    """
+    if (folder / _SINGLE).is_file() or not (folder / _INDEX).exists():
+        _warn_of_both(folder)
+        opened = open_files(folder, [_SINGLE])
     else:
-        shards, files = {}, [_SINGLE]
-    opened = open_files(folder, files)
-    lost = sorted(set(shards) - {name for name, _ in opened})
-    if lost:
-        raise ValueError(f"{folder / _INDEX} names tensors that no shard holds: {listed(lost)}")
+        opened = _open_shards(folder)
     tensors: dict[str, Tensor] = {}
     twice = []
     for name, tensor in opened:
@@ -82,6 +89,32 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _warn_of_both(folder: Path) -> None:
+    if (folder / _INDEX).exists():
+        warnings.warn(
+            f"{folder} holds {_SINGLE} and {_INDEX}: the first is read, as Transformers does, and the"
+            f" shards are not. Remove {_INDEX}, or {_SINGLE} if the shards are newer",
+            stacklevel=2,
+        )
+
+
+def _open_shards(folder: Path) -> list[tuple[str, Tensor]]:
+    shards = read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f"{folder / _INDEX} has no 'weight_map'; copy or download it again")
+    outside = [str(f) for f in shards.values() if not isinstance(f, str) or f != Path(f).name]
+    if outside:
+        raise ValueError(
+            f"{folder / _INDEX} names files that are not in the folder: {listed(outside)}"
+        )
+    remedy = f"{_INDEX} names all shards of the model: copy or download the missing again"
+    opened = open_files(folder, sorted(set(shards.values())), remedy)
+    lost = sorted(set(shards) - {name for name, _ in opened})
+    if lost:
+        raise ValueError(f"{folder / _INDEX} names tensors that no shard holds: {listed(lost)}")
+    return opened
+
+
 def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
     """Writes one file, with the permissions that any new file has."""
     from safetensors.numpy import save_file
@@ -92,8 +125,8 @@ def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
     path.chmod(mode)  # the library makes files that nobody else may read
 
 
-def open_files(folder: Path, files: list[str]) -> list[tuple[str, Tensor]]:
-    """All names and tensors; what is wrong with any file is said of all of them."""
+def open_files(folder: Path, files: list[str], remedy: str = _CONVERT) -> list[tuple[str, Tensor]]:
+    """All names and tensors; what is wrong with any file is said of all of them, a remedy if missing."""
     try:
         import safetensors
     except ImportError:
@@ -105,8 +138,7 @@ def open_files(folder: Path, files: list[str]) -> list[tuple[str, Tensor]]:
         present = listed(sorted(p.name for p in folder.iterdir())) or "nothing"
         raise ValueError(
             f"{folder}: {listed(missing)} {'is' if len(missing) == 1 else 'are'} missing; the"
-            f" folder holds {present}. Weights in another format become safetensors by"
-            " from_pretrained and save_pretrained of Transformers"
+            f" folder holds {present}. {remedy}"
         )
     opened, damaged = [], []
     for name in files:

@@ -1,12 +1,14 @@
 """Layers as scanned stacks: consecutive layers of equal patterns share one program."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+from flax import traverse_util
 
 from slope_jax.dense import MASKS, PRODUCT, WORKING
 from slope_jax.models.cache import CACHE
@@ -15,6 +17,8 @@ from slope_jax.normed import Stream
 
 # The rng of modules that round or sample gradients, see `TransformerConfig.simulated`.
 GRADIENT = "gradient"
+
+Path = tuple[str, ...]
 
 _NAME = re.compile(r"layers_(\d+)(?:_to_(\d+))?")
 
@@ -74,13 +78,17 @@ def _policy(name: str):
     return getattr(jax.checkpoint_policies, name)
 
 
-def unstack_layers(variables: Mapping[str, Any]) -> dict[str, Any]:
+def unstack_layers(
+    variables: Mapping[str, Any], each: Callable[[Path, Any], Any] | None = None
+) -> dict[str, Any]:
     """Variables with one entry a layer, "layers_0", "layers_1", ..., as of `scan=False`.
 
     Args:
       variables: {"params": ..., "masks": ...} of a model; every collection is converted.
+      each: what becomes of a leaf of the result, from its path ("params", "layers_0", ...) and the
+        leaf; called for one after the other, as they are taken out of their stacks. None: nothing.
     """
-    return {name: _unstack(collection) for name, collection in variables.items()}
+    return {name: _unstack(name, collection, each) for name, collection in variables.items()}
 
 
 def stack_layers(variables: Mapping[str, Any], config: TransformerConfig) -> dict[str, Any]:
@@ -89,23 +97,29 @@ def stack_layers(variables: Mapping[str, Any], config: TransformerConfig) -> dic
     Raises:
       ValueError: the layers in `variables` are not those of `config`.
     """
-    return {name: _stack(collection, config) for name, collection in variables.items()}
+    return {name: _stack(name, collection, config) for name, collection in variables.items()}
 
 
-def _unstack(collection: Mapping[str, Any]) -> dict[str, Any]:
+def _unstack(
+    of: str, collection: Mapping[str, Any], each: Callable[[Path, Any], Any] | None = None
+) -> dict[str, Any]:
     result = {}
-    for name, tree in collection.items():
+
+    def add(path: Path, leaf: Any) -> None:
+        result[path] = leaf if each is None else each((of, *path), leaf)
+
+    for (name, *rest), leaf in traverse_util.flatten_dict(collection).items():
         match = _NAME.fullmatch(name)
         if not match or match[2] is None:
-            result[name] = tree
+            add((name, *rest), leaf)
             continue
         for row, i in enumerate(range(int(match[1]), int(match[2]) + 1)):
-            result[f"layers_{i}"] = jax.tree.map(lambda leaf, row=row: leaf[row], tree)
-    return result
+            add((f"layers_{i}", *rest), jax.tree.map(lambda x, row=row: x[row], leaf))
+    return traverse_util.unflatten_dict(result)
 
 
-def _stack(collection: Mapping[str, Any], config: TransformerConfig) -> dict[str, Any]:
-    layers = _unstack(collection)
+def _stack(of: str, collection: Mapping[str, Any], config: TransformerConfig) -> dict[str, Any]:
+    layers = _unstack(of, collection)
     result = {name: tree for name, tree in layers.items() if not _NAME.fullmatch(name)}
     found = {name for name in layers if _NAME.fullmatch(name)}
     for segment in config.segments:
@@ -118,7 +132,7 @@ def _stack(collection: Mapping[str, Any], config: TransformerConfig) -> dict[str
             raise ValueError(f"variables hold only some of {names[0]} .. {names[-1]}")
         stacked = len(names) > 1
         result[segment.name] = (
-            jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) if stacked else trees[0]
+            jax.tree.map(lambda *leaves: _joined(leaves), *trees) if stacked else trees[0]
         )
     if found:
         raise ValueError(
@@ -126,3 +140,9 @@ def _stack(collection: Mapping[str, Any], config: TransformerConfig) -> dict[str
             f" {config.num_layers} layers"
         )
     return result
+
+
+def _joined(leaves: tuple[Any, ...]) -> Any:
+    """One stack; of NumPy arrays in NumPy, so that they stay on the host."""
+    on_host = all(isinstance(leaf, np.ndarray) for leaf in leaves)
+    return np.stack(leaves) if on_host else jnp.stack(leaves)

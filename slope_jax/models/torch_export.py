@@ -15,13 +15,12 @@ from slope_jax.models.bert import Bert
 from slope_jax.models.decoder import Decoder
 from slope_jax.models.hf_adapter import FOLDER, write_adapter
 from slope_jax.models.hf_families import Source
-from slope_jax.models.hf_files import listed
+from slope_jax.models.hf_files import SEMI_STRUCTURED, listed
 from slope_jax.models.hf_names import at, full_name, linear_of, parts_of
 from slope_jax.models.hf_tokenizer import write_tokenizer
 from slope_jax.models.stack import unstack_layers
 from slope_jax.policy import DENSE
 
-FILE = "semi_structured"  # not "model": Transformers would fill what it misses there at random
 ROWS, COLUMNS = 32, 64  # what divides (out, in), in PyTorch's class
 _DTYPES = ("bfloat16", "float16")
 _PATTERNS = ("2:4", "1:2")
@@ -104,7 +103,7 @@ def export_semi_structured(
     with new_folder(folder) as staging:
         causal = isinstance(model, Decoder)
         ids = write_tokenizer(staging, tokenizer, special_tokens, model.config, causal=causal)
-        hf_export.write_shards(staging, _tensors(model, family, single, dtype), FILE)
+        hf_export.write_shards(staging, _tensors(model, family, single, dtype), SEMI_STRUCTURED)
         config = hf_export.config_json(model, family, dtype.name) | ids
         write_atomically(staging / "config.json", json.dumps(config, indent=2) + "\n")
         if model.config.rank:

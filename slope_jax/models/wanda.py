@@ -15,6 +15,7 @@ from slope_jax import masks
 from slope_jax.dense import MASKS
 from slope_jax.models.bert import Bert
 from slope_jax.models.calibration import Path, Runner, Sums, checked_batch, dense_twin
+from slope_jax.models.casting import is_cast
 from slope_jax.models.config import TransformerConfig
 from slope_jax.models.decoder import Decoder
 from slope_jax.models.hf_files import listed
@@ -28,6 +29,7 @@ def prune_wanda(
     batches: Iterable[Any],
     *,
     progress: Callable[[int, int], None] | None = None,
+    for_inference: bool = False,
 ) -> dict[str, Any]:
     """Variables of a sparse model from those of a trained dense one, weights unchanged where kept.
 
@@ -37,8 +39,9 @@ def prune_wanda(
     already. Pruned linears outside the layers come last, together. Sums of squares are in float32,
     activations in the model's `dtype`.
 
-    The hidden states of all batches stay on the device: tokens * hidden_size numbers. Parameters
-    may be NumPy arrays: they are sent one layer at a time. The paper takes 128 sequences of text.
+    The hidden states of all batches stay on the device, tokens * hidden_size numbers, and beside the
+    result one layer, dense, twice. Parameters may be NumPy arrays: they are sent one layer at a time,
+    and tables when text enters. The paper takes 128 sequences of text.
 
     Args:
       model: the sparse model to fill; its policy gives the patterns. Without adapters (add those to
@@ -48,9 +51,10 @@ def prune_wanda(
         the right "lengths" (B,), and for BERT "token_type_ids" (B, S); what else it holds is left
         alone. Equal shapes compile once.
       progress: called with (layers done, layers) after each layer.
+      for_inference: kernels and tables of the result are of the model's `dtype`, else they keep theirs.
 
     Returns:
-      {"params": ..., "masks": ...} as `model.init` gives them; kernels keep their dtype.
+      {"params": ..., "masks": ...} as `model.init` gives them, but for dtypes.
 
     Raises:
       ValueError: nothing is pruned, the model has adapters, the variables are not those of the
@@ -73,37 +77,45 @@ def prune_wanda(
     inputs = [checked_batch(model, batch) for batch in batches]
     if not inputs:
         raise ValueError("no calibration batches; give at least one of token ids (B, S)")
+    dtype = model.config.dtype if for_inference else None
     names = _layers(model.config)
     outside = {name: tree for name, tree in params.items() if name not in names}
     runner = Runner(model, outside, params[names[0]], inputs[0])
     states = [runner.enter(batch) for batch in inputs]
     result: dict[str, Any] = {"params": {}, MASKS: {}}
     for i, name in enumerate(names):
-        patterns = _patterns(model.config, {name})
+        patterns, layer = _patterns(model.config, {name}), jax.tree.map(jnp.asarray, params[name])
         sums = []
         if patterns:
             for (x, context), batch in zip(states, inputs, strict=True):
-                found = runner.layer(params[name], x, context, batch)[1]
+                found = runner.layer(layer, x, context, batch)[1]
                 sums.append({(name, *path): total for path, total in found.items()})
-        masked = _prune(result, {name: params[name]}, patterns, sums)[name]
+        masked = _prune(result, {name: layer}, patterns, sums, dtype)[name]
         states = [
             (runner.layer(masked, x, context, batch)[0], context)
             for (x, context), batch in zip(states, inputs, strict=True)
         ]
+        del layer, masked  # before the next one is sent
         if progress is not None:
             progress(i + 1, len(names))
     patterns = _patterns(model.config, set(outside))
     sums = []
     if patterns:
         sums = [runner.heads(x, batch) for (x, _), batch in zip(states, inputs, strict=True)]
-    _prune(result, outside, patterns, sums)
+    _prune(result, outside, patterns, sums, dtype)
     return stack_layers(result, model.config)
 
 
-def _prune(result: dict, tree: dict, patterns: dict[Path, str], sums: list[Sums]) -> dict:
-    """Adds the compressed tree to `result`; returns it dense, with zeros."""
-    flat = {path: jnp.asarray(x) for path, x in traverse_util.flatten_dict(tree).items()}
-    masked, metadata = dict(flat), {}
+def _prune(
+    result: dict, tree: dict, patterns: dict[Path, str], sums: list[Sums], dtype: Any
+) -> dict:
+    """Adds the compressed tree to `result`, cast; returns it dense, with zeros, as it was."""
+    masked = traverse_util.flatten_dict(tree)
+    kept, metadata = {}, {}
+    for path, x in masked.items():
+        if path[-1] != "kernel" or path[:-1] not in patterns:
+            cast = dtype is not None and is_cast(path[-1])
+            kept[path] = jnp.asarray(x.astype(dtype) if cast else x)
     for path, pattern in patterns.items():
         total = functools.reduce(jnp.add, [found[path] for found in sums])
         if not np.isfinite(total).all():
@@ -112,18 +124,19 @@ def _prune(result: dict, tree: dict, patterns: dict[Path, str], sums: list[Sums]
                 " weights, or build the model with a wider dtype"
             )
         at = (*path, "kernel")
-        compressed, masked[at] = _compress(flat[at], total, pattern)
-        flat[at], metadata[at] = compressed.values, compressed.metadata
-    result["params"] |= traverse_util.unflatten_dict(flat)
+        kept[at], metadata[at], masked[at] = _compress(masked[at], total, pattern, dtype)
+    result["params"] |= traverse_util.unflatten_dict(kept)
     result[MASKS] |= traverse_util.unflatten_dict(metadata)
     return traverse_util.unflatten_dict(masked)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _compress(kernel: jax.Array, squares: jax.Array, pattern: str):
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _compress(kernel: jax.Array, squares: jax.Array, pattern: str, dtype: Any):
+    """Values, of a dtype unless it is None, metadata, and both as a dense kernel of the dtype it had."""
     scores = jnp.abs(kernel.astype(jnp.float32)) * jnp.sqrt(squares)[:, None]
     compressed = compress(kernel, pattern, mask=masks.score_mask(scores, pattern))
-    return compressed, decompress(compressed)
+    values = compressed.values if dtype is None else compressed.values.astype(dtype)
+    return values, compressed.metadata, decompress(compressed)
 
 
 def _layers(config: TransformerConfig) -> list[str]:

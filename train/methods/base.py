@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from flax import traverse_util
@@ -100,9 +102,24 @@ class Method:
         return model, self.variables(state.params, state.masks)
 
     def _map_kernels(self, function: Callable, *trees: Tree) -> dict[Path, jax.Array]:
-        """function(path, leaf of each tree) of every kernel that is pruned."""
+        """function(path, leaf of each tree) of every kernel that is pruned.
+
+        Of NumPy arrays to NumPy arrays: the device has one layer of one kernel at a time.
+        """
         flat = [traverse_util.flatten_dict(tree) for tree in trees]
-        return {path: function(path, *(tree[path] for tree in flat)) for path in self.kernels}
+        return {
+            path: _mapped(functools.partial(function, path), [tree[path] for tree in flat])
+            for path in self.kernels
+        }
+
+
+def _mapped(function: Callable, leaves: list[Any]) -> Any:
+    if not isinstance(leaves[0], np.ndarray):
+        return function(*leaves)
+    if leaves[0].ndim == 2:
+        return jax.device_get(function(*leaves))
+    layers = [jax.device_get(function(*layer)) for layer in zip(*leaves, strict=True)]
+    return jax.tree.map(lambda *rows: np.stack(rows), *layers)
 
 
 def replace_leaves(tree: Tree, leaves: Mapping[Path, jax.Array]) -> dict[str, Any]:
