@@ -46,9 +46,8 @@ class Work(NamedTuple):
 
     def slots(self, config: TransformerConfig) -> int:
         """Of the cache, as generation has them behind this prompt and the steps' tokens."""
-        return cache_slots(
-            config, self.prompt + ITERATIONS[self.phase] * (self.phase == DECODE) + 1
-        )
+        made = ITERATIONS[self.phase] * (self.phase == DECODE)
+        return cache_slots(config, self.batch, self.prompt + made + 1)
 
 
 @dataclasses.dataclass(frozen=True)

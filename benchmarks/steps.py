@@ -346,7 +346,7 @@ def flops(case: Case, *, depth: int | None = None) -> float:
     for linear in config.linears:
         first = linear.path.split("/")[0]
         total += 6 * rows.get(first, case.tokens) * linear.in_features * linear.out_features
-    attention = 12 * case.length * config.num_heads * config.head_dim * (1 if bert else 0.5)
+    attention = 12 * case.length * config.num_heads * config.head_width * (1 if bert else 0.5)
     return total + attention * case.tokens * config.num_layers
 
 

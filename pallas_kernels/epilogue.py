@@ -149,7 +149,7 @@ class Epilogue:
         fits = all(isinstance(size, int | np.integer) and size >= 1 for size in self.sections)
         if not fits or sum(self.sections) != out:
             raise ValueError(
-                f"sections={self.sections} must be positive and add up to the {out} outputs of w"
+                f"sections={self.sections} must be positive integers that add up to the {out} outputs of w"
             )
         if self.save_preactivation or self.save_moments:
             raise ValueError(
@@ -189,6 +189,8 @@ class Epilogue:
                 raise ValueError(
                     f"the norm's {name} has shape {array.shape}; it must be (in,), {x.shape[-1:]}"
                 )
+        if self.norm.moments is not None:
+            check_array(self.norm.moments, "the norm's moments")
         known, wanted = self.norm.moments, (*x.shape[:-1], *moments_shape(x.shape[-1]))
         if known is not None and (known.shape != wanted or known.dtype != jnp.float32):
             raise ValueError(

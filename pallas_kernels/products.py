@@ -71,7 +71,7 @@ def nm_matmul(
       saved.
 
     Raises:
-      TypeError: w is no CompressedMatrix, or x no array.
+      TypeError: w is no CompressedMatrix, x or what joins the product no array, or no pair of them.
       ValueError: shapes or dtypes do not fit, or w is compressed along the output axis.
       NotImplementedError: the implementation asked for cannot run this here.
 
@@ -101,7 +101,7 @@ def nm_matmul(
         save_moments=save_moments,
         through=name,
         save_sums=save_sums,
-        sections=None if sections is None else tuple(sections),
+        sections=None if sections is None else _sections(sections),
     )
     epilogue.check(x, w.shape[1])
     epilogue = epilogue.without_nothing()
@@ -258,7 +258,10 @@ def _query(
 
 
 def _written(dtype, name: str = "out_dtype") -> jnp.dtype:
-    dtype = jnp.dtype(dtype)
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError as error:
+        raise ValueError(f"{name} is {dtype!r}; it must be float32, bfloat16 or float16") from error
     if dtype not in DTYPES:
         raise ValueError(f"{name} is {dtype}; it must be float32, bfloat16 or float16")
     return dtype
@@ -284,6 +287,14 @@ def _check_rows(
         raise ValueError(
             f"{name} has shape {x.shape}; its last axis must be {matrix}'s {role}, {size}"
         )
+
+
+def _sections(sections: Any) -> tuple:
+    if not isinstance(sections, tuple | list):
+        raise TypeError(
+            f"sections is a {type(sections).__name__}; it must be the outputs of each, as a tuple"
+        )
+    return tuple(sections)
 
 
 def _through(through: Any) -> tuple[Any, Any]:

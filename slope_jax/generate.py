@@ -250,7 +250,7 @@ def _prepared(
         np.float32(temperature) if temperature else None,
         None if top_p is None else np.float32(top_p),
     )
-    slots = cache_slots(config, width + max_new_tokens)
+    slots = cache_slots(config, batch, width + max_new_tokens)
     xp = np if isinstance(prompts, np.ndarray) else jnp
     prompts = xp.pad(prompts, ((0, 0), (0, prompt_width(config, width) - width)))
     return _How(model, slots, ends, not temperature, top_k), given, prompts

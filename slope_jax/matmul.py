@@ -118,6 +118,7 @@ def slope_matmul(
       of their operands, that of w straight from float32 accumulators; there are no second derivatives.
 
     Raises:
+      TypeError: w is no CompressedMatrix, or something else no array, or no pair of them.
       ValueError: shapes or dtypes do not fit, the activation or `backward` is unknown, or what is
         given excludes each other.
 

@@ -149,7 +149,7 @@ def memory(
       accumulation: micro-batches in a step.
       activations: whether to count these; it takes as long as all the rest.
       cache: (sequences, tokens of each, prompt and new ones) to generate at once, by a decoder, which
-        makes room for multiples of 256 tokens; None: nothing is generated.
+        makes room for multiples of 256, of 64 for more than 16 sequences; None: nothing is generated.
 
     Raises:
       ValueError: no example inputs, variables that are not those of the model, `accumulation`
@@ -215,7 +215,7 @@ def cache_bytes(model: Decoder, batch: int, length: int) -> int:
         raise ValueError(
             f"sequences of {length} tokens are longer than max_positions={most}; ask for no more"
         )
-    slots = cache_slots(model.config, length)
+    slots = cache_slots(model.config, batch, length)
     made = jax.eval_shape(lambda: init_cache(model.config, batch, slots))
     return sum(map(_nbytes, jax.tree.leaves(made)))
 

@@ -70,7 +70,10 @@ def draw(key: jax.Array, step: jax.Array, logits: jax.Array) -> jax.Array:
 
     if key.ndim == 0:
         return drawn(key, logits)
-    return jax.vmap(drawn)(key, logits[:, None])[:, 0]
+    if jax.random.key_impl(key) == "threefry2x32":
+        return jax.vmap(drawn)(key, logits[:, None])[:, 0]
+    # Under vmap, keys of other kinds do not give what each gives alone.
+    return jax.lax.map(lambda row: drawn(*row), (key, logits[:, None]))[:, 0]
 
 
 def likely(logits: jax.Array, top_k: int | None, top_p: jax.Array | None) -> jax.Array:

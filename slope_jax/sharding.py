@@ -254,7 +254,7 @@ def model_problems(config: Any, sizes: Mapping[str, int]) -> list[str]:
         problems += cut_problems(path, shape, pattern, cut, sizes)
         if cut.exchanged:
             is_qkv = path.endswith("qkv")
-            heads = config.num_kv_heads * config.head_dim
+            heads = config.num_kv_heads * config.head_width
             name = f"of {path} ({text}) the smallest projection"
             smallest = heads if is_qkv else linear.out_features // 2
             check(name, smallest, (TENSOR,), granule(pattern))

@@ -124,6 +124,17 @@ def test_adapters_of_parts_of_a_linear_of_ours(torch, transformers, peft, tmp_pa
     equal(models.from_hf(again, **sparsity)[1], variables)
 
 
+def test_parts_that_are_too_many_together_are_named(torch, transformers, peft, tmp_path):
+    sparsity = {"sparsity": "layers/.*=2:4; .*=dense"}
+    whole = models.export_hf(tmp_path / "whole", *made("llama", 0))
+    theirs = load_theirs(transformers, whole)
+    wanted = peft.LoraConfig(r=24, target_modules="all-linear", task_type="CAUSAL_LM")
+    peft.get_peft_model(theirs, wanted).save_pretrained(whole / "adapter")
+    message = r"adapter has adapters of rank 24, 72 columns .* the smallest one can use 32: merge"
+    with pytest.raises(ValueError, match=message):
+        models.from_hf(whole, **sparsity)
+
+
 def test_newborn_adapters_are_of_the_size_that_the_model_says(folder):
     """As `add_adapters` makes them, and each its own."""
     with_tensors(lambda t: [t.pop(n) for n in list(t) if "down_proj" not in n])(folder)

@@ -1,5 +1,6 @@
 """LLaMA and Mistral: sizes, the function of Transformers, rotations, grouped heads, windows."""
 
+import dataclasses
 import json
 
 import jax
@@ -144,7 +145,7 @@ def test_heads_of_another_width(torch, transformers, tmp_path, width):
     theirs, folder = save(torch, transformers.MistralForCausalLM(config), tmp_path / "a")
     model, variables = models.from_hf(folder, sparsity="dense")
     same_form(model, variables)
-    assert model.config.head_dim == width
+    assert model.config.head_width == width
     assert (
         variables["params"]["layers_0_to_1"]["attention"]["output"]["kernel"].shape[1] == 4 * width
     )
@@ -266,7 +267,7 @@ def test_published_configurations_are_the_variants(name, raw):
         ({"tie_word_embeddings": None}, r"tie_word_embeddings=None \(ours: False or True\)"),
         ({"tie_word_embeddings": True}, r"tied_head: folder True, model False\. Build"),
         ({"attention_bias": True}, "attention_bias=True"),
-        ({"head_dim": 64}, r"head_dim: folder 64, model 128\. Build"),
+        ({"head_dim": 64}, r"head_dim: folder 64, model None\. Build"),
         ({"num_attention_heads": 48}, "=4096 is not a multiple of num_attention_heads=48, and th"),
         ({"rope_scaling": {"type": "yarn"}}, "the rotary embedding 'yarn'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' .*'linear' or 'llama3'"),
@@ -286,6 +287,15 @@ def test_folders_that_do_not_fit(tmp_path, change, message):
 # Configuration
 
 
+def test_heads_follow_the_sizes_where_they_have_no_width_of_their_own():
+    config = models.build("llama-nano").config
+    assert dataclasses.replace(config, hidden_size=256).head_width == 64
+    assert dataclasses.replace(config, num_heads=8).head_width == 16
+    own = models.build("llama-nano", head_dim=16).config
+    assert dataclasses.replace(own, hidden_size=256).head_width == 16
+    assert models.build("llama-nano", head_dim=32).config == config
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -297,6 +307,10 @@ def test_folders_that_do_not_fit(tmp_path, change, message):
         ({"num_heads": 32, "num_kv_heads": 32}, "heads of 1 cannot be rotated in pairs"),
         ({"rope_theta": 0.0}, "rope_theta=0.0 must be above 1"),
         ({"rope_scaling": 8.0}, "rope_scaling=8.0 must be None or a RopeScaling"),
+        ({"rope_scaling": RopeScaling("2")}, "factor='2', .*must be finite numbers"),
+        ({"rope_scaling": RopeScaling(float("inf"))}, "factor=inf, .*must be finite numbers"),
+        ({"rope_scaling": RopeScaling(None)}, "it must have factor >= 1"),
+        ({"tied_head": "no"}, "tied_head='no' must be True or False"),
         ({"rope_scaling": RopeScaling(8.0, 4.0, 1.0, 16)}, "low_frequency < high_frequency"),
         ({"rope_scaling": RopeScaling(0.5)}, "it must have factor >= 1"),
         ({"rope_scaling": RopeScaling(8.0, 1.0)}, "or none of these three"),

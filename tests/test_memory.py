@@ -188,7 +188,7 @@ def test_keys_and_values_are_counted_for_the_sequences_asked_for():
     model = models.build("llama-nano", vocab_size=VOCAB, dtype=jnp.bfloat16)
     config = model.config
     found, bare = account(model, cache=(3, 200)), account(model)
-    kept = 2 * 2 * 3 * 256 * config.num_layers * config.num_kv_heads * config.head_dim
+    kept = 2 * 2 * 3 * 256 * config.num_layers * config.num_kv_heads * config.head_width
     assert found.total("keys and values") == found.dense_total("keys and values") == kept
     assert found.state_bytes - bare.state_bytes == kept
     assert "keys and values" in str(found)

@@ -210,7 +210,7 @@ def test_each_variant_builds_a_model_of_its_family():
     for name in models.VARIANTS:
         model = models.build(name)
         assert type(model) is families[name.partition("-")[0]], name
-        assert model.config.head_dim % 8 == 0, name
+        assert model.config.head_width % 8 == 0, name
 
 
 # Stacks

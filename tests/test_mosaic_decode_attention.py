@@ -180,7 +180,7 @@ def test_the_path_says_why(monkeypatch):
     monkeypatch.setattr(support, "device_obstacle", lambda *_: None)
     assert models.decode_path(config) == (
         "mosaic",
-        f"one kernel: bfloat16, heads of {config.head_dim}",
+        f"one kernel: bfloat16, heads of {config.head_width}",
     )
     with jax.set_mesh(
         jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1])

@@ -20,6 +20,7 @@ from pallas_kernels import (
     nm_transpose,
 )
 from pallas_kernels.dispatch import IMPLEMENTATIONS
+from pallas_kernels.epilogue import Norm
 from slope_jax import slope_matmul
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -204,6 +205,7 @@ WRONG_KINDS = {
     "low_rank": (jnp.ones((3, 8)), "low_rank is .*; it must be two arrays"),
     "adapter": ((None, None), r"adapter\[0\] is a NoneType; it must be an array"),
     "norm": ((jnp.ones(16), None), "norm is a tuple; it must be a Norm"),
+    "sections": (8, "sections is a int; it must be the outputs of each"),
     "through": ("relu", "through is 'relu'; it must be the name .* and what entered it"),
 }
 
@@ -233,7 +235,13 @@ def test_operands_of_other_kinds_are_named():
             call()
     with pytest.raises(ValueError, match="x has dtype int32"):
         slope_matmul(jnp.ones((3, 16), jnp.int32), w)
-    with pytest.raises(ValueError, match=r"sections=\('8',\) must be positive and add up to the 8"):
+    with pytest.raises(
+        ValueError, match=r"\('8',\) must be positive integers that add up to the 8"
+    ):
         nm_matmul(x, w, sections=("8",))
+    with pytest.raises(TypeError, match="the norm's moments is a int; it must be an array"):
+        nm_matmul(x, w, norm=Norm(jnp.ones(16), moments=1))
+    with pytest.raises(ValueError, match="out_dtype is 'half a float'; it must be float32"):
+        nm_matmul(x, w, out_dtype="half a float")
     with pytest.raises(ValueError, match=r"activation is \['gelu'\]"):
         nm_matmul(x, w, activation=["gelu"])

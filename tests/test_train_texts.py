@@ -204,7 +204,7 @@ def test_a_stop_may_be_one_text_or_none(served):
         ("a", {"stops": [""]}, "no empty text to stop at"),
         ("a", {"max_new_tokens": 0}, "max_new_tokens=0"),
         ("a", {"temperature": -1.0}, "temperature=-1.0"),
-        ("a" * 300, {}, "more than max_positions=128"),
+        ("a" * 300, {}, "300 tokens leaves no room for another: the model has 128 positions"),
     ],
 )
 def test_bad_input_is_named_at_the_call(served, prompts, options, message):

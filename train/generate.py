@@ -126,7 +126,7 @@ def _continue(served: "Served", arguments: argparse.Namespace) -> None:
     )
     print(
         f"{size(cache_bytes(served.model, len(prompts), longest + count))} of keys and values, for"
-        f" {len(prompts)} x {cache_slots(served.model.config, longest + count)} tokens",
+        f" {len(prompts)} x {cache_slots(served.model.config, len(prompts), longest + count)} tokens",
         file=sys.stderr,
     )
     print(f"a new token: {paths(served, len(prompts))}", file=sys.stderr)

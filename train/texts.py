@@ -120,8 +120,18 @@ def _texts(name: str, given: str | Sequence[str]) -> list[str]:
 
 
 def fitting_tokens(served: "Served", longest: int) -> int:
-    """New tokens behind a prompt of `longest` tokens where none are asked for."""
-    return max(1, min(NEW_TOKENS, served.model.config.max_positions - longest))
+    """New tokens behind a prompt of `longest` tokens where none are asked for.
+
+    Raises:
+      ValueError: there is no room for one.
+    """
+    room = served.model.config.max_positions - longest
+    if room < 1:
+        raise ValueError(
+            f"a prompt of {longest} tokens leaves no room for another: the model has"
+            f" {longest + room} positions; shorten it"
+        )
+    return min(NEW_TOKENS, room)
 
 
 def _grown(served, prompts, pieces, stops) -> Iterator[list[Continuation]]:

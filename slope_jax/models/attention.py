@@ -106,10 +106,10 @@ def decode_path(config: TransformerConfig, *, device: jax.Device | None = None) 
         )
     name, queries = jnp.dtype(config.dtype).name, config.num_heads // config.num_kv_heads
     why = support.device_obstacle(device or current(), "kernels for attention")
-    why = why or support.attention_obstacle(name, config.head_dim, queries)
+    why = why or support.attention_obstacle(name, config.head_width, queries)
     if why:
         return AttentionPath("xla", why)
-    return AttentionPath("mosaic", f"one kernel: {name}, heads of {config.head_dim}")
+    return AttentionPath("mosaic", f"one kernel: {name}, heads of {config.head_width}")
 
 
 def _attend_once(config: TransformerConfig, query, new, cache, positions):
@@ -140,7 +140,7 @@ def _attend_once(config: TransformerConfig, query, new, cache, positions):
 
 def _attend(config: TransformerConfig, query, key, value, causal: bool, context: Context):
     device = current()
-    best = attention_path(query.dtype, config.head_dim, device=device)
+    best = attention_path(query.dtype, config.head_width, device=device)
     if config.attention == "cudnn" and best.implementation != "cudnn":
         raise NotImplementedError(f"attention='cudnn': {best.reason}; use attention=None")
     dtype = query.dtype
@@ -214,7 +214,7 @@ class Attention(nn.Module):
         """(B, S, hidden) to (B, S, hidden), added to the residual if one is given."""
         config, patterns = self.config, dict(self.patterns)
         heads, kv_heads = config.num_heads, config.num_kv_heads
-        sections = tuple(n * config.head_dim for n in (heads, kv_heads, kv_heads))
+        sections = tuple(n * config.head_width for n in (heads, kv_heads, kv_heads))
         qkv = linear(
             config, patterns["attention/qkv"], sum(sections), sections=sections, name="qkv"
         )
@@ -224,7 +224,7 @@ class Attention(nn.Module):
                 self._attend_once(None, qkv(x), context.positions[:, 0]), x, residual
             )
         query, key, value = (
-            part.reshape(*part.shape[:2], -1, config.head_dim) for part in qkv(x, apart=True)
+            part.reshape(*part.shape[:2], -1, config.head_width) for part in qkv(x, apart=True)
         )
         if context.rotary is not None:
             query, key = (rotate(part, context.rotary) for part in (query, key))

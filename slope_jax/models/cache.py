@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from slope_jax.models.config import TransformerConfig
 
 CACHE = "cache"
-WIDTH_STEP, SLOTS_STEP = 64, 256  # the coarser, the fewer programs, and the more that is padding
+# The coarser, the fewer programs, and the more that is padding: that of many sequences is fine.
+WIDTH_STEP, SLOTS_STEP, MANY = 64, 256, 16
 
 
 def prompt_width(config: TransformerConfig, tokens: int) -> int:
@@ -21,16 +22,19 @@ def prompt_width(config: TransformerConfig, tokens: int) -> int:
     return min(_rounded(tokens, WIDTH_STEP), config.max_positions)
 
 
-def cache_slots(config: TransformerConfig, tokens: int) -> int:
+def cache_slots(config: TransformerConfig, batch: int, tokens: int) -> int:
     """Slots of the cache that generation makes for sequences of so many tokens, new ones included.
 
     >>> from slope_jax.models import build
     >>> config = build("llama-nano", max_positions=400).config
-    >>> [cache_slots(config, tokens) for tokens in (1, 257, 258)]
+    >>> [cache_slots(config, 1, tokens) for tokens in (1, 257, 258)]
     [256, 256, 400]
+    >>> [cache_slots(config, 17, tokens) for tokens in (1, 257, 258)]
+    [64, 256, 320]
     """
     read = max(1, tokens - 1)  # the last one never is
-    return min(_rounded(read, SLOTS_STEP), config.max_positions)
+    step = WIDTH_STEP if batch > MANY else SLOTS_STEP
+    return min(_rounded(read, step), config.max_positions)
 
 
 def _rounded(count: int, step: int) -> int:
@@ -54,7 +58,7 @@ def init_cache(config: TransformerConfig, batch: int, length: int) -> dict[str, 
       Arrays of the compute dtype, for
       `model.apply({**variables, "cache": cache}, ids, mutable=["cache"])`.
     """
-    slots = (batch, config.num_kv_heads, length, config.head_dim)
+    slots = (batch, config.num_kv_heads, length, config.head_width)
     cache = {}
     for segment in config.segments:
         count = segment.stop - segment.start

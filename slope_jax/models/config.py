@@ -189,7 +189,7 @@ class TransformerConfig:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
-    def head_dim(self) -> int:
+    def head_width(self) -> int:
         """Width of one head of attention."""
         return self.hidden_size // self.num_heads
 

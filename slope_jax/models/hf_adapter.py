@@ -54,7 +54,7 @@ _FIXED = {
 # Of init_lora_weights, what leaves the folder's weights alone. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA
 # rewrite them, and adapters made so add up to nothing with those that are in the folder.
 _BORN = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
-_MERGE = (
+MERGE = (
     "merge them in PEFT, with PeftModel.from_pretrained(model, ADAPTER).merge_and_unload(), and save"
     " that with save_pretrained"
 )
@@ -145,7 +145,7 @@ def read_adapter(folder: Path) -> Adapter | None:
     if other or "peft_type" not in raw:
         what = ", ".join(other) or "no peft_type"
         raise ValueError(
-            f"{path / _CONFIG}: {what}; our adapters are LoRA of one rank, without more: {_MERGE}"
+            f"{path / _CONFIG}: {what}; our adapters are LoRA of one rank, without more: {MERGE}"
         )
     rank, scale = _numbers(path, raw)
     found = dict(open_files(path, [_TENSORS]))
@@ -169,7 +169,7 @@ def _names(path: Path, found: Iterable[str]) -> dict[str, str]:
     if surplus:
         raise ValueError(
             f"{path / _TENSORS} holds {all_of(surplus)}; ours are adapters of linear layers alone,"
-            f" lora_A and lora_B: {_MERGE}"
+            f" lora_A and lora_B: {MERGE}"
         )
     names: dict[str, list[str]] = {}
     for name in found:
@@ -212,7 +212,7 @@ def check_adapter(adapter: Adapter, config: TransformerConfig, family: str) -> N
     if unknown:
         raise ValueError(
             f"{adapter.path} has adapters of {all_of(unknown)}, which are no linear layers of our"
-            f" {family}: {_MERGE}"
+            f" {family}: {MERGE}"
         )
     given = [s for s in kernels if adapter.tensors.keys() & {e for n in s.names for e in pair(n)}]
     paths = [hf_names.linear_of(source) for source in given]
@@ -221,7 +221,7 @@ def check_adapter(adapter: Adapter, config: TransformerConfig, family: str) -> N
         raise ValueError(
             f"{adapter.path} has adapters of {all_of([p.replace('/', '.') for p in dense])}, which"
             f" sparsity {str(config.sparsity)!r} leaves dense, and adapters of ours belong to pruned"
-            f" linears. Give a sparsity that prunes these, or {_MERGE}"
+            f" linears. Give a sparsity that prunes these, or {MERGE}"
         )
     sizes = {linear.path: linear for linear in config.linears}
     wrong = []
@@ -230,7 +230,7 @@ def check_adapter(adapter: Adapter, config: TransformerConfig, family: str) -> N
         wrong += _problems(adapter, source, sizes[path].in_features, widths)
     if wrong:
         raise ValueError(
-            f"{adapter.path} does not fit our {family}: {listed(wrong)}. To use them all the same, {_MERGE}"
+            f"{adapter.path} does not fit our {family}: {listed(wrong)}. To use them all the same, {MERGE}"
         )
 
 

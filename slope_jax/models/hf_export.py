@@ -237,7 +237,7 @@ def config_json(
     if table.dropout is not None:
         found |= {table.dropout: ours.dropout}
     if family in ("llama", "mistral"):
-        found |= {"head_dim": ours.head_dim, "tie_word_embeddings": ours.tied_head}
+        found |= {"head_dim": ours.head_width, "tie_word_embeddings": ours.tied_head}
         found |= rope_json(ours.rope_theta, ours.rope_scaling)
     if family == "opt":
         found["word_embed_proj_dim"] = ours.hidden_size

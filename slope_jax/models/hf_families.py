@@ -244,7 +244,7 @@ def _finish_llama(raw: dict, fields: dict) -> dict:
         )
     fields = fields | {
         "num_kv_heads": fields["num_kv_heads"] or heads,
-        "head_dim": width // heads if head_dim is None else head_dim,
+        "head_dim": None if head_dim == width / heads else head_dim,
         "tied_head": bool(raw.get("tie_word_embeddings", False)),
     }
     return fields | read_rope(raw)

@@ -90,7 +90,10 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _warn_of_both(folder: Path) -> None:
-    if (folder / _INDEX).exists():
+    if not (folder / _INDEX).exists():
+        return
+    shards = read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(shards, dict) or any(file != _SINGLE for file in shards.values()):
         warnings.warn(
             f"{folder} holds {_SINGLE} and {_INDEX}: the first is read, as Transformers does, and the"
             f" shards are not. Remove {_INDEX}, or {_SINGLE} if the shards are newer",

@@ -16,8 +16,9 @@ import numpy as np
 from slope_jax.dense import inverse_rank_normal
 from slope_jax.models import hf_names
 from slope_jax.models.config import TransformerConfig
-from slope_jax.models.hf_adapter import Adapter, pair, widths_of
+from slope_jax.models.hf_adapter import MERGE, Adapter, pair, widths_of
 from slope_jax.models.hf_families import Source
+from slope_jax.policy import DENSE
 
 
 def rank_of(adapter: Adapter, config: TransformerConfig, family: str) -> int:
@@ -26,9 +27,20 @@ def rank_of(adapter: Adapter, config: TransformerConfig, family: str) -> int:
     Args:
       adapter: that `check_adapter` has passed.
       config: of the model; its adapter_rank does not matter.
+
+    Raises:
+      ValueError: a pruned linear cannot use so many columns.
     """
     kernels = (s for s in hf_names.sources(config, family) if s.path[-1] == "kernel")
-    return max(adapter.rank, *(adapter.rank * _count(adapter, source) for source in kernels))
+    rank = max(adapter.rank, *(adapter.rank * _count(adapter, source) for source in kernels))
+    pruned = [linear for linear in config.linears if config.patterns[linear.path] != DENSE]
+    most = min(min(linear.in_features, linear.out_features) for linear in pruned)
+    if rank > most:
+        raise ValueError(
+            f"{adapter.path} has adapters of rank {adapter.rank}, {rank} columns for all that are one"
+            f" linear of ours, and the smallest one can use {most}: {MERGE}"
+        )
+    return rank
 
 
 def adapter_of(

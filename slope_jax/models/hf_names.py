@@ -133,6 +133,6 @@ def parts_of(config: TransformerConfig, source: Source, array: np.ndarray) -> li
     if count == 1:
         return [array]
     if "qkv" in source.path:
-        queries, keys = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+        queries, keys = (n * config.head_width for n in (config.num_heads, config.num_kv_heads))
         return np.split(array, [queries, queries + keys], axis=-1)
     return np.split(array, count, axis=-1)

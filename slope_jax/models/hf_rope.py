@@ -40,7 +40,7 @@ def read_rope(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def rope_json(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
-    """The entries that `read_rope` reads, as all versions of Transformers do."""
+    """The entries that `read_rope` reads, as Transformers does since "rope_type" is there (4.43)."""
     if scaling is None:
         return {"rope_theta": theta}
     kind = "linear" if scaling.is_linear else "llama3"

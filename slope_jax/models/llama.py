@@ -18,7 +18,8 @@ class LlamaConfig(DecoderConfig):
     """`TransformerConfig` with LLaMA-3's defaults, and:
 
     Attributes:
-      head_dim: width of one head; None: hidden_size / num_heads, which it becomes.
+      head_dim: width of one head, where that is not hidden_size / num_heads; None: it is, and
+        `head_width` says how much.
       num_kv_heads: heads of keys and values, each shared by num_heads / num_kv_heads queries.
       rope_theta: base of the rotary frequencies.
       rope_scaling: None, or a `RopeScaling`, such as that of LLaMA-3.1 and later.
@@ -53,31 +54,38 @@ class LlamaConfig(DecoderConfig):
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
             )
-        rope.check_rope(self.head_dim, self.rope_theta, self.rope_scaling)
+        rope.check_rope(self.head_width, self.rope_theta, self.rope_scaling)
         if self.window is not None and (isinstance(self.window, bool) or self.window < 1):
             raise ValueError(f"window={self.window!r} must be None or a positive integer")
+        if not isinstance(self.tied_head, bool):
+            raise ValueError(f"tied_head={self.tied_head!r} must be True or False")
         if self.family not in FAMILIES:
             raise ValueError(f"family={self.family!r}; choose one of {', '.join(FAMILIES)}")
+
+    @property
+    def head_width(self) -> int:
+        return super().head_width if self.head_dim is None else self.head_dim
 
     def _check_heads(self):
         width = self.head_dim
         if width is None:
             super()._check_heads()
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
         elif isinstance(width, bool) or not isinstance(width, int) or width < 1:
             raise ValueError(f"head_dim={width!r} must be None or a positive integer")
+        elif width * self.num_heads == self.hidden_size:  # as of None, so that the two are equal
+            object.__setattr__(self, "head_dim", None)
 
     def layer_linears(self) -> dict[str, tuple[int, int]]:
         hidden, mlp = self.hidden_size, self.mlp_size
         return {
-            "attention/qkv": (hidden, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim),
-            "attention/output": (self.num_heads * self.head_dim, hidden),
+            "attention/qkv": (hidden, (self.num_heads + 2 * self.num_kv_heads) * self.head_width),
+            "attention/output": (self.num_heads * self.head_width, hidden),
             "mlp/gate_up": (hidden, 2 * mlp),
             "mlp/down": (mlp, hidden),
         }
 
     def rotary(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        speed = rope.frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
+        speed = rope.frequencies(self.head_width, self.rope_theta, self.rope_scaling)
         return rope.rotary_tables(positions, speed)
 
 

@@ -1,7 +1,7 @@
 """Rotary position embeddings (Su et al., 2021, arXiv 2104.09864), as LLaMA uses them."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,16 +45,22 @@ def check_rope(head_dim: int, theta: float, scaling: RopeScaling | None) -> None
         return
     if not isinstance(scaling, RopeScaling):
         raise ValueError(f"rope_scaling={scaling!r} must be None or a RopeScaling")
+    if not all(value is None or _is_finite(value) for value in scaling):
+        raise ValueError(f"{scaling}: its fields must be finite numbers, or None but for factor")
     whole = scaling.is_linear or (
         None not in scaling
         and 0 < scaling.low_frequency < scaling.high_frequency
         and scaling.original_positions >= 1
     )
-    if not (whole and scaling.factor >= 1):
+    if not (whole and scaling.factor is not None and scaling.factor >= 1):
         raise ValueError(
             f"{scaling}: it must have factor >= 1, and 0 < low_frequency < high_frequency and"
             " original_positions >= 1, or none of these three"
         )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
