@@ -122,7 +122,7 @@ def test_a_layer_returns_its_sections(sparsity):
 def test_bad_input_is_named():
     x, w = jnp.ones((2, 8)), sparse(0, (8, 16), jnp.float32)
     with pytest.raises(
-        ValueError, match=r"sections=\(8, 4\) must be positive and add up to the 16"
+        ValueError, match=r"sections=\(8, 4\) must be positive integers that add up to the 16"
     ):
         nm_matmul(x, w, sections=(8, 4))
     with pytest.raises(ValueError, match=r"sections=\(16, 0\) must be positive"):
