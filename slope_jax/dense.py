@@ -19,8 +19,9 @@ from pallas_kernels import (
 )
 from pallas_kernels.epilogue import ACTIVATIONS, Norm, check_activation
 from slope_jax import masks
-from slope_jax.matmul import DOUBLE_PRUNED, Activated, Working, check_backward, slope_matmul
+from slope_jax.matmul import Activated, Working, slope_matmul
 from slope_jax.normed import Normed, Stream
+from slope_jax.operands import DOUBLE_PRUNED, check_backward
 from slope_jax.sharded import sharded_matmul, split_sections
 from slope_jax.sharding import active_mesh, cut_of
 

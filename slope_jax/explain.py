@@ -12,7 +12,7 @@ from pallas_kernels import Choice, NarrowQuery, Query, choose, choose_narrow
 from pallas_kernels.mosaic.support import MOST_FIRST
 from slope_jax.adapters import example_inputs
 from slope_jax.dense import ADAPTER_L, ADAPTER_R, MASKS, SparseDense
-from slope_jax.matmul import EXACT
+from slope_jax.operands import EXACT
 from slope_jax.sharding import local_product
 
 

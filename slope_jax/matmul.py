@@ -16,13 +16,18 @@ from pallas_kernels import (
     nm_sddmm,
     nm_transpose,
 )
-from pallas_kernels.compressed import check_array, check_compressed, check_dtype, check_pair
+from pallas_kernels.compressed import check_compressed
 from pallas_kernels.epilogue import gradient_through, sums_of
 from pallas_kernels.sections import Sections
 from pallas_kernels.varying import alike
-
-DOUBLE_PRUNED, EXACT = "double-pruned", "exact"
-BACKWARDS = (DOUBLE_PRUNED, EXACT)
+from slope_jax.operands import (
+    DOUBLE_PRUNED,
+    EXACT,
+    check_activated,
+    check_operands,
+    check_sections,
+    check_terms,
+)
 
 
 class Working(NamedTuple):
@@ -132,10 +137,10 @@ def slope_matmul(
     through, source = None, None
     if isinstance(x, Activated):
         through, source, x = x.activation, x.z, x.y
-        _check_activated(through, source, x)
+        check_activated(through, source, x)
     check_compressed(w)
     check_operands(x, w, working, adapter, backward)
-    _check_terms(x, w, activation, residual, activated)
+    check_terms(x, w, activation, residual, activated)
     check_sections(sections, activation, residual)
     added = residual is not None
     options = Options(
@@ -330,86 +335,3 @@ def _adapter_backward(x, t, dz, adapter, options: Options):
 # Where a layer is rematerialised, its first pass then runs `product` without the preactivation, but for
 # an `Activated`, whose z is a result.
 _slope_matmul.defvjp(_forward, backward, optimize_remat=True)
-
-
-def check_operands(x, w, working: Working, adapter, backward: str) -> None:
-    """Raises an error unless the arguments of `slope_matmul` fit; w may be dense."""
-    check_array(x, "x")
-    check_dtype(x.dtype, "x")
-    if isinstance(w, CompressedMatrix):
-        w.pattern.check_divides(w.shape[1], f"output axis of shape {w.shape}")
-    _check_adapter(adapter, w.shape)
-    _check_working(working, x, w)
-    check_backward(backward)
-
-
-def _check_activated(activation: str, z, y) -> None:
-    if (z is None) != (activation == "relu"):
-        raise ValueError(
-            f"an Activated of {activation!r} has {'no' if z is None else 'a'} z; relu's has none, and"
-            " those of others have what entered the activation"
-        )
-    if z is not None and (z.shape, z.dtype) != (y.shape, y.dtype):
-        raise ValueError(
-            f"an Activated has z {z.dtype}{list(z.shape)}; it must be as y is,"
-            f" {y.dtype}{list(y.shape)}"
-        )
-
-
-def _check_terms(x, w, activation: str | None, residual, activated: bool) -> None:
-    wanted = (*x.shape[:-1], w.shape[1])
-    if residual is not None:
-        check_array(residual, "residual")
-    if residual is not None and (residual.shape, residual.dtype) != (wanted, x.dtype):
-        raise ValueError(
-            f"residual is {residual.dtype}{list(residual.shape)}; it must be {x.dtype}{list(wanted)}"
-        )
-    if activation is not None and residual is not None:
-        raise ValueError(
-            f"activation={activation!r} and a residual are both given; add the residual to y"
-        )
-    if activated and activation is None:
-        raise ValueError("activated=True needs an activation: there is none to go back through")
-
-
-def check_sections(sections, activation: str | None, residual) -> None:
-    """Raises a ValueError if anything is asked of sections that is for y in one piece."""
-    if sections is not None and (activation is not None or residual is not None):
-        other = "a residual" if activation is None else f"activation={activation!r}"
-        raise ValueError(f"sections and {other} are both given; sections are of a product alone")
-
-
-def check_backward(backward: str) -> None:
-    """Raises a ValueError unless `backward` is one of `BACKWARDS`."""
-    if backward not in BACKWARDS:
-        raise ValueError(f"backward={backward!r}; choose one of {', '.join(BACKWARDS)}")
-
-
-def _check_adapter(adapter, shape: tuple[int, int]) -> None:
-    if adapter is None:
-        return
-    check_pair(adapter, "adapter")
-    left, right = adapter
-    if left.ndim != 2 or right.shape != (left.shape[1], shape[1]) or left.shape[0] != shape[0]:
-        raise ValueError(
-            f"adapter has shapes {left.shape} and {right.shape}; for a weight {shape} they must be"
-            f" ({shape[0]}, rank) and (rank, {shape[1]})"
-        )
-
-
-def _check_working(working: Working, x: jax.Array, w: CompressedMatrix) -> None:
-    values, transpose = working
-    shape = getattr(w, "values", w).shape
-    if values is not None and (values.shape, values.dtype) != (shape, x.dtype):
-        raise ValueError(
-            f"working.values are {values.dtype}{list(values.shape)}; for this x and w they must be"
-            f" {x.dtype}{list(shape)}, as slope_jax.working_copies makes them"
-        )
-    if transpose is None:
-        return
-    found = (transpose.shape, transpose.pattern, transpose.axis, transpose.dtype)
-    if found != (w.shape[::-1], w.pattern, 0, x.dtype):
-        raise ValueError(
-            f"working.transpose is {transpose.dtype}, {transpose.pattern}, {transpose.shape}; for"
-            f" this x and w it must be nm_transpose(w, dtype={x.dtype}), of shape {w.shape[::-1]}"
-        )

@@ -25,7 +25,8 @@ from pallas_kernels import CompressedMatrix, nm_transpose
 from pallas_kernels.epilogue import ACTIVATIONS
 from pallas_kernels.epilogue import apart as apart_of
 from slope_jax import matmul, pieces
-from slope_jax.matmul import EXACT, NOTHING, Options, Working, for_transposes
+from slope_jax.matmul import NOTHING, Options, Working, for_transposes
+from slope_jax.operands import DOUBLE_PRUNED, EXACT, check_operands, check_sections
 from slope_jax.sharding import (
     BATCH,
     DATA,
@@ -72,7 +73,7 @@ def sharded_matmul(
     adapter: tuple[jax.Array, jax.Array] | None = None,
     precision: jax.lax.PrecisionLike = None,
     implementation: str | None = None,
-    backward: str = matmul.DOUBLE_PRUNED,
+    backward: str = DOUBLE_PRUNED,
 ) -> jax.Array | tuple[jax.Array, ...]:
     """`slope_matmul` on the mesh that is set, or the dense product with a dense `w`.
 
@@ -96,8 +97,8 @@ def sharded_matmul(
     sections = sections or (w.shape[1],)
     place = Place(cut, sections, mesh.shape[FSDP], mesh.shape[TENSOR])
     working = Working() if working is None else working
-    matmul.check_operands(x, w, working, adapter, backward)
-    matmul.check_sections(sections if apart else None, activation, None)
+    check_operands(x, w, working, adapter, backward)
+    check_sections(sections if apart else None, activation, None)
     if problems := cut_problems("a linear", w.shape, getattr(w, "pattern", None), cut, mesh.shape):
         raise ValueError("; ".join(problems) + ": use fewer devices along these axes")
     options = Options(precision, implementation, w.dtype, backward)

@@ -10,7 +10,8 @@ from flax import traverse_util
 
 from pallas_kernels import CompressedMatrix, Pattern
 from slope_jax.dense import MASKS, SparseDense
-from slope_jax.matmul import DOUBLE_PRUNED, Working
+from slope_jax.matmul import Working
+from slope_jax.operands import DOUBLE_PRUNED
 from slope_jax.pieces import transposes
 from slope_jax.sharded import transposed
 from slope_jax.sharding import active_mesh, cut_of

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels import Pattern
-from slope_jax.matmul import DOUBLE_PRUNED, check_backward
+from slope_jax.operands import DOUBLE_PRUNED, check_backward
 from slope_jax.policy import DENSE, SparsityPolicy
 
 VOCAB_MULTIPLE = 8
