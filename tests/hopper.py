@@ -1,5 +1,7 @@
 """What the tests of Hopper's kernels share: where they run, and their programs without a GPU."""
 
+import re
+
 import jax
 import pytest
 
@@ -19,3 +21,22 @@ def lowered(function, *args) -> str:
     """The program for CUDA, traced and lowered on any machine."""
     traced = jax.jit(function).trace(*args)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def fenced(text: str) -> bool:
+    """Whether all that each kernel of a program takes and gives passes a barrier.
+
+    Without, XLA may make one operation of a kernel and slices of stacks, in which nothing is in place.
+    """
+    fences = {
+        name: re.findall(r"%[\w#]+", taken)
+        for name, taken in re.findall(r"(%\w+)(?::\d+)? = stablehlo.optimization_barrier (.*) :", text)
+    }
+    kernels = re.findall(r"(%\w+)(?::(\d+))? = stablehlo.custom_call @mosaic_gpu\w*\((.*?)\)", text)
+    assert kernels
+    for kernel, count, taken in kernels:
+        results = [f"{kernel}#{i}" for i in range(int(count))] if count else [kernel]
+        before = all(name.partition("#")[0] in fences for name in taken.split(", "))
+        if not before or results not in fences.values():
+            return False
+    return True

@@ -95,9 +95,8 @@ def attend(
     g = Geometry(queries, heads, slots, width, str(key.dtype), parts, count, window)
     factor = width**-0.5 * math.log2(math.e)
     clusters = {"cluster": (parts,), "cluster_names": ("part",)}
-    cache = jax.new_ref(key), jax.new_ref(value)
     operands = {"query": query, "new_key": new_key, "new_value": new_value}
-    operands |= {"key": cache[0], "value": cache[1], "positions": positions}
+    operands |= {"key": key, "value": value, "positions": positions}
 
     def body(*refs):
         names = (*operands, "y", "shared")
@@ -118,10 +117,8 @@ def attend(
         ),
         name="decode_attention",
     )
-    y = kernel(*operands.values())
-    # In a scan that stacks the cache, XLA lets kernels write into the stack: this one would find nothing
-    # there of what it does not write.
-    return jax.lax.optimization_barrier((y, *(jax.freeze(ref) for ref in cache)))
+    y, cache = launch.in_place(kernel, operands, "key", "value")
+    return (y, *cache)
 
 
 def _kernel(g: Geometry, factor: float, columns: tuple[int, int, int], refs: dict) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -188,3 +188,19 @@ def kernel(body: Callable[..., None], *, name: str, **options: Any) -> Callable[
         body(*refs, **scratch)
 
     return plgpu.kernel(named, kernel_name=name, **options)
+
+
+def in_place(
+    kernel: Callable[..., Any], operands: Mapping[str, jax.Array], *written: str
+) -> tuple[Any, list[jax.Array]]:
+    """What a kernel returns, and those of its operands that it writes, in place where nothing else needs them.
+
+    In a scan, XLA makes one operation of a kernel, the slices of stacks that it takes and the updates of
+    those that its results join, and forgets there that an operand and a result are one array: the kernel
+    would write into what it takes, and the result would be anything.
+    """
+    arrays = jax.lax.optimization_barrier(list(operands.values()))
+    operands = dict(zip(operands, arrays, strict=True))
+    refs = {name: jax.new_ref(operands[name]) for name in written}
+    results = kernel(*(operands | refs).values())
+    return jax.lax.optimization_barrier((results, [jax.freeze(ref) for ref in refs.values()]))

@@ -60,7 +60,7 @@ def nm_sddmm(
     results = {}
     in_place = into is not None and into.dtype == out_dtype
     if in_place:
-        operands["out"] = jax.new_ref(into)
+        operands["out"] = into
     else:
         results["out"] = jax.ShapeDtypeStruct((k // 2, f), out_dtype)
         if into is not None:
@@ -104,10 +104,9 @@ def nm_sddmm(
         **frame.OPTIONS,
         name="nm_sddmm",
     )
-    found = dict(zip(results, kernel(*operands.values()), strict=True))
-    if in_place:  # in a scan that stacks it, too: see `decode_attention.attend`
-        return jax.lax.optimization_barrier(jax.freeze(operands["out"]))
-    return found["out"]
+    if in_place:
+        return launch.in_place(kernel, operands, "out")[1][0]
+    return dict(zip(results, kernel(*operands.values()), strict=True))["out"]
 
 
 class _Kernel:
