@@ -30,7 +30,9 @@ def fenced(text: str) -> bool:
     """
     fences = {
         name: re.findall(r"%[\w#]+", taken)
-        for name, taken in re.findall(r"(%\w+)(?::\d+)? = stablehlo.optimization_barrier (.*) :", text)
+        for name, taken in re.findall(
+            r"(%\w+)(?::\d+)? = stablehlo.optimization_barrier (.*) :", text
+        )
     }
     kernels = re.findall(r"(%\w+)(?::(\d+))? = stablehlo.custom_call @mosaic_gpu\w*\((.*?)\)", text)
     assert kernels
