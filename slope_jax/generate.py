@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.device import current
 from pallas_kernels.epilogue import RANK_MULTIPLE, padded_rank
 from slope_jax.dense import ADAPTER_L, ADAPTER_R
 from slope_jax.models.cache import CACHE, cache_slots, init_cache, prompt_width
@@ -17,6 +18,8 @@ from slope_jax.models.decoder import Decoder
 from slope_jax.models.stack import Path, unstack_layers
 from slope_jax.prompts import checked_prompts, is_integer
 from slope_jax.sampling import check_sampling, checked_key, draw, likely
+
+BURST = 8  # most steps that a GPU makes before the host asks whether to go on
 
 
 class Generation(NamedTuple):
@@ -134,7 +137,7 @@ def generate(
         key,
     )
     loop, _ = _start(how, given, prompts)
-    loop = _advance(how, given, loop, np.int32(max_new_tokens))
+    loop = _advance(how, given, loop, np.int32(max_new_tokens), _burst(BURST))
     return Generation(loop.tokens[:, :max_new_tokens], loop.lengths)
 
 
@@ -186,13 +189,14 @@ def stream(
         if max_new_tokens == 1 or bool(ended):
             return
         size, done, until = min(chunk, how.slots), 1, min(1 + chunk, max_new_tokens)
-        loop = _advance(how, given, loop, np.int32(until))
+        burst = _burst(chunk)
+        loop = _advance(how, given, loop, np.int32(until), burst)
         while True:
             first = min(done, how.slots - size)
             made = _made(loop, np.int32(first), size)
             if until < max_new_tokens:  # where all rows have ended, it does nothing
                 until = min(until + chunk, max_new_tokens)
-                loop = _advance(how, given, loop, np.int32(until))
+                loop = _advance(how, given, loop, np.int32(until), burst)
             tokens, (step, ended) = jax.device_get(made)
             yield tokens[:, done - first : step - first]
             done = int(step)
@@ -275,16 +279,39 @@ def _start(
     return loop, (loop.tokens[:, :1], loop.ended.all())
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _advance(how: _How, given: _Given, loop: _Loop, until: jax.Array) -> _Loop:
-    """On to `until` tokens, or until all rows have ended."""
+@functools.partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
+def _advance(how: _How, given: _Given, loop: _Loop, until: jax.Array, burst: int) -> _Loop:
+    """On to `until` tokens, or until all rows have ended, which is asked after every `burst` steps.
 
-    def body(loop: _Loop) -> _Loop:
+    Those of a burst that are not needed leave nothing: what they write is where the next step writes.
+    """
+
+    def goes_on(loop: _Loop) -> jax.Array:
+        return (loop.step < until) & ~loop.ended.all()
+
+    def step(_, loop: _Loop) -> _Loop:
         last = jax.lax.dynamic_slice_in_dim(loop.tokens, loop.step - 1, 1, axis=1)
         positions = (given.lengths + loop.step - 1)[:, None]
-        return _add(how, given, loop, *_run(how, given, loop.cache, last, positions=positions))
+        longer = _add(how, given, loop, *_run(how, given, loop.cache, last, positions=positions))
+        if burst == 1:
+            return longer
+        needed = goes_on(loop)
+        return longer._replace(
+            step=jnp.where(needed, longer.step, loop.step),
+            lengths=jnp.where(needed, longer.lengths, loop.lengths),
+            ended=jnp.where(needed, longer.ended, loop.ended),
+        )
 
-    return jax.lax.while_loop(lambda loop: (loop.step < until) & ~loop.ended.all(), body, loop)
+    return jax.lax.while_loop(goes_on, lambda loop: jax.lax.fori_loop(0, burst, step, loop), loop)
+
+
+def _burst(chunk: int) -> int:
+    """Steps at a time, of about equal bursts that are a chunk.
+
+    Between two steps of a loop whose end the host does not know, a GPU waits for the host as long as a
+    step of a small model takes.
+    """
+    return 1 if current().platform == "cpu" else -(-chunk // -(-chunk // BURST))
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -335,6 +335,39 @@ def test_a_stream_is_the_whole_in_pieces():
             stream(model, variables, PROMPTS, max_new_tokens=2, chunk=chunk)
 
 
+@pytest.mark.parametrize("burst", [2, 3, 8])
+def test_steps_of_a_burst_that_are_not_needed_leave_nothing(burst, monkeypatch):
+    """As one by one: with ends of rows and of all rows, and of the cache, in the midst of a burst."""
+    model, variables = made("llama-nano", **LLAMA)
+    options = {"lengths": LENGTHS, "max_new_tokens": 10}
+    free = np.asarray(generate(model, variables, PROMPTS, **options).tokens)
+    ends = sorted({int(row[at]) for row, at in zip(free, (3, 4, 2), strict=True)})
+    sampled = {"temperature": 1.0, "key": jax.random.key(1)}
+
+    def texts():
+        for more in ({}, sampled, {"end_token": ends}, {"end_token": ends[0], **sampled}):
+            yield generate(model, variables, PROMPTS, **options, **more)
+            for chunk in (1, 4, 7):
+                yield list(stream(model, variables, PROMPTS, chunk=chunk, **options, **more))
+
+    expected = list(texts())
+    monkeypatch.setattr(module, "_burst", lambda chunk: burst)
+    jax.tree.map(np.testing.assert_array_equal, list(texts()), expected)
+    pieces = [text for text in expected if isinstance(text, list)]
+    assert any(sum(piece.shape[1] for piece in text) < 10 for text in pieces)  # all rows ended
+
+
+def test_bursts_divide_a_chunk(monkeypatch):
+    assert [module._burst(chunk) for chunk in (1, 8, 20)] == [1, 1, 1]  # a CPU does not wait
+
+    class Gpu:
+        platform = "gpu"
+
+    monkeypatch.setattr(module, "current", Gpu)
+    found = [module._burst(chunk) for chunk in (1, 3, 8, 9, 16, 20, 33)]
+    assert found == [1, 3, 8, 5, 8, 7, 7]
+
+
 def test_few_programs_serve_all_lengths_of_prompts_and_numbers_of_new_tokens():
     """Three of widths and two of caches; the tokens are those of the model without a cache."""
     model, variables = made("gpt2-nano", max_positions=280, num_layers=1)
