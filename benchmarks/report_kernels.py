@@ -11,6 +11,7 @@ from benchmarks.tables import markdown, records, sources
 
 MISSING = "Not measured yet: `python -m benchmarks.kernels --peer=cusparselt`."
 LARGE = 4096 * 4096  # few tokens are compared on matrices of at least so many entries
+FEWEST = 16  # tokens, beyond which multiplying takes as long as reading the weights
 DENSE = "†"  # the dispatcher runs the dense product
 TITLES = {
     "matmul": "nm_matmul",
@@ -159,13 +160,14 @@ def _classes(device: Device):
         ):
             if chosen:
                 yield kind, _tokens(chosen), chosen, dense
-    few = device.results("few")
-    for name, chosen in (
-        ("4096² and larger", [r for r in few if r["in"] * r["out"] >= LARGE]),
-        ("smaller", [r for r in few if r["in"] * r["out"] < LARGE]),
-    ):
-        if chosen:
-            yield "few", f"{_tokens(chosen)}; {name}", chosen, "dense"
+    for name, large in (("4096² and larger", True), ("smaller", False)):
+        few = [r for r in device.results("few") if (r["in"] * r["out"] >= LARGE) == large]
+        for chosen in (
+            [r for r in few if r["tokens"] <= FEWEST],
+            [r for r in few if r["tokens"] > FEWEST],
+        ):
+            if chosen:
+                yield "few", f"{_tokens(chosen)}; {name}", chosen, "dense"
 
 
 def _tokens(rows: list[dict[str, Any]]) -> str:

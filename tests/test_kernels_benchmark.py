@@ -283,6 +283,7 @@ def folder(tmp_path):
         made("matmul", 65536, (3072, 768), 0.5),
         made("matmul", 2048, (768, 768), 0.9, path="xla: dense"),
         made("few", 1, (4096, 4096), 1.6),
+        made("few", 64, (4096, 4096), 1.3),
         made("few", 1, (768, 768), 1.2),
         made("transpose", 0, (768, 768), 1.0),
         made("adapters", 8192, (768, 768), 1.0, bare_us=8.0, whole_us=12.0),
@@ -319,6 +320,7 @@ def test_the_summary_has_means_worst_and_every_loss(folder):
     few = row(text, "nm_matmul", "2,048")
     assert few[2:] == ["1", "dense", "0.90", "0.90", "0.90", "1.00"]  # the dispatcher is not slower
     assert row(text, "nm_matmul, few tokens", "1; 4096² and larger")[4] == "1.60"
+    assert row(text, "nm_matmul, few tokens", "64; 4096² and larger")[4] == "1.30"
     assert "- nm_matmul: 65536 x 3072 x 768 (0.50), 2048 x 768 x 768 (0.90†)" in text
     assert "add 25.0% to the product" in text
     assert "50.0% with x @ L" in text
