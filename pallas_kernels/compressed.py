@@ -95,11 +95,11 @@ class CompressedMatrix:
         return self
 
 
-def check_compressed(w: Any) -> None:
+def check_compressed(w: Any, what: str = "w") -> None:
     """Raises an error unless `w` is a compressed matrix, or a stack of them, whose parts fit."""
     if not isinstance(w, CompressedMatrix):
         raise TypeError(
-            f"w is a {type(w).__name__}; it must be a CompressedMatrix: compress(w, '2:4')"
+            f"{what} is a {type(w).__name__}; it must be a CompressedMatrix: compress(w, '2:4')"
         )
     w.check()
 

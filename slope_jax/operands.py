@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from pallas_kernels import CompressedMatrix
-from pallas_kernels.compressed import check_array, check_dtype, check_pair
+from pallas_kernels.compressed import check_array, check_compressed, check_dtype, check_pair
 
 if TYPE_CHECKING:
     from slope_jax.matmul import Working
@@ -32,7 +32,10 @@ def check_activated(activation: str, z, y) -> None:
             f"an Activated of {activation!r} has {'no' if z is None else 'a'} z; relu's has none, and"
             " those of others have what entered the activation"
         )
-    if z is not None and (z.shape, z.dtype) != (y.shape, y.dtype):
+    if z is None:
+        return
+    check_array(z, "the z of an Activated")
+    if (z.shape, z.dtype) != (y.shape, y.dtype):
         raise ValueError(
             f"an Activated has z {z.dtype}{list(z.shape)}; it must be as y is,"
             f" {y.dtype}{list(y.shape)}"
@@ -82,15 +85,23 @@ def _check_adapter(adapter, shape: tuple[int, int]) -> None:
 
 
 def _check_working(working: "Working", x: jax.Array, w: CompressedMatrix) -> None:
+    if not isinstance(working, tuple) or len(working) != 2:
+        raise TypeError(
+            f"working is a {type(working).__name__}; it must be a Working, as slope_jax.working_copies"
+            " makes them"
+        )
     values, transpose = working
     shape = getattr(w, "values", w).shape
-    if values is not None and (values.shape, values.dtype) != (shape, x.dtype):
-        raise ValueError(
-            f"working.values are {values.dtype}{list(values.shape)}; for this x and w they must be"
-            f" {x.dtype}{list(shape)}, as slope_jax.working_copies makes them"
-        )
+    if values is not None:
+        check_array(values, "working.values")
+        if (values.shape, values.dtype) != (shape, x.dtype):
+            raise ValueError(
+                f"working.values are {values.dtype}{list(values.shape)}; for this x and w they must be"
+                f" {x.dtype}{list(shape)}, as slope_jax.working_copies makes them"
+            )
     if transpose is None:
         return
+    check_compressed(transpose, "working.transpose")
     found = (transpose.shape, transpose.pattern, transpose.axis, transpose.dtype)
     if found != (w.shape[::-1], w.pattern, 0, x.dtype):
         raise ValueError(

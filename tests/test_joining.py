@@ -263,3 +263,5 @@ def test_a_wrong_activated_is_named(activation, z, message):
     x, w, *_ = problem()
     with pytest.raises(ValueError, match=message):
         slope_matmul(Activated(x, z, activation), w)
+    with pytest.raises(TypeError, match="the z of an Activated is a list; it must be an array"):
+        slope_matmul(Activated(x, [1.0], "gelu"), w)

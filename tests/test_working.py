@@ -236,6 +236,19 @@ def test_copies_of_something_else_are_named(working, message):
         slope_matmul(X, W, working=working)
 
 
+@pytest.mark.parametrize(
+    ("working", "message"),
+    [
+        ({}, "working is a dict; it must be a Working, as slope_jax.working_copies makes"),
+        (Working([1.0]), "working.values is a list; it must be an array"),
+        (Working(None, jnp.ones((4, 8))), "working.transpose is a .*; it must be a CompressedMat"),
+    ],
+)
+def test_what_are_no_copies_is_named(working, message):
+    with pytest.raises(TypeError, match=message):
+        slope_matmul(X, W, working=working)
+
+
 def test_finding_no_layers_is_an_error():
     with pytest.raises(ValueError, match="not one that is jitted"):
         find_layers(lambda x: x, X)
