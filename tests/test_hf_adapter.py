@@ -238,6 +238,7 @@ def nan(tensors):
             with_tensors(lambda t: t.update({f"{STEM}mlp.fc3.lora_A.weight": t[UP_A]})),
             "has adapters of layers.1.mlp.fc3.lora_A.weight, which are no linear layers of our",
         ),
+        (with_tensors(lambda t: t.clear()), "adapter_model.safetensors holds no tensors; take the"),
         (with_tensors(nan), "NaN or infinity in adapter/layers.1.mlp.down_proj.weight; copy"),
         (lambda f: (f / "adapter" / CONFIG).unlink(), "adapter_config.json is missing"),
         (lambda f: (f / "adapter" / TENSORS).unlink(), "adapter_model.safetensors is missing"),

@@ -118,18 +118,22 @@ def test_mistral_with_a_window(torch, transformers, tmp_path):
     close(jax.jit(model.apply)(variables, IDS)[..., :61], logits(torch, theirs, IDS))
 
 
-@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling", "both"])
 def test_all_frequencies_divided(torch, transformers, tmp_path, key):
-    """As Transformers writes it since version 5, and as older folders have it."""
+    """As Transformers writes it since version 5, as older folders have it, and as added to the former."""
     rotary = {"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0}
     config = transformers.LlamaConfig(**TINY, rope_parameters=rotary)
     theirs, folder = save(torch, transformers.LlamaForCausalLM(config), tmp_path / "a")
     expected = logits(torch, theirs, IDS)
-    if key == "rope_scaling":
+    if key != "rope_parameters":
         raw = json.loads((folder / "config.json").read_text())
+        raw |= {"rope_theta": 100.0, "rope_scaling": {"type": "linear", "factor": 4.0}}
         del raw["rope_parameters"]
-        raw |= {"rope_theta": 100.0, key: {"type": "linear", "factor": 4.0}}
+        if key == "both":
+            raw["rope_parameters"] = {"rope_type": "default", "rope_theta": 50.0}
         (folder / "config.json").write_text(json.dumps(raw))
+        again = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        close(logits(torch, again, IDS), expected)
     model, variables = models.from_hf(folder, sparsity="dense")
     assert model.config.rope_scaling == RopeScaling(4.0)
     close(jax.jit(model.apply)(variables, IDS)[..., :61], expected)
@@ -154,6 +158,19 @@ def test_heads_of_another_width(torch, transformers, tmp_path, width):
     written = models.export_hf(tmp_path / "b", model, variables)
     again = transformers.AutoModelForCausalLM.from_pretrained(written)
     close(logits(torch, again, IDS), expected)
+
+
+def test_heads_that_do_not_divide_the_hidden_size_are_a_mistrals(torch, transformers, tmp_path):
+    """Of which Transformers' LLaMA has none."""
+    sizes = {"hidden_size": 60, "num_heads": 8, "num_kv_heads": 4, "head_dim": 8}
+    model = models.build("llama-nano", **sizes, num_layers=2, sparsity="dense")
+    variables = model.init(jax.random.key(0), IDS)
+    folder = models.export_hf(tmp_path / "a", model, variables)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    expected = jax.jit(model.apply)(variables, IDS)
+    close(logits(torch, theirs, IDS), expected)
+    again, variables = models.from_hf(folder, sparsity="dense")
+    close(jax.jit(again.apply)(variables, IDS), expected)
 
 
 def test_a_mistral_without_a_window_stays_one(torch, transformers, tmp_path):

@@ -150,6 +150,10 @@ def read_adapter(folder: Path) -> Adapter | None:
     rank, scale = _numbers(path, raw)
     found = dict(open_files(path, [_TENSORS]))
     names = _names(path, found)
+    if not names:
+        raise ValueError(
+            f"{path / _TENSORS} holds no tensors; take the folder away where there are no adapters"
+        )
     return Adapter(path, rank, scale, {ours: found[theirs] for ours, theirs in names.items()})
 
 

@@ -143,7 +143,11 @@ def checked_dtype(dtype: Any) -> np.dtype:
 def family_of(model: Bert | Decoder) -> str:
     if isinstance(model, Bert | GPT2 | OPT):
         return type(model).__name__.lower()
-    return model.config.family if model.config.window is None else "mistral"
+    config = model.config
+    # Transformers' LLaMA has no window, nor heads that do not divide the hidden size; Mistral is the same
+    # model otherwise.
+    plain = config.window is None and config.hidden_size % config.num_heads == 0
+    return config.family if plain else "mistral"
 
 
 def _tensors(

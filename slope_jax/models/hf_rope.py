@@ -17,12 +17,13 @@ _NAMES = {
 def read_rope(raw: dict[str, Any]) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` of a config.json.
 
-    Transformers writes "rope_parameters" since version 5, and "rope_theta" and "rope_scaling" before.
+    Transformers writes "rope_parameters" since version 5, and "rope_theta" and "rope_scaling" before;
+    where both are there, it goes by "rope_scaling".
 
     Raises:
       ValueError: it is of a kind that our models do not have, or not whole.
     """
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     theta = rope.get("rope_theta", raw.get("rope_theta", 10_000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
