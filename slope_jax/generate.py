@@ -96,8 +96,9 @@ def generate(
 ) -> Generation:
     """Continues prompts, greedily or by sampling.
 
-    Programs are compiled for few sizes of prompts and caches (`prompt_width` and `cache_slots` of
-    `slope_jax.models.cache`), and serve all numbers of new tokens that have room in them.
+    The model's programs are compiled for few sizes of prompts and caches (`prompt_width` and
+    `cache_slots` of `slope_jax.models.cache`), and serve all numbers of new tokens that have room in
+    them; what cuts the result to its number takes some 30 ms for a new one, and `stream` has none.
 
     Args:
       model: GPT-2, OPT, LLaMA or Mistral.
@@ -137,7 +138,7 @@ def generate(
         key,
     )
     loop, _ = _start(how, given, prompts)
-    loop = _advance(how, given, loop, np.int32(max_new_tokens), _burst(BURST))
+    loop = _advance(how, given, loop, np.int32(max_new_tokens), _burst(BURST, max_new_tokens))
     return Generation(loop.tokens[:, :max_new_tokens], loop.lengths)
 
 
@@ -189,7 +190,7 @@ def stream(
         if max_new_tokens == 1 or bool(ended):
             return
         size, done, until = min(chunk, how.slots), 1, min(1 + chunk, max_new_tokens)
-        burst = _burst(chunk)
+        burst = _burst(chunk, max_new_tokens)
         loop = _advance(how, given, loop, np.int32(until), burst)
         while True:
             first = min(done, how.slots - size)
@@ -305,13 +306,19 @@ def _advance(how: _How, given: _Given, loop: _Loop, until: jax.Array, burst: int
     return jax.lax.while_loop(goes_on, lambda loop: jax.lax.fori_loop(0, burst, step, loop), loop)
 
 
-def _burst(chunk: int) -> int:
-    """Steps at a time, of about equal bursts that are a chunk.
+def _burst(chunk: int, max_new_tokens: int) -> int:
+    """Steps at a time, of about equal bursts that are a chunk; 1 where too many would be for nothing.
 
     Between two steps of a loop whose end the host does not know, a GPU waits for the host as long as a
     step of a small model takes.
     """
-    return 1 if current().platform == "cpu" else -(-chunk // -(-chunk // BURST))
+    if current().platform == "cpu":
+        return 1
+    burst = -(-chunk // -(-chunk // BURST))
+    steps = max_new_tokens - 1
+    rest = steps % chunk
+    idle = steps // chunk * (-chunk % burst) + -rest % burst
+    return burst if steps >= 8 * idle else 1
 
 
 @functools.partial(jax.jit, static_argnums=2)

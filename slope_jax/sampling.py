@@ -87,13 +87,16 @@ def likely(logits: jax.Array, top_k: int | None, top_p: jax.Array | None) -> jax
     if top_p is not None:
         shares = jax.nn.softmax(falling, axis=-1)
         needed = jnp.cumsum(shares, axis=-1) - shares < top_p  # those ahead do not reach top_p
+        needed = needed.at[:, 0].set(True)  # also where float32 makes a zero of top_p
         falling = jnp.where(needed, falling, -jnp.inf)
     rows = jnp.arange(len(logits))[:, None]
     return jnp.full_like(logits, -jnp.inf).at[rows, tokens].set(falling, unique_indices=True)
 
 
 def _is_number(value: Any) -> bool:
-    """A number of Python or NumPy, or an array of one."""
-    return (
-        isinstance(value, float | int | np.number | np.ndarray | jax.Array) and np.ndim(value) == 0
-    )
+    """A real number of Python or NumPy, or an array of one."""
+    kinds = float | int | np.number | np.ndarray | jax.Array
+    if isinstance(value, bool) or not isinstance(value, kinds) or np.ndim(value):
+        return False
+    dtype = getattr(value, "dtype", np.dtype(float))
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)

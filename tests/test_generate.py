@@ -204,6 +204,7 @@ def test_likely_tokens():
     assert kept(None, jnp.float32(0.69)) == [False, True, False, True]
     assert kept(None, jnp.float32(0.71)) == [False, True, True, True]
     assert kept(None, jnp.float32(1e-9)) == [False, True, False, False]
+    assert kept(None, jnp.float32(1e-45)) == [False, True, False, False]  # a zero, to XLA
     assert kept(None, jnp.float32(1.0)) == [True] * 4
     # Of the two that top_k leaves, the first holds 4/7.
     assert kept(2, jnp.float32(0.55)) == [False, True, False, False]
@@ -267,6 +268,9 @@ def test_prompts_may_be_traced():
         ({"end_token": "</s>"}, "end_token='</s>' must be"),
         ({"temperature": None}, "temperature=None must be a number"),
         ({"temperature": "hot"}, "temperature='hot' must be a number"),
+        ({"temperature": np.array("hot")}, "temperature=array.* must be a number"),
+        ({"temperature": True}, "temperature=True must be a number"),
+        ({"temperature": np.complex64(1)}, "temperature=.* must be a number"),
         ({"temperature": 1.0, "key": KEY, "top_p": "a"}, "top_p='a' must be a probability"),
         ({"temperature": 1.0, "key": 0}, r"key=0 is no key; pass key=jax.random.key\(0\)"),
         ({"temperature": 1.0, "key": np.zeros(3)}, r"key is float64\[3\], which is no key; pass"),
@@ -335,6 +339,17 @@ def test_a_stream_is_the_whole_in_pieces():
             stream(model, variables, PROMPTS, max_new_tokens=2, chunk=chunk)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_it_generates_where_jax_counts_in_64_bits(rows):
+    model, variables = made("llama-nano", **LLAMA)
+    prompts = np.asarray(PROMPTS[:rows])
+    options = {"lengths": LENGTHS[:rows], "max_new_tokens": 5}
+    expected = generate(model, variables, prompts, **options).tokens
+    with jax.enable_x64(True):
+        found = generate(model, variables, prompts, **options).tokens
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("burst", [2, 3, 8])
 def test_steps_of_a_burst_that_are_not_needed_leave_nothing(burst, monkeypatch):
     """As one by one: with ends of rows and of all rows, and of the cache, in the midst of a burst."""
@@ -351,21 +366,36 @@ def test_steps_of_a_burst_that_are_not_needed_leave_nothing(burst, monkeypatch):
                 yield list(stream(model, variables, PROMPTS, chunk=chunk, **options, **more))
 
     expected = list(texts())
-    monkeypatch.setattr(module, "_burst", lambda chunk: burst)
+    monkeypatch.setattr(module, "_burst", lambda *_: burst)
     jax.tree.map(np.testing.assert_array_equal, list(texts()), expected)
     pieces = [text for text in expected if isinstance(text, list)]
     assert any(sum(piece.shape[1] for piece in text) < 10 for text in pieces)  # all rows ended
 
 
 def test_bursts_divide_a_chunk(monkeypatch):
-    assert [module._burst(chunk) for chunk in (1, 8, 20)] == [1, 1, 1]  # a CPU does not wait
+    assert [module._burst(chunk, 1000) for chunk in (1, 8, 20)] == [1, 1, 1]  # a CPU does not wait
 
     class Gpu:
         platform = "gpu"
 
     monkeypatch.setattr(module, "current", Gpu)
-    found = [module._burst(chunk) for chunk in (1, 3, 8, 9, 16, 20, 33)]
+    found = [module._burst(chunk, 1000) for chunk in (1, 3, 8, 9, 16, 20, 33)]
     assert found == [1, 3, 8, 5, 8, 7, 7]
+
+
+def test_bursts_are_for_nothing_in_an_eighth_of_their_steps_at_most(monkeypatch):
+    class Gpu:
+        platform = "gpu"
+
+    monkeypatch.setattr(module, "current", Gpu)
+    for chunk in (1, 3, 8, 10, 11):
+        bursts = {count: module._burst(chunk, count) for count in range(1, 200)}
+        for count, burst in bursts.items():
+            chunks = [min(chunk, count - 1 - at) for at in range(0, count - 1, chunk)]
+            run = sum(-(-length // burst) * burst for length in chunks)
+            assert run - (count - 1) <= (count - 1) / 8
+        assert len(set(bursts.values())) <= 2  # programs
+        assert all(bursts[count] > 1 for count in (9, 17, 64, 128)) or chunk in (1, 10, 11)
 
 
 def test_few_programs_serve_all_lengths_of_prompts_and_numbers_of_new_tokens():

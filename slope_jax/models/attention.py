@@ -290,7 +290,9 @@ def _placed(cache: jax.Array, new: jax.Array, positions: jax.Array | None) -> ja
     if positions is None:
         return jax.lax.dynamic_update_slice(cache, new.swapaxes(1, 2), (0,) * 4)
     if positions.size == 1:
-        start = (0, 0, positions[0, 0], 0)
+        place = positions[0, 0]
+        zero = jnp.zeros_like(place)  # indices are of one dtype, also where JAX counts in 64 bits
+        start = (zero, zero, place, zero)
         return jax.lax.dynamic_update_slice(
             cache, new.swapaxes(1, 2), start, allow_negative_indices=False
         )
