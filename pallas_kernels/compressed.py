@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.pattern import Pattern
@@ -155,7 +156,8 @@ def compress(
         rules for ties, zeros and NaN). At most n per group; fewer are filled up by zeros.
 
     Returns:
-      The compressed matrix; `decompress` gives `w` where kept and +0.0 elsewhere.
+      The compressed matrix; `decompress` gives `w` where kept and +0.0 elsewhere. Its values have the
+      derivatives of the entries that they are, its metadata none.
 
     Raises:
       ValueError: shapes, dtype or pattern do not fit, or a concrete mask keeps more than n.
@@ -184,9 +186,11 @@ def decompress(w: CompressedMatrix) -> jax.Array:
     return _decompress(w)
 
 
-# Outside of `jax.jit` each operation would be a program of its own, some sixty of them.
+# Outside of `jax.jit` each operation would be a program of its own, some sixty of them. Bits have no
+# derivative, so that of the values is told apart.
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 @functools.partial(jax.jit, static_argnums=(2, 3), inline=True)
 def _compress(w, mask, pattern: Pattern, axis: int) -> tuple[jax.Array, jax.Array]:
     groups = split_groups(to_bits(w), pattern.m, axis)
@@ -201,11 +205,34 @@ def _compress(w, mask, pattern: Pattern, axis: int) -> tuple[jax.Array, jax.Arra
     return values, pack_positions(join_groups(positions, axis), pattern, axis)
 
 
+@_compress.defjvp
+def _compress_tangent(pattern: Pattern, axis: int, primals, tangents):
+    (w, mask), (dw, _) = primals, tangents
+    values, metadata = _compress(w, mask, pattern, axis)
+    positions = unpack_positions(metadata, pattern, axis, values.shape[axis - 2])
+    groups = split_groups(dw, pattern.m, axis)
+    if mask is not None:
+        groups = jnp.where(split_groups(mask, pattern.m, axis), groups, 0)
+    picked = join_groups(pick(groups, split_groups(positions, pattern.n, axis)), axis)
+    return (values, metadata), (picked, np.zeros(metadata.shape, jax.dtypes.float0))
+
+
+@jax.custom_jvp
 @functools.partial(jax.jit, inline=True)
 def _decompress(w: CompressedMatrix) -> jax.Array:
-    values = split_groups(to_bits(w.values), w.n, w.axis)
+    return from_bits(_placed(w, to_bits(w.values)), w.dtype)
+
+
+@_decompress.defjvp
+def _decompress_tangent(primals, tangents):
+    (w,), (dw,) = primals, tangents
+    return _decompress(w), _placed(w, dw.values)
+
+
+def _placed(w: CompressedMatrix, values: jax.Array) -> jax.Array:
+    """Where w has its survivors."""
     positions = split_groups(positions_of(w), w.n, w.axis)
-    return from_bits(join_groups(place(values, positions, w.m), w.axis), w.dtype)
+    return join_groups(place(split_groups(values, w.n, w.axis), positions, w.m), w.axis)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -271,7 +298,8 @@ def largest(key: jax.Array, n: int, axis: int) -> jax.Array:
 def _check_mask_count(mask: jax.Array, pattern: Pattern, axis: int) -> None:
     if isinstance(mask, jax.core.Tracer):
         return
-    most = int(_most_kept(mask, pattern.m, axis))
+    with jax.ensure_compile_time_eval():  # a constant of a function that is being traced
+        most = int(_most_kept(mask, pattern.m, axis))
     if most > pattern.n:
         raise ValueError(
             f"mask keeps {most} of {pattern.m} entries in some group; the pattern {pattern} keeps"

@@ -184,3 +184,26 @@ def test_mismatched_leaves_are_named():
         decompress(c.with_values(c.values[:3]))
     with pytest.raises(ValueError, match="uint8"):
         CompressedMatrix(c.values, c.metadata.astype(jnp.int32), c.pattern, 0, (8, 4)).check()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("pattern", ["1:2", "2:4", "2:8", "4:4"])
+def test_values_have_the_derivative_of_the_entries_that_they_are(pattern, axis):
+    """Of what is kept that of the entries themselves, of the rest zero, on the way there and back."""
+    w = jax.random.normal(jax.random.key(0), (16, 8))
+    whole = decompress(compress(w, pattern, axis=axis)) != 0
+    some = whole & (jax.random.uniform(jax.random.key(1), w.shape) < 0.5)
+    for mask, kept in ((None, whole), (some, some)):
+
+        def squares(w, mask=mask):
+            found = compress(w, pattern, axis=axis, mask=mask)
+            return (found.values**2).sum()
+
+        def cubes(w, mask=mask):
+            return (decompress(compress(w, pattern, axis=axis, mask=mask)) ** 3).sum()
+
+        exact = np.where(kept, w, 0)
+        np.testing.assert_array_equal(jax.jit(jax.grad(squares))(w), 2 * exact)
+        np.testing.assert_allclose(jax.grad(cubes)(w), 3 * exact**2, rtol=1e-6)
+        ahead = jax.jvp(squares, (w,), (w,))[1]
+        np.testing.assert_allclose(ahead, (2 * exact**2).sum(), rtol=1e-6)
