@@ -88,11 +88,16 @@ def sharded_matmul(
       The others: as of `slope_matmul`.
 
     Raises:
-      ValueError: no mesh is set, or it does not divide the batch or the kernel.
+      ValueError: no mesh is set, or it does not divide the batch or the kernel, or x has no batch.
     """
     mesh = active_mesh()
     if mesh is None:
         raise ValueError("no mesh with the axes data, fsdp and tensor is set; see jax.set_mesh")
+    if x.ndim < 2:
+        raise ValueError(
+            f"x has shape {x.shape}; on a mesh it must be (batch, ..., in), for its devices share the"
+            " batch: pass x[None]"
+        )
     check_batch(x.shape[0], size_of(mesh, BATCH))
     sections = sections or (w.shape[1],)
     place = Place(cut, sections, mesh.shape[FSDP], mesh.shape[TENSOR])

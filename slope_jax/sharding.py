@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import Pattern
 
@@ -128,10 +128,19 @@ def batch_spec(ndim: int) -> PartitionSpec:
 
 
 def active_mesh() -> AbstractMesh | None:
-    """The mesh that `jax.set_mesh` has set, if it is one of ours and not inside a `shard_map`."""
+    """The mesh that `jax.set_mesh` has set, if it is one of ours and not inside a `shard_map`.
+
+    Raises:
+      ValueError: it has axes whose shardings are part of the types, which is JAX's default.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if not set(AXES) <= set(mesh.axis_names) or mesh.manual_axes:
         return None
+    if any(mesh.axis_types[mesh.axis_names.index(axis)] == AxisType.Explicit for axis in AXES):
+        raise ValueError(
+            f"the axes {', '.join(AXES)} of the mesh are Explicit; make it with jax.make_mesh(...,"
+            f" axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)})"
+        )
     return mesh
 
 

@@ -392,3 +392,20 @@ def test_the_snippet_of_the_page_makes_a_model_on_a_mesh():
     kernel = names["variables"]["params"]["layers_0"]["mlp"]["up"]["kernel"]
     rows, columns = kernel.shape
     assert kernel.sharding.shard_shape(kernel.shape) == (rows // DEVICES, columns)
+
+
+def test_a_batch_is_needed_and_axes_of_no_types():
+    layer, x = models.layers.SparseDense(8), jnp.ones((4, 16))
+    variables = layer.init(jax.random.key(0), x)
+    devices = jax.devices()[:1]
+    auto, explicit = (
+        jax.make_mesh((1, 1, 1), AXES, axis_types=(kind,) * 3, devices=devices)
+        for kind in (AxisType.Auto, AxisType.Explicit)
+    )
+    with (
+        jax.set_mesh(auto),
+        pytest.raises(ValueError, match=r"shape \(16,\); on a mesh .* x\[None\]"),
+    ):
+        layer.apply(variables, x[0])
+    with jax.set_mesh(explicit), pytest.raises(ValueError, match="are Explicit; make it with"):
+        layer.apply(variables, x)
