@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
+import jax
 import optax
-from flax import traverse_util
 
 from pallas_kernels import Pattern
 from slope_jax.working import Layer
@@ -51,8 +51,10 @@ def scale_leaves(factors: Mapping[Path, float]) -> optax.GradientTransformation:
     """Updates of some parameters, by their paths, times their factors."""
 
     def update_fn(updates, state, params=None):
-        flat = traverse_util.flatten_dict(updates)
-        scaled = {path: factors[path] * u if path in factors else u for path, u in flat.items()}
-        return traverse_util.unflatten_dict(scaled), state
+        def scaled(path, update):
+            factor = factors.get(tuple(getattr(key, "key", None) for key in path))
+            return update if factor is None else factor * update
+
+        return jax.tree_util.tree_map_with_path(scaled, updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)

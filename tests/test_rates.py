@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from flax.core import freeze
 
 from slope_jax import SparseDense, find_layers, rates, scale_pruned
 
@@ -36,3 +37,19 @@ def test_outputs_move_as_far_as_dense_ones_under_adam():
         np.testing.assert_array_equal(moved[name]["bias"], 1.0)
     for name in ("adapter_l", "adapter_r"):
         np.testing.assert_array_equal(moved["half"][name], 1.0)
+
+
+def test_updates_keep_their_kind_and_what_is_masked_stays_out():
+    layer, x = SparseDense(8), jnp.ones((2, 16))
+    variables = layer.init(jax.random.key(0), x)
+    faster = scale_pruned(find_layers(layer.apply, variables, x))
+    params = variables["params"]
+    for kind in (dict, freeze):
+        updates, _ = faster.update(kind(params), faster.init(kind(params)))
+        assert type(updates) is type(kind(params))
+        np.testing.assert_array_equal(updates["kernel"], 2 * params["kernel"])
+        np.testing.assert_array_equal(updates["bias"], params["bias"])
+    for chosen, factor in ((True, 2), (False, 1)):
+        some = optax.masked(faster, {"kernel": chosen, "bias": not chosen})
+        updates, _ = some.update(params, some.init(params))
+        np.testing.assert_array_equal(updates["kernel"], factor * params["kernel"])
