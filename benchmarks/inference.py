@@ -32,6 +32,7 @@ from benchmarks.record import RESULTS, make_record, write_record
 from benchmarks.serving_rows import Key, Timing, line, result, weight_row
 from benchmarks.serving_steps import DECODE, ITERATIONS, PREFILL, Cut, Program, Work
 from benchmarks.train_step import Failed
+from pallas_kernels.mosaic import support
 from pallas_kernels.samples import CACHE_BYTES
 from slope_jax import models
 from slope_jax.models.decoder import DecoderConfig
@@ -73,6 +74,8 @@ class Stage(NamedTuple):
 
 def main() -> None:
     arguments = _arguments()
+    if why := support.device_obstacle():
+        print(f"sparse products by XLA, for {why}", file=sys.stderr)
     stop = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
     name = f"inference-{arguments.part}" if arguments.part else "inference"
     record = make_record(name, [], device=accelerator(), module="benchmarks.inference")

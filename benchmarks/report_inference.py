@@ -106,7 +106,8 @@ def _generated(rows: list[dict[str, Any]]) -> str:
 
 def _by_device(folder: Path, text: Callable[[list[dict], list[dict]], str]) -> str:
     found: dict[str, list[dict[str, Any]]] = {}
-    for record in records("inference", folder):
+    measured = (r for r in records("inference", folder) if r["results"] or r["weights"])
+    for record in measured:  # others hold what was planned, until they were stopped
         found.setdefault(record["device"], []).append(record)
     pages = []
     for device, parts in sorted(found.items()):

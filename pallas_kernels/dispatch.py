@@ -3,6 +3,8 @@
 import dataclasses
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 from pallas_kernels import tuning
 from pallas_kernels.device import current
 from pallas_kernels.mosaic import support
@@ -31,6 +33,8 @@ class Query:
     def __post_init__(self):
         if self.op not in OPS:
             raise ValueError(f"op is {self.op!r}; it must be one of {', '.join(OPS)}")
+        object.__setattr__(self, "pattern", Pattern.parse(self.pattern))
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -170,6 +170,10 @@ class SparseDense(nn.Dense):
                 f"{self._where()}: apart=True needs sections={self.sections}, and neither an activation"
                 " nor a residual"
             )
+        if sum(self.sections) != self.features:
+            raise ValueError(
+                f"{self._where()}: sections={self.sections} must add up to the {self.features} outputs"
+            )
         if self.pattern is None:
             split = split_sections if self._is_sharded() else epilogue.apart
             return tuple(split(self._dense(inputs), self.sections))
@@ -184,7 +188,7 @@ class SparseDense(nn.Dense):
         kernel, working = self._kernel(inputs.shape[-1]), self._working()
         bias, adapter = self._terms(inputs.shape[-1])
         inputs, *_ = self.promote_dtype(inputs, kernel.values, bias, dtype=self.dtype)
-        values = kernel.values if working is None else working.values
+        values = kernel.values if working is None or working.values is None else working.values
         y = nm_matmul(
             inputs,
             kernel.with_values(values.astype(inputs.dtype)),

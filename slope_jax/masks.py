@@ -6,7 +6,15 @@ import jax
 import numpy as np
 
 from pallas_kernels import Pattern, compressed_shapes
-from pallas_kernels.compressed import join_groups, largest, magnitude_key, split_groups, to_bits
+from pallas_kernels.compressed import (
+    check_array,
+    check_dtype,
+    join_groups,
+    largest,
+    magnitude_key,
+    split_groups,
+    to_bits,
+)
 
 
 def magnitude_mask(w: jax.Array, pattern: Pattern | str, *, axis: int = 0) -> jax.Array:
@@ -26,6 +34,8 @@ def magnitude_mask(w: jax.Array, pattern: Pattern | str, *, axis: int = 0) -> ja
     >>> magnitude_mask(jnp.array([[3.0], [-4.0], [0.0], [1.0]]), "2:4")[:, 0].tolist()
     [True, True, False, False]
     """
+    check_array(w, "w")
+    check_dtype(w.dtype, "w")
     return score_mask(magnitude_key(to_bits(w), w.dtype), pattern, axis=axis)
 
 

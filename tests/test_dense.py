@@ -1,6 +1,7 @@
 """SparseDense against flax.linen.Dense and against the formulas."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -312,3 +313,32 @@ def test_a_simulated_layer_keeps_its_kernel_dense_and_multiplies_it_as_it_is():
 def test_simulated_linears_of_a_model_have_no_adapters():
     with pytest.raises(ValueError, match="adapter_rank=2: simulated linears have no adapters"):
         build("gpt2-nano", simulated=True, adapter_rank=2)
+
+
+@pytest.mark.parametrize("sparsity", ["2:4", None])
+def test_sections_that_are_not_the_outputs_are_named(sparsity):
+    layer = SparseDense(8, sparsity=sparsity, sections=(2, 4))
+    variables = layer.init(jax.random.key(0), jnp.ones((2, 16)))
+    with pytest.raises(ValueError, match=r"sections=\(2, 4\) must .*add up to the 8 outputs"):
+        layer.apply(variables, jnp.ones((2, 16)), apart=True)
+
+
+def test_a_norm_joins_beside_copies_of_transposes_alone():
+    layer, x = SparseDense(8), jax.random.normal(jax.random.key(0), (2, 16))
+    variables = layer.init(jax.random.key(1), x)
+    layers = find_layers(layer.apply, variables, x)
+    copies = working_copies(variables, layers, values=False)
+    normed = Normed(x, Norm(jnp.ones(16)))
+    np.testing.assert_array_equal(
+        layer.apply(variables | {"working": copies}, normed), layer.apply(variables, normed)
+    )
+
+
+def test_it_is_exported_for_any_batch():
+    layer = SparseDense(8)
+    variables = layer.init(jax.random.key(0), jnp.ones((2, 16)))
+    (batch,) = jax.export.symbolic_shape("b")
+    shape = jax.ShapeDtypeStruct((batch, 16), jnp.float32)
+    exported = jax.export.export(jax.jit(lambda x: layer.apply(variables, x)))(shape)
+    x = jax.random.normal(jax.random.key(1), (5, 16))
+    np.testing.assert_allclose(exported.call(x), layer.apply(variables, x), rtol=1e-6, atol=1e-6)

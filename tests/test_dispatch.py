@@ -62,6 +62,14 @@ def test_what_no_kernel_takes_goes_to_xla_with_the_reason(hopper, query, message
     assert message in choice.reason
 
 
+def test_a_query_reads_patterns_and_dtypes(hopper):
+    query = Query("nm_matmul", (4096, 4096), "2:4", jnp.bfloat16, 8192)
+    assert query == Query("nm_matmul", (4096, 4096), Pattern(2, 4), "bfloat16", 8192)
+    assert choose(query).implementation == "mosaic"
+    with pytest.raises(ValueError, match="pattern 9:4"):
+        Query("nm_matmul", (64, 64), "9:4", "bfloat16")
+
+
 def test_what_no_kernel_takes_is_refused_if_it_is_asked_for(hopper):
     query = Query("nm_sddmm", (64, 64), Pattern(2, 4), "bfloat16", 64, axis=1)
     with pytest.raises(NotImplementedError, match="not axis 1"):

@@ -151,6 +151,10 @@ def test_a_run_writes_its_record_and_the_report_reads_it(monkeypatch, tmp_path, 
         assert "python -m benchmarks.inference" in text
     assert "decode 2" in report_inference.summary(tmp_path)
     assert report_inference.times(tmp_path / "none") == report_inference.MISSING
+    stopped = {"device": "cpu", "results": [], "weights": []}  # before anything was measured
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "inference.json").write_text(json.dumps(stopped))
+    assert report_inference.times(tmp_path / "none") == report_inference.MISSING
     left = ["a: prefill 1 x 8; rank 0", "b: decode 2; rank 8", "c: prefill 1 x 8; rank 0"]
     row = record["results"][0]
     measured = f"gpt2-nano: prefill 1 x {row['prompt']}; rank {row['share']:g}"

@@ -92,3 +92,9 @@ def test_is_nm_tells_the_axes_apart():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_weights_of_other_dtypes_are_named():
+    for w in (np.ones((8, 4)), jnp.ones((8, 4), int)):
+        with pytest.raises(ValueError, match=f"w has dtype {w.dtype}; it must be float32"):
+            masks.magnitude_mask(w, "2:4")

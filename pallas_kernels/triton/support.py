@@ -57,9 +57,9 @@ def reason_to_choose(op: str, shape: tuple[int, int], tokens: int | None) -> str
     """Why the kernel is the best choice on this device, provided that it can run; or None."""
     device = current()
     capability = _capability(device)
-    if op != "nm_matmul" or tokens is None or tokens > FEW_TOKENS or math.prod(shape) < LARGE:
+    if capability is None or capability[0] != 8:  # asked first: tokens may be a symbol elsewhere
         return None
-    if capability is None or capability[0] != 8:
+    if op != "nm_matmul" or tokens is None or tokens > FEW_TOKENS or math.prod(shape) < LARGE:
         return None
     return (
         f"up to {FEW_TOKENS} tokens take as long as reading the weight, and compressed it has 9/16"
