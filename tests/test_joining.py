@@ -12,6 +12,7 @@ from pallas_kernels.epilogue import Norm
 from slope_jax import SparseDense, Working, masks, slope_matmul
 from slope_jax.matmul import Activated
 from slope_jax.normed import Stream
+from slope_jax.sharding import AXES
 
 strict = pytest.mark.usefixtures("strict_dtypes")
 
@@ -231,7 +232,8 @@ def test_a_residual_of_another_dtype_takes_the_layers(sparsity):
 
 
 def test_a_layer_on_a_mesh_does_not_join():
-    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1])
+    types = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.make_mesh((1, 1, 1), AXES, axis_types=types, devices=jax.devices()[:1])
     assert SparseDense(8).joins
     with jax.set_mesh(mesh):
         assert not SparseDense(8).joins

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hopper import fenced, lowered, needs_gpu, needs_jax
+from jax.sharding import AxisType
 
 from pallas_kernels.mosaic import support
 from slope_jax import models
+from slope_jax.sharding import AXES
 
 obstacle = support.device_obstacle()
 # Sequences, heads, queries that share one, slots, width.
@@ -183,7 +185,7 @@ def test_the_path_says_why(monkeypatch):
         f"one kernel: bfloat16, heads of {config.head_width}",
     )
     with jax.set_mesh(
-        jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1])
+        jax.make_mesh((1, 1, 1), AXES, (AxisType.Auto,) * 3, devices=jax.devices()[:1])
     ):
         assert "without a mesh" in models.decode_path(config).reason
     for options, reason in [
