@@ -1,5 +1,8 @@
 """Linear layers on a mesh: the same functions, piece by piece under `shard_map`.
 
+But for one thing: the double pruning for dx, unless working copies have it, selects among what was gathered,
+which is cast to x's dtype already. In 16 bits, where such values tie, dx can differ from one device's.
+
 Arguments and results are global arrays; inside, every device sees plain local matrices, so that the
 sparse kernels run as on one device and are chosen by local shapes. A linear
 

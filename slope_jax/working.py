@@ -68,7 +68,7 @@ def working_copies(
     backward pass transposes it. With it the products of many micro-batches share the copies, at the
     cost of keeping them: for 2:4 in 16 bits, 1 byte per entry of the dense kernel for the values and
     1.125 for the transpose. Results are bit for bit the same, and so are the gradients, which remain
-    those of `params`.
+    those of `params`; but without copies, `sharded_matmul` transposes what it has cast, and dx can differ.
 
     The copies are stale once the parameters have changed: make them anew in each optimizer step.
 
