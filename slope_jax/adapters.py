@@ -12,6 +12,7 @@ from flax import traverse_util
 from jax.tree_util import DictKey, GetAttrKey, keystr
 
 from slope_jax.dense import ADAPTER_L, ADAPTER_R
+from slope_jax.inputs import example_inputs, split
 from slope_jax.state import TrainState
 
 ADAPTER, BASE = "adapter", "base"
@@ -79,18 +80,6 @@ def add_adapters(
     return state.replace(apply_fn=model.apply, params=params, opt_state=opt_state), count
 
 
-def example_inputs(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The given example inputs, or else the model's own."""
-    if args or kwargs:
-        return args, kwargs
-    if not hasattr(model, "example_inputs"):
-        raise ValueError(
-            f"{type(model).__name__} has no example_inputs(); pass example inputs after the others"
-        )
-    inputs = model.example_inputs()
-    return ((), inputs) if isinstance(inputs, dict) else (tuple(inputs), {})
-
-
 def _label(path: tuple) -> str:
     last = path[-1]
     return ADAPTER if getattr(last, "key", None) in (ADAPTER_L, ADAPTER_R) else BASE
@@ -98,11 +87,12 @@ def _label(path: tuple) -> str:
 
 def _initialiser(model: nn.Module, args: tuple, kwargs: dict):
     args, kwargs = example_inputs(model, args, kwargs)
-    args, kwargs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (args, kwargs))
+    arrays, join = split(args, kwargs)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
 
     def init(key):
-        zeros = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), (args, kwargs))
-        return model.init(key, *zeros[0], **zeros[1])["params"]
+        args, kwargs = join([jax.numpy.zeros(x.shape, x.dtype) for x in shapes])
+        return model.init(key, *args, **kwargs)["params"]
 
     return init
 

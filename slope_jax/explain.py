@@ -10,8 +10,8 @@ from flax import linen as nn
 
 from pallas_kernels import Choice, NarrowQuery, Query, choose, choose_narrow
 from pallas_kernels.mosaic.support import MOST_FIRST
-from slope_jax.adapters import example_inputs
 from slope_jax.dense import ADAPTER_L, ADAPTER_R, MASKS, SparseDense
+from slope_jax.inputs import eval_shape, example_inputs
 from slope_jax.operands import EXACT
 from slope_jax.sharding import local_product
 
@@ -110,8 +110,8 @@ def explain(model: nn.Module, variables: Any, *args, strict: bool = False, **kwa
     Args:
       model: any Flax module; its `nn.Dense` and `SparseDense` layers are listed in call order.
       variables: from `model.init`, or shapes from `jax.eval_shape(model.init, ...)`.
-      *args, **kwargs: example inputs (arrays or shapes) as `model.apply` takes them; by default
-        `model.example_inputs()`. Their number of tokens decides what runs.
+      *args, **kwargs: example inputs (arrays, shapes, Python values) as `model.apply` takes them; by
+        default `model.example_inputs()`. Their number of tokens decides what runs.
       strict: raise if a layer with a pattern would be multiplied densely.
 
     Raises:
@@ -135,7 +135,7 @@ def explain(model: nn.Module, variables: Any, *args, strict: bool = False, **kwa
         return call(*call_args, **call_kwargs)
 
     with nn.intercept_methods(record):
-        jax.eval_shape(lambda v, a, k: model.apply(v, *a, **k), variables, args, kwargs)
+        eval_shape(model.apply, variables, *args, **kwargs)
     explanation = Explanation(tuple(rows.values()))
     if strict:
         _raise_if_dense(explanation)

@@ -12,8 +12,8 @@ import optax
 from flax import linen as nn
 from flax import traverse_util
 
-from slope_jax.adapters import example_inputs
 from slope_jax.dense import ADAPTER_L, ADAPTER_R, MASKS, SparseDense
+from slope_jax.inputs import eval_shape, example_inputs
 from slope_jax.models.cache import cache_slots, init_cache
 from slope_jax.models.decoder import Decoder
 from slope_jax.prompts import is_integer
@@ -142,8 +142,8 @@ def memory(
       model: a Flax module with `SparseDense` layers.
       variables: from `model.init`, or shapes from `jax.eval_shape(model.init, ...)`.
       tx: the optimizer; None leaves out what only training holds.
-      *args, **kwargs: example inputs (arrays or shapes) as `model.apply` takes them; by default
-        `model.example_inputs()`, which are small.
+      *args, **kwargs: example inputs (arrays, shapes, Python values) as `model.apply` takes them; by
+        default `model.example_inputs()`, which are small.
       dense: the same model without sparsity; found by itself for the models of `slope_jax.models`
         and a lone `SparseDense`. Without one, nothing is compared.
       accumulation: micro-batches in a step.
@@ -186,7 +186,7 @@ def memory(
     if (twin := dense or _dense_twin(model)) is None:
         theirs = None
     else:
-        shapes = jax.eval_shape(twin.init, jax.random.key(0), *args, **kwargs)
+        shapes = eval_shape(twin.init, jax.random.key(0), *args, **kwargs)
         theirs = _aligned(account(twin, _of_dtypes(shapes, variables)), ours)
     kinds = dict.fromkeys(kind for kind, _ in (*ours, *(theirs or ())))
     order = sorted(kinds, key=lambda kind: kind == ACTIVATIONS)
@@ -339,7 +339,7 @@ def _activations(model, variables, args, kwargs) -> int:
         given = {id(x) for x in jax.tree.leaves((variables, args, kwargs))}
         return {id(x): x for x in jax.tree.leaves((backward, outputs)) if id(x) not in given}
 
-    return sum(map(_nbytes, jax.eval_shape(saved, dict(variables), args, kwargs).values()))
+    return sum(map(_nbytes, eval_shape(saved, dict(variables), args, kwargs).values()))
 
 
 def _aligned(theirs: Bytes, ours: Bytes) -> Bytes:

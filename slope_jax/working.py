@@ -10,6 +10,7 @@ from flax import traverse_util
 
 from pallas_kernels import CompressedMatrix, Pattern
 from slope_jax.dense import MASKS, SparseDense
+from slope_jax.inputs import eval_shape
 from slope_jax.matmul import Working
 from slope_jax.operands import DOUBLE_PRUNED
 from slope_jax.pieces import transposes
@@ -32,7 +33,7 @@ def find_layers(function: Callable, *args, **kwargs) -> dict[tuple[str, ...], La
 
     Args:
       function: calls a bound or an unbound model, such as `model.apply`; not jitted.
-      *args, **kwargs: arrays, or shapes, as the function takes them.
+      *args, **kwargs: arrays, shapes, or Python values, as the function takes them.
 
     Raises:
       ValueError: it calls none.
@@ -46,8 +47,7 @@ def find_layers(function: Callable, *args, **kwargs) -> dict[tuple[str, ...], La
         return call(*call_args, **call_kwargs)
 
     with nn.intercept_methods(record):
-        # A new function each time, or a cached trace would call nothing.
-        jax.eval_shape(lambda args, kwargs: function(*args, **kwargs), args, kwargs)
+        eval_shape(function, *args, **kwargs)
     if not found:
         raise ValueError(
             "no SparseDense was called; pass the function itself, not one that is jitted already"

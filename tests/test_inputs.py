@@ -1,0 +1,75 @@
+"""Models that are called with more than arrays."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import linen as nn
+
+from slope_jax import SparseDense, TrainState, add_adapters, explain, lazy_adapters, memory
+from slope_jax.inputs import eval_shape
+from slope_jax.working import find_layers, working_copies
+
+
+class Choosy(nn.Module):
+    """Decides in Python by what it is called with."""
+
+    adapter_rank: int = 0
+
+    @nn.compact
+    def __call__(self, x, width, *, deterministic, name=None):
+        if not deterministic:
+            x = nn.Dropout(0.5, deterministic=deterministic)(x)
+        for i in range(width):
+            x = SparseDense(16, adapter_rank=self.adapter_rank, name=f"{name or 'layer'}_{i}")(x)
+        return x
+
+
+@pytest.fixture
+def variables():
+    return Choosy().init(jax.random.key(0), jnp.ones((2, 16)), 3, deterministic=True)
+
+
+def test_python_values_decide(variables):
+    x = jnp.ones((2, 16))
+    rows = explain(Choosy(), variables, x, 3, deterministic=True).rows
+    assert [row.path for row in rows] == ["layer_0", "layer_1", "layer_2"]
+    assert len(explain(Choosy(), variables, x, 2, deterministic=True).rows) == 2
+    layers = find_layers(Choosy().apply, variables, x, 3, deterministic=True)
+    assert set(layers) == {("layer_0",), ("layer_1",), ("layer_2",)}
+    assert set(working_copies(variables, layers)) == {"layer_0", "layer_1", "layer_2"}
+
+
+def test_memory_counts_what_is_called(variables):
+    x = jnp.ones((2, 16))
+    count = memory(Choosy(), variables, optax.sgd(1.0), x, 3, activations=True, deterministic=True)
+    values, metadata, biases = 3 * 16 * 8 * 4, 3 * 16 * 2, 3 * 16 * 4
+    assert count.total("parameters") + count.total("metadata") == values + metadata + biases
+    assert count.total("activations")
+
+
+def test_adapters_join_such_models(variables):
+    state = TrainState.create(
+        apply_fn=Choosy().apply, tx=lazy_adapters(optax.sgd(1.0)), **variables
+    )
+    new = Choosy(adapter_rank=4)
+    _, count = add_adapters(
+        state, new, jax.random.key(1), jnp.ones((2, 16)), 3, deterministic=True, name="layer"
+    )
+    assert count == 3
+
+
+def test_arrays_alone_are_traced():
+    seen = []
+
+    def function(x, flag, *, rate):
+        seen.append((isinstance(x, jax.core.Tracer), flag, rate))
+        return x[:, :2]
+
+    for _ in range(2):
+        assert eval_shape(function, jnp.ones((3, 4)), True, rate=0.5).shape == (3, 2)
+    assert eval_shape(function, jax.ShapeDtypeStruct((3, 4), "float32"), None, rate="a").shape == (
+        3,
+        2,
+    )
+    assert seen == [(True, True, 0.5), (True, True, 0.5), (True, None, "a")]
