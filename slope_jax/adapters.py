@@ -9,6 +9,7 @@ import jax
 import optax
 from flax import linen as nn
 from flax import traverse_util
+from flax.core import meta
 from jax.tree_util import DictKey, GetAttrKey, keystr
 
 from slope_jax.dense import ADAPTER_L, ADAPTER_R
@@ -73,6 +74,14 @@ def add_adapters(
     """
     if _adapter_leaves(state.params):
         raise ValueError("the state has adapters already; add_adapters takes a state without any")
+    if any(
+        isinstance(leaf, meta.AxisMetadata)
+        for leaf in traverse_util.flatten_dict(state.params).values()
+    ):
+        raise ValueError(
+            "parameters of the state are boxed with the names of their axes, which would hide them"
+            " from the optimizer; create the state from flax.linen.unbox(variables)"
+        )
     newborns, wanted = _born(_initialiser(model, args, kwargs), key)
     params = _with_newborns(state.params, wanted, newborns)
     count = _count_layers(params, state.masks)
@@ -92,7 +101,7 @@ def _initialiser(model: nn.Module, args: tuple, kwargs: dict):
 
     def init(key):
         args, kwargs = join([jax.numpy.zeros(x.shape, x.dtype) for x in shapes])
-        return model.init(key, *args, **kwargs)["params"]
+        return meta.unbox(model.init(key, *args, **kwargs)["params"])
 
     return init
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import (
@@ -66,6 +67,8 @@ class SparseDense(nn.Dense):
         (rank, out); 0 for none. See `slope_jax.add_adapters` for adding them later.
       mask_init: "magnitude" of the initial kernel, "random", or a function (key, kernel) -> scores
         of the kernel's shape, of which the highest n per group stay.
+      kernel_init: as in `flax.linen.Dense`; where it names axes (`flax.linen.with_partitioning`), both
+        the values and the metadata have these names.
       adapter_l_init, adapter_r_init: initialisers; one of the two must give zeros for the function
         not to change when adapters join.
       activation: None, "relu", "gelu" (exact), "gelu_tanh" or "silu"; joins the product's kernel.
@@ -291,14 +294,16 @@ class SparseDense(nn.Dense):
         def init(key):
             if self.has_variable("params", "kernel"):  # Flax compares shapes, no more
                 return jnp.zeros(compressed_shapes(shape, self.pattern)[0], self.param_dtype)
-            kernel = self.kernel_init(key, shape, self.param_dtype)
+            made = self.kernel_init(key, shape, self.param_dtype)
+            kernel = meta.unbox(made)
             mask = self._mask(jax.random.fold_in(key, 1), kernel)
             compressed = compress(kernel, self.pattern, mask=mask)
-            born["metadata"] = compressed.metadata
-            return compressed.values
+            # What names the axes of a kernel (`nn.with_partitioning`) names those of both.
+            born["metadata"] = meta.replace_boxed(made, compressed.metadata)
+            return meta.replace_boxed(made, compressed.values)
 
         values = self.param("kernel", init)
-        metadata = self.variable(MASKS, "kernel", lambda: born["metadata"]).value
+        metadata = meta.unbox(self.variable(MASKS, "kernel", lambda: born["metadata"]).value)
         return CompressedMatrix(values, metadata, self.pattern, 0, shape)
 
     def _mask(self, key: jax.Array, kernel: jax.Array) -> jax.Array:

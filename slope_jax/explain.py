@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import meta
 
 from pallas_kernels import Choice, NarrowQuery, Query, choose, choose_narrow
 from pallas_kernels.mosaic.support import MOST_FIRST
@@ -123,6 +124,7 @@ def explain(model: nn.Module, variables: Any, *args, strict: bool = False, **kwa
     '2:4'
     """
     args, kwargs = example_inputs(model, args, kwargs)
+    variables = meta.unbox(variables)
     rows: dict[tuple[str, ...], Row] = {}
 
     def record(call, call_args, call_kwargs, context):

@@ -11,6 +11,7 @@ import jax
 import optax
 from flax import linen as nn
 from flax import traverse_util
+from flax.core import meta
 
 from slope_jax.dense import ADAPTER_L, ADAPTER_R, MASKS, SparseDense
 from slope_jax.inputs import eval_shape, example_inputs
@@ -172,6 +173,7 @@ def memory(
             f"variables hold {', '.join(variables) or 'nothing'}; pass what model.init returns, or"
             " its shapes: {'params': ..., 'masks': ...}"
         )
+    variables = meta.unbox(variables)
     cached = None if cache is None else cache_bytes(model, *_checked_cache(cache))
     args, kwargs = example_inputs(model, args, kwargs)
     account = functools.partial(
@@ -186,7 +188,7 @@ def memory(
     if (twin := dense or _dense_twin(model)) is None:
         theirs = None
     else:
-        shapes = eval_shape(twin.init, jax.random.key(0), *args, **kwargs)
+        shapes = meta.unbox(eval_shape(twin.init, jax.random.key(0), *args, **kwargs))
         theirs = _aligned(account(twin, _of_dtypes(shapes, variables)), ours)
     kinds = dict.fromkeys(kind for kind, _ in (*ours, *(theirs or ())))
     order = sorted(kinds, key=lambda kind: kind == ACTIVATIONS)

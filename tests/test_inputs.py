@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from slope_jax import SparseDense, TrainState, add_adapters, explain, lazy_adapters, memory
 from slope_jax.inputs import eval_shape
@@ -73,3 +74,58 @@ def test_arrays_alone_are_traced():
         2,
     )
     assert seen == [(True, True, 0.5), (True, True, 0.5), (True, None, "a")]
+
+
+class Stack(nn.Module):
+    """Layers whose kernels have names for their axes, scanned."""
+
+    adapter_rank: int = 0
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
+
+        def body(module, x, _):
+            layer = SparseDense(16, kernel_init=init, adapter_rank=self.adapter_rank, name="up")
+            return layer(x), None
+
+        axes = {"params": 0, "masks": 0}
+        named = {nn.PARTITION_NAME: "layers"}
+        split = {"params": True}
+        scan = nn.scan(body, variable_axes=axes, split_rngs=split, length=3, metadata_params=named)
+        return scan(self, x, None)[0]
+
+
+def test_names_of_axes_are_those_of_values_and_metadata():
+    x = jnp.ones((2, 16))
+    variables = Stack().init(jax.random.key(0), x)
+    specs = nn.get_partition_spec(variables)
+    for collection in ("params", "masks"):
+        assert specs[collection]["up"]["kernel"] == PartitionSpec("layers", "embed", "mlp")
+    plain = nn.unbox(variables)
+    assert jax.tree.map(jnp.shape, plain["masks"]) == {"up": {"kernel": (3, 2, 16)}}
+    assert jnp.array_equal(Stack().apply(variables, x), Stack().apply(plain, x))
+
+    def loss(params, masks):
+        return Stack().apply({"params": params, "masks": masks}, x).sum()
+
+    named, bare = (jax.grad(loss)(v["params"], v["masks"]) for v in (variables, plain))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, nn.unbox(named), bare))
+
+
+def test_boxes_are_opened_or_named():
+    x, model, tx = jnp.ones((2, 16)), Stack(), lazy_adapters(optax.adam(1e-3))
+    boxed = model.init(jax.random.key(0), x)
+    plain = nn.unbox(boxed)
+    assert explain(model, boxed, x) == explain(model, plain, x)
+    assert memory(model, boxed, tx, x) == memory(model, plain, tx, x)
+    layers = find_layers(model.apply, boxed, x)
+    assert layers == find_layers(model.apply, plain, x)
+    copies = (working_copies(variables, layers) for variables in (boxed, plain))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, *copies))
+    new = Stack(adapter_rank=4)
+    state = TrainState.create(apply_fn=model.apply, tx=tx, **plain)
+    assert add_adapters(state, new, jax.random.key(1), x)[1] == 3
+    state = TrainState.create(apply_fn=model.apply, tx=tx, **boxed)
+    with pytest.raises(ValueError, match=r"flax\.linen\.unbox"):
+        add_adapters(state, new, jax.random.key(1), x)
