@@ -1,14 +1,14 @@
 """Generation with a cache against the same model without one."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slope_jax import generate as module
-from slope_jax import models
+from slope_jax import decoding, models
 from slope_jax.generate import generate, inference_variables, stream
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -320,9 +320,9 @@ def test_it_generates_where_jax_counts_in_64_bits(rows):
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("burst", [2, 3, 8])
-def test_steps_of_a_burst_that_are_not_needed_leave_nothing(burst, monkeypatch):
-    """As one by one: with ends of rows and of all rows, and of the cache, in the midst of a burst."""
+@pytest.mark.parametrize("steps", [1, 3, 8])
+def test_steps_that_are_not_needed_leave_nothing(steps, monkeypatch):
+    """As one by one: with ends of rows and of all rows, and of the cache, in the midst of a program."""
     model, variables = made("llama-nano", **LLAMA)
     options = {"lengths": LENGTHS, "max_new_tokens": 10}
     free = np.asarray(generate(model, variables, PROMPTS, **options).tokens)
@@ -336,43 +336,38 @@ def test_steps_of_a_burst_that_are_not_needed_leave_nothing(burst, monkeypatch):
                 yield list(stream(model, variables, PROMPTS, chunk=chunk, **options, **more))
 
     expected = list(texts())
-    monkeypatch.setattr(module, "_burst", lambda *_: burst)
+    monkeypatch.setattr(decoding, "_runs_through", lambda *_: True)
+    monkeypatch.setattr(decoding, "STEPS", steps)
     jax.tree.map(np.testing.assert_array_equal, list(texts()), expected)
     pieces = [text for text in expected if isinstance(text, list)]
     assert any(sum(piece.shape[1] for piece in text) < 10 for text in pieces)  # all rows ended
 
 
-def test_bursts_divide_a_chunk(monkeypatch):
-    assert [module._burst(chunk, 1000) for chunk in (1, 8, 20)] == [1, 1, 1]  # a CPU does not wait
+def test_programs_make_all_their_steps_where_waiting_costs_a_gpu_more(monkeypatch):
+    """By hand: 3 GB are read in 1000 us, and a program costs the host 1400."""
 
     class Gpu:
         platform = "gpu"
 
-    monkeypatch.setattr(module, "current", Gpu)
-    found = [module._burst(chunk, 1000) for chunk in (1, 3, 8, 9, 16, 20, 33)]
-    assert found == [1, 3, 8, 5, 8, 7, 7]
+    def runs_through(steps, size, nbytes):
+        given = decoding.Given(
+            {"params": types.SimpleNamespace(nbytes=nbytes)}, np.ones(1), None, None, None
+        )
+        return decoding._runs_through(given, (), steps, size)
 
-
-def test_bursts_are_for_nothing_in_an_eighth_of_their_steps_at_most(monkeypatch):
-    class Gpu:
-        platform = "gpu"
-
-    monkeypatch.setattr(module, "current", Gpu)
-    for chunk in (1, 3, 8, 10, 11):
-        bursts = {count: module._burst(chunk, count) for count in range(1, 200)}
-        for count, burst in bursts.items():
-            chunks = [min(chunk, count - 1 - at) for at in range(0, count - 1, chunk)]
-            run = sum(-(-length // burst) * burst for length in chunks)
-            assert run - (count - 1) <= (count - 1) / 8
-        assert len(set(bursts.values())) <= 2  # programs
-        assert all(bursts[count] > 1 for count in (9, 17, 64, 128)) or chunk in (1, 10, 11)
+    assert not runs_through(128, 8, 10**8)  # a CPU does not wait
+    monkeypatch.setattr(decoding, "current", Gpu)
+    found = {steps: runs_through(steps, 8, 3 * 10**9) for steps in (1, 6, 7, 8, 9, 11, 16, 41)}
+    assert found == {1: False, 6: False, 7: True, 8: True, 9: False, 11: False, 16: True, 41: True}
+    assert all(runs_through(steps, 8, 10**8) for steps in range(1, 100))
+    assert runs_through(41, 1, 10**12)
 
 
 def test_few_programs_serve_all_lengths_of_prompts_and_numbers_of_new_tokens():
     """Three of widths and two of caches; the tokens are those of the model without a cache."""
     model, variables = made("gpt2-nano", max_positions=280, num_layers=1)
     ids = np.tile(np.asarray(IDS), (1, 24))
-    programs = (module._start, module._advance, module._made)
+    programs = (decoding.start, decoding.advance)
     before = [program._cache_size() for program in programs]
     sizes = ((1, 16), (5, 252), (64, 192), (63, 1), (65, 33), (128, 2), (279, 1), (270, 9))
     for width, count in sizes:
@@ -387,7 +382,7 @@ def test_few_programs_serve_all_lengths_of_prompts_and_numbers_of_new_tokens():
         best = np.asarray(applied(model)(variables, padded)).argmax(-1)
         np.testing.assert_array_equal(best[:, width - 1 : whole.shape[1] - 1], streamed)
     made_now = [program._cache_size() - n for program, n in zip(programs, before, strict=True)]
-    assert made_now == [3, 2, 2]
+    assert made_now == [3, 2]
 
 
 def test_prompts_that_fill_the_positions_fit():

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from slope_jax import generate as module
-from slope_jax import models
+from slope_jax import decoding, models
 from slope_jax.generate import generate
 from train.data.tokenizer import train_tokenizer, vocabulary_from_json
 from train.serving import Served
@@ -65,7 +64,7 @@ def test_the_first_prompt_alone_waits_for_programs(served):
     """Others of up to 64 tokens, with any number of new ones, find them."""
     expected = behind(served, *alone(served, "words " * 11))
     complete(served, "Some words", max_new_tokens=5)
-    programs = (module._start, module._advance, module._made)
+    programs = (decoding.start, decoding.advance)
     before = [program._cache_size() for program in programs]
     for words, count in ((1, 16), (5, 64), (11, 9), (11, 20)):
         (found,) = complete(served, "words " * words, max_new_tokens=count)
