@@ -10,6 +10,7 @@ import numpy as np
 from slope_jax.prompts import is_integer
 
 _COLDEST, _HOTTEST = 1e-30, 1e30  # temperatures by which float32 logits divide to finite numbers
+_UNSORTED = 16  # of so many, XLA finds the largest on a GPU without sorting all
 
 
 def check_sampling(
@@ -83,7 +84,7 @@ def likely(logits: jax.Array, top_k: int | None, top_p: jax.Array | None) -> jax
     """
     if top_k is None and top_p is None:
         return logits
-    falling, tokens = jax.lax.top_k(logits, top_k or logits.shape[-1])
+    falling, tokens = _top(logits, top_k or logits.shape[-1])
     if top_p is not None:
         shares = jax.nn.softmax(falling, axis=-1)
         needed = jnp.cumsum(shares, axis=-1) - shares < top_p  # those ahead do not reach top_p
@@ -91,6 +92,25 @@ def likely(logits: jax.Array, top_k: int | None, top_p: jax.Array | None) -> jax
         falling = jnp.where(needed, falling, -jnp.inf)
     rows = jnp.arange(len(logits))[:, None]
     return jnp.full_like(logits, -jnp.inf).at[rows, tokens].set(falling, unique_indices=True)
+
+
+def _top(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`jax.lax.top_k`, which sorts all of a vocabulary on a GPU, of the groups that hold the k largest.
+
+    Groups are runs of tokens, so that k groups ahead of another one, by their largest and then by their
+    place, hold k tokens ahead of all of its own.
+    """
+    rows, size = logits.shape
+    groups = 2 ** round(math.log2(size * k) / 2)  # two sorts of about as many
+    if k <= _UNSORTED or size < 4 * groups:
+        return jax.lax.top_k(logits, k)
+    width = -(-size // groups)
+    fill = ((0, 0), (0, groups * width - size))
+    grouped = jnp.pad(logits, fill, constant_values=-jnp.inf).reshape(rows, groups, width)
+    best = jnp.sort(jax.lax.top_k(grouped.max(-1), k)[1], axis=-1)
+    some = jnp.take_along_axis(grouped, best[:, :, None], axis=1).reshape(rows, -1)
+    falling, at = jax.lax.top_k(some, k)
+    return falling, jnp.take_along_axis(best, at // width, axis=1) * width + at % width
 
 
 def _is_number(value: Any) -> bool:

@@ -1,5 +1,6 @@
 """Which tokens may be drawn; how, and by which keys, is tested with generation."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -37,3 +38,20 @@ def test_of_equally_likely_tokens_the_lower_ids_are_kept():
     assert [np.flatnonzero(np.isfinite(row)).tolist() for row in found] == [[1, 2], [0, 1, 2]]
     both = sampling.likely(logits, 4, jnp.float32(0.6))
     assert [np.flatnonzero(np.isfinite(row)).tolist() for row in both] == [[1, 2, 4], [0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("size", "k"), [(50304, 50), (50304, 17), (8191, 100), (4001, 20), (97, 40)]
+)
+def test_the_largest_of_groups_are_those_of_all(size, k):
+    """By NumPy's stable sort, of numbers with many ties, and of rows with hardly any that are finite."""
+    numbers = np.random.default_rng(0).normal(size=(6, size)).astype(np.float32)
+    logits = np.round(numbers * 4) / 4
+    logits[3] = 1.0
+    logits[4] = -np.inf
+    logits[5, 30:-2] = -np.inf
+    logits += 0.0  # no zero below another
+    order = np.argsort(-logits, axis=-1, kind="stable")[:, :k]
+    falling, tokens = jax.jit(sampling._top, static_argnums=1)(logits, k)
+    np.testing.assert_array_equal(tokens, order)
+    np.testing.assert_array_equal(falling, np.take_along_axis(logits, order, axis=-1))
