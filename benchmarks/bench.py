@@ -11,7 +11,6 @@ import jax
 from benchmarks import peers, problems
 from benchmarks.problems import Case, Problem, Variant
 from pallas_kernels import choose, device_time, samples, tuning
-from pallas_kernels.mosaic import support
 
 PEER_TOKENS = (8192,)
 COOL_TOKENS = 8192  # and these kinds and sizes: also in bursts after a pause
@@ -290,10 +289,9 @@ def configuration(problem: Problem) -> dict[str, int]:
     """What the kernel runs by for a problem."""
     from pallas_kernels.mosaic import products  # needs a newer JAX than the package does
 
-    op = support.kernel_of(problem.op, problem.tokens)
-    if op not in tuning.OPS:
+    if problem.op not in tuning.OPS:
         return {}
-    found = products.configuration(op, problem.tokens, *problem.size, problem.source)
+    found = products.configuration(problem.op, problem.tokens, *problem.size, problem.source)
     return dataclasses.asdict(found)
 
 

@@ -68,7 +68,7 @@ def _nm_matmul() -> Kernel:
             (512, 320, 768, {}),
         ]
 
-    return Kernel(MANY_TOKENS, matmul.Tile, configs, matmul.choose, run, cases)
+    return Kernel((max(FEW_TOKENS), *MANY_TOKENS), matmul.Tile, configs, matmul.choose, run, cases)
 
 
 def _few_tokens() -> Kernel:

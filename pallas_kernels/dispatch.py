@@ -130,14 +130,9 @@ def _by_measurement(query: Query) -> Choice:
     if query.tokens is None:
         return Choice("mosaic", "the number of tokens is not known here")
     device = current()
-    verdict = tuning.verdict(
-        support.kernel_of(query.op, query.tokens),
-        query.tokens,
-        *query.shape,
-        query.dtype,
-        device.device_kind,
-        str(device.compute_capability),
-    )
+    problem = query.tokens, *query.shape, query.dtype
+    where = device.device_kind, str(device.compute_capability)
+    verdict = tuning.verdict(tuning.kernel_of(query.op, *problem, *where), *problem, *where)
     if verdict is None:
         return Choice("mosaic", f"sparse tensor cores; {query.op} is not measured on this device")
     reason = verdict.reason

@@ -234,7 +234,7 @@ def _operands(problem: Problem):
         dys = samples.normal(2, count, (tokens, f))
         pairs = [((x, dy, w.metadata), (x, dy)) for x, dy in zip(xs, dys, strict=True)]
         return pairs, lambda x, dy: jnp.matmul(x.T, dy)
-    if problem.op == "few_tokens":  # weights that the cache does not hold
+    if problem.tokens <= max(candidates.FEW_TOKENS):  # weights that the cache does not hold
         count = samples.copies(2 * k * f / 2, most=samples.MOST_COPIES)
         found = samples.weights(0, count, (k, f))
         xs = samples.normal(1, 1, (tokens, k)) * count

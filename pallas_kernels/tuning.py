@@ -18,6 +18,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pallas_kernels.mosaic.support import FEW_TOKENS
+
 FOLDER = Path(__file__).parent / "tuned"
 OPS = ("nm_matmul", "few_tokens", "nm_sddmm")
 DTYPE_CLASSES = {"bfloat16": "16-bit", "float16": "16-bit", "float32": "32-bit"}
@@ -106,6 +108,32 @@ class Table:
         for entry in self.entries:
             shapes.setdefault((entry.op, entry.dtype, entry.size), []).append(entry)
         return shapes
+
+
+def kernel_of(
+    op: str,
+    tokens: int,
+    k: int,
+    f: int,
+    dtype,
+    device_kind: str,
+    capability: str | None = None,
+    *,
+    folder: Path = FOLDER,
+) -> str:
+    """The kernel that runs `op` for x (tokens, k) and a (k, f) matrix.
+
+    nm_matmul has one of its own for few tokens. As many as that takes at the most, or more than half of
+    them, are for the kernel for many where both were measured and that was the faster one.
+    """
+    if op != "nm_matmul" or tokens > FEW_TOKENS:
+        return op
+    known, kind = _known(device_kind, capability, folder), dtype_class(dtype)
+    few, many = (known.entry(each, tokens, (k, f), kind) for each in ("few_tokens", "nm_matmul"))
+    compared = 2 * tokens > FEW_TOKENS and few is not None and many is not None
+    if compared and few.tokens == many.tokens and many.sparse_us < few.sparse_us:
+        return "nm_matmul"
+    return "few_tokens"
 
 
 class Verdict(NamedTuple):

@@ -325,6 +325,6 @@ def test_what_was_measured_with_some_tokens_runs_with_others(kind, monkeypatch):
     wide = tuning.Entry("few_tokens", "16-bit", 16, (8192, 8192), WIDE, 1.0, 2.0)
     monkeypatch.setattr(products, "_measured", lambda *_: wide)
     for tokens in (16, 64):
-        few = products.configuration("few_tokens", tokens, 8192, 8192, "bfloat16")
+        few = products.configuration("nm_matmul", tokens, 8192, 8192, "bfloat16")
         assert few_tokens.fits(few, tokens, 8192, 8192)
     assert not few_tokens.fits(few_tokens.Config(**WIDE), 64, 8192, 8192)

@@ -8,7 +8,7 @@ import pytest
 import standins
 from hopper import needs_jax
 
-from pallas_kernels import compress, decompress, nm_matmul
+from pallas_kernels import compress, decompress, nm_matmul, tuning
 from pallas_kernels.epilogue import Norm
 
 TOKENS = (1, 16, 17, 32, 33, 64, 65, 1600)
@@ -71,6 +71,34 @@ def test_every_kernel_is_given_what_makes_the_product(monkeypatch, tokens):
         want = exact(x, w, terms)
         # A norm, t and y are rounded to 8 binary digits; nothing cancels.
         assert np.abs(found - want).max() <= 2**-6 * np.abs(want).max(), terms.keys()
-    assert {"few" if tokens <= 64 else "many"} <= set(ran)
+    assert ("few" if tokens <= 64 else "many") in ran
+    assert ("many" in ran) == (tokens > 64)
     assert ("first" in ran) == (tokens <= 16)
     assert ("narrow" in ran) == (tokens >= 1536)
+
+
+@needs_jax
+@pytest.mark.parametrize("tokens", [33, 64])
+def test_few_tokens_are_for_the_kernel_for_many_where_that_was_faster(monkeypatch, tokens):
+    from pallas_kernels.mosaic import products
+
+    def measured(op, tokens, *_):
+        fast = tuning.Entry("nm_matmul", "16-bit", 64, (K, F), {"blocks": 2}, 1.0, 3.0)
+        slow = tuning.Entry("few_tokens", "16-bit", 64, (K, F), {"split": 2}, 2.0, 3.0)
+        return {"nm_matmul": fast, "few_tokens": slow}[op]
+
+    ran = standins.install(monkeypatch)
+    monkeypatch.setattr(products, "_measured", measured)
+    monkeypatch.setattr(products, "kernel_of", lambda *_: "nm_matmul")
+    w = compress(normal(1, K, F), "2:4")
+    for x, terms in all_terms(tokens, K):
+        found = np.float64(nm_matmul(x, w, implementation="mosaic", **terms))
+        want = exact(x, w, terms)
+        assert np.abs(found - want).max() <= 2**-6 * np.abs(want).max(), terms.keys()
+    _, moments = nm_matmul(
+        x, w, implementation="mosaic", residual=terms["residual"], save_moments=True
+    )
+    assert moments is None
+    parts = nm_matmul(x, w, implementation="mosaic", sections=(64, 8))
+    assert [part.shape for part in parts] == [(tokens, 64), (tokens, 8)]
+    assert set(ran) == {"many"}

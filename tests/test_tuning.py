@@ -53,6 +53,25 @@ def test_an_entry_stands_for_half_to_twice_its_tokens(tmp_path, tokens, found):
     assert (got and got.tokens) == found
 
 
+def test_few_tokens_are_for_the_kernel_that_was_the_faster_one(tmp_path):
+    small, large, other = (768, 3072), (3072, 768), (1024, 1024)
+    few, many = ({"op": op, "split": 2} for op in ("few_tokens", "nm_matmul"))
+    entries = [entry(64, small, 2.0, **few), entry(64, small, 1.9, **many), entry(16, small, **few)]
+    entries += [entry(64, large, 2.0, **few), entry(64, large, 2.0, **many)]
+    entries += [entry(64, other, 2.0, **few), entry(128, other, 1.0, **many)]
+    write(tmp_path, entries)
+
+    def kernel(tokens, size, op="nm_matmul", dtype="bfloat16"):
+        return tuning.kernel_of(op, tokens, *size, dtype, DEVICE, folder=tmp_path)
+
+    assert [kernel(tokens, small) for tokens in (1, 32)] == ["few_tokens"] * 2
+    assert [kernel(tokens, small) for tokens in (33, 64, 65)] == ["nm_matmul"] * 3
+    assert kernel(64, large) == "few_tokens"  # as fast
+    assert kernel(64, other) == "few_tokens"  # the other one was timed with more tokens
+    assert kernel(64, (8, 8)) == kernel(64, small, dtype="float32") == "few_tokens"
+    assert kernel(64, small, op="nm_sddmm") == "nm_sddmm"
+
+
 def test_entries_are_of_one_op_size_dtype_and_device(tmp_path):
     write(tmp_path, [entry(2048, tile=3), entry(16, op="few_tokens", split=4)])
     assert best(tmp_path, 2048, dtype=jnp.dtype("float16")).config == {"tile": 3}

@@ -110,6 +110,7 @@ SIZES = {
     Tile(blocks=1, tokens=160, slot_tokens=80, stages=5): Pace(0.385, 0.285, 0.6),
     Tile(blocks=1, tokens=128, slot_tokens=64, stages=6): Pace(0.350, 0.237, 0.5),
     Tile(blocks=1, tokens=96, slot_tokens=48, stages=6): Pace(0.290, 0.208, 0.5),
+    Tile(tokens=64, slot_tokens=32, stages=5): Pace(0.320, 0.270, 0.5),
     Tile(blocks=1, tokens=64, slot_tokens=32, stages=8): Pace(0.195, 0.163, 0.4),
     Tile(blocks=1, tokens=32, slot_tokens=16, stages=8): Pace(0.180, 0.150, 0.1),
 }
@@ -120,7 +121,7 @@ ALONG = {32: (2, 3, 4), 64: (2, 3)}
 TOGETHER = {
     dataclasses.replace(tile, along=along): pace
     for tile, pace in SIZES.items()
-    for along in ALONG.get(tile.tokens, ())
+    for along in (ALONG.get(tile.tokens, ()) if tile.blocks == 1 else ())
 }
 PACES = SIZES | TOGETHER
 TILES = (*(dataclasses.replace(tile, splits=n) for tile in SIZES for n in SHARERS), *TOGETHER)

@@ -29,7 +29,7 @@ from pallas_kernels.mosaic import (
     transpose,
 )
 from pallas_kernels.mosaic.frame import STEP
-from pallas_kernels.mosaic.support import kernel_of, narrow_obstacle, processors
+from pallas_kernels.mosaic.support import narrow_obstacle, processors
 from pallas_kernels.mosaic.two_four import as_two_four, values_of
 from pallas_kernels.sections import Sections, fit, whole
 
@@ -63,14 +63,15 @@ def nm_transpose(w: CompressedMatrix, dtype) -> CompressedMatrix:
 
 def _nm_matmul(x, w, epilogue, *, out_dtype):
     tokens, (k, f) = math.prod(x.shape[:-1]), w.shape
-    if not _reads_apart(x, epilogue, tokens):
+    few = kernel_of("nm_matmul", tokens, k, f, x.dtype) == "few_tokens"
+    if few or not _reads_apart(x, epilogue):
         x = whole(x)
     if tokens == 0:
         zeros = jnp.zeros((*x.shape[:-1], f), jnp.float32)
         x, epilogue = epilogue.normalised(x)
         return finish(zeros, epilogue.multiplied(x), out_dtype, x=x)
-    joins = _joins(epilogue, tokens, x.dtype, out_dtype)
-    writes_apart = joins and _writes_apart(epilogue, tokens, x.dtype, out_dtype)
+    joins = _joins(epilogue, few, x.dtype, out_dtype)
+    writes_apart = joins and not few and _writes_apart(epilogue, x.dtype, out_dtype)
     if epilogue.sections is not None and not writes_apart:
         result = _nm_matmul(x, w, dataclasses.replace(epilogue, sections=None), out_dtype=out_dtype)
         y, *sums = result if epilogue.save_sums else (result,)
@@ -80,10 +81,9 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
         return _joined_apart(x, w, epilogue, out_dtype)
     leading = x.shape[:-1]
     w, rows = as_two_four(w), _rows(x, tokens)
-    op = kernel_of("nm_matmul", tokens)
-    module = {"nm_matmul": matmul, "few_tokens": few_tokens}[op]
+    module = few_tokens if few else matmul
     with_first = _with_first(rows, f, epilogue)
-    config = with_first or configuration(op, tokens, k, f, x.dtype)
+    config = with_first or configuration("nm_matmul", tokens, k, f, x.dtype)
     norm = _norm_options(rows, f, config, epilogue)
     if not norm:
         rows, epilogue = epilogue.normalised(rows)
@@ -118,27 +118,26 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
     return (y, *saved, *sums) if (*saved, *sums) else y
 
 
-def _joins(epilogue: Epilogue, tokens: int, dtype, out_dtype) -> bool:
+def _joins(epilogue: Epilogue, few: bool, dtype, out_dtype) -> bool:
     """Whether the kernel takes what has y's shape, if anything has."""
-    if tokens <= few_tokens.FEW_TOKENS:
+    if few:
         return epilogue.source is None
     return out_dtype == dtype or all(array is None for array in epilogue.joining)
 
 
-def _reads_apart(x: jax.Array | Sections, epilogue: Epilogue, tokens: int) -> bool:
-    """Whether the kernel reads the sections of x where they are, if it has any."""
-    alone = epilogue.adapter is None and epilogue.norm is None
-    return fit(x, STEP) and alone and tokens > few_tokens.FEW_TOKENS
+def _reads_apart(x: jax.Array | Sections, epilogue: Epilogue) -> bool:
+    """Whether the kernel for many tokens reads the sections of x where they are, if it has any."""
+    return fit(x, STEP) and epilogue.adapter is None and epilogue.norm is None
 
 
 def _rows(x: jax.Array | Sections, tokens: int) -> jax.Array | Sections:
     return x.reshape(tokens) if isinstance(x, Sections) else x.reshape(tokens, x.shape[-1])
 
 
-def _writes_apart(epilogue: Epilogue, tokens: int, dtype, out_dtype) -> bool:
-    """Whether the kernel writes the sections apart, if there are any."""
+def _writes_apart(epilogue: Epilogue, dtype, out_dtype) -> bool:
+    """Whether the kernel for many tokens writes the sections apart, if there are any."""
     fitting = all(size % matmul.SECTION == 0 for size in epilogue.sections or ())
-    return fitting and tokens > few_tokens.FEW_TOKENS and out_dtype == dtype
+    return fitting and out_dtype == dtype
 
 
 def _joined_apart(x, w, epilogue: Epilogue, out_dtype):
@@ -166,12 +165,19 @@ def _joining_options(module, tokens: int, f: int, epilogue: Epilogue) -> dict[st
     }
 
 
+def kernel_of(op: str, tokens: int, k: int, f: int, dtype) -> str:
+    """The kernel that runs `op` on this device, as of `tuning.kernel_of`."""
+    return tuning.kernel_of(op, tokens, k, f, dtype, *_device())
+
+
 def configuration(op: str, tokens: int, k: int, f: int, dtype):
-    """What a kernel runs by: what was measured to be the best for such a shape, or what its rule says.
+    """What the kernel of an op runs by: what was measured to be the best for such a shape, or what its
+    rule says.
 
     Args:
-      op: "nm_matmul", "few_tokens" or "nm_sddmm".
+      op: "nm_matmul" or "nm_sddmm".
     """
+    op = kernel_of(op, tokens, k, f, dtype)
     module, make = {
         "nm_matmul": (matmul, matmul.Tile),
         "few_tokens": (few_tokens, few_tokens.Config),
@@ -211,10 +217,12 @@ def _norm_options(x, f: int, config, epilogue: Epilogue) -> dict[str, Any]:
 
 
 def _measured(op: str, tokens: int, k: int, f: int, dtype) -> tuning.Entry | None:
+    return tuning.best(op, tokens, k, f, dtype, *_device())
+
+
+def _device() -> tuple[str, str | None]:
     device = current()
-    return tuning.best(
-        op, tokens, k, f, dtype, device.device_kind, getattr(device, "compute_capability", None)
-    )
+    return device.device_kind, getattr(device, "compute_capability", None)
 
 
 def _narrow_matmul(x, left, *, transposed: bool):

@@ -22,11 +22,6 @@ MOST_RANK, FASTER_INPUTS, FASTER_TOKENS = 128, 1536, 1536
 MOST_QUERIES, WIDEST = 8, 128
 
 
-def kernel_of(op: str, tokens: int) -> str:
-    """The kernel that runs `op`: nm_matmul has one of its own for few tokens."""
-    return "few_tokens" if op == "nm_matmul" and tokens <= FEW_TOKENS else op
-
-
 PROCESSORS = 132  # of an H100 SXM, an H200 and a GH200
 
 
