@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from pallas_kernels.pattern import Pattern
@@ -214,7 +213,7 @@ def _compress_tangent(pattern: Pattern, axis: int, primals, tangents):
     if mask is not None:
         groups = jnp.where(split_groups(mask, pattern.m, axis), groups, 0)
     picked = join_groups(pick(groups, split_groups(positions, pattern.n, axis)), axis)
-    return (values, metadata), (picked, np.zeros(metadata.shape, jax.dtypes.float0))
+    return (values, metadata), (picked, jax.custom_derivatives.zero_from_primal(metadata))
 
 
 @jax.custom_jvp

@@ -1,7 +1,7 @@
 """Which implementation of a product runs, and why."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -34,7 +34,10 @@ class Query:
         if self.op not in OPS:
             raise ValueError(f"op is {self.op!r}; it must be one of {', '.join(OPS)}")
         object.__setattr__(self, "pattern", Pattern.parse(self.pattern))
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
+        object.__setattr__(self, "shape", tuple(self.shape))
+        object.__setattr__(self, "dtype", _dtype_name(self.dtype))
+        if self.out_dtype is not None:
+            object.__setattr__(self, "out_dtype", _dtype_name(self.out_dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,19 @@ class NarrowQuery:
     shape: tuple[int, int]
     dtype: str
     tokens: int
+
+    def __post_init__(self):
+        object.__setattr__(self, "shape", tuple(self.shape))
+        object.__setattr__(self, "dtype", _dtype_name(self.dtype))
+
+
+def _dtype_name(dtype: Any) -> str:
+    try:
+        if dtype is not None:  # which NumPy takes for float64
+            return jnp.dtype(dtype).name
+    except TypeError:
+        pass
+    raise ValueError(f"dtype is {dtype!r}; it must be one of JAX's, such as 'bfloat16'")
 
 
 class Choice(NamedTuple):
@@ -67,7 +83,7 @@ def choose(query: Query, implementation: str | None = None) -> Choice:
     >>> choose(Query("nm_matmul", (768, 3072), Pattern(2, 4), "float32", tokens=8192)).implementation
     'xla'
     """
-    _check_name(implementation)
+    check_implementation(implementation)
     if implementation == "xla":
         return Choice("xla", "asked for")
     obstacle = obstacle_to_mosaic(query)
@@ -102,7 +118,7 @@ def choose_narrow(query: NarrowQuery, implementation: str | None = None) -> Choi
     >>> choose_narrow(NarrowQuery((768, 16), "float32", 8192)).implementation
     'xla'
     """
-    _check_name(implementation)
+    check_implementation(implementation)
     if implementation == "xla":
         return Choice("xla", "asked for")
     if implementation == "triton":
@@ -115,7 +131,8 @@ def choose_narrow(query: NarrowQuery, implementation: str | None = None) -> Choi
     )
 
 
-def _check_name(implementation: str | None) -> None:
+def check_implementation(implementation: str | None) -> None:
+    """Raises a ValueError unless it is None or the name of one."""
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation is {implementation!r}; it must be None (the best one) or one of"

@@ -6,9 +6,9 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.compressed import check_array, check_dtype, check_pair
+from pallas_kernels.sections import check_sizes
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -146,11 +146,7 @@ class Epilogue:
             self._check_adapter(x, out)
 
     def _check_sections(self, out: int) -> None:
-        fits = all(isinstance(size, int | np.integer) and size >= 1 for size in self.sections)
-        if not fits or sum(self.sections) != out:
-            raise ValueError(
-                f"sections={self.sections} must be positive integers that add up to the {out} outputs of w"
-            )
+        check_sizes(self.sections, out, "w")
         if self.save_preactivation or self.save_moments:
             raise ValueError(
                 "sections and what is saved of y (a preactivation, moments) are both given; save it of"

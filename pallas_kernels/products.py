@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import dispatch, xla
 from pallas_kernels.compressed import (
@@ -290,7 +291,7 @@ def _check_rows(
 
 
 def _sections(sections: Any) -> tuple:
-    if not isinstance(sections, tuple | list):
+    if not isinstance(sections, tuple | list | np.ndarray):
         raise TypeError(
             f"sections is a {type(sections).__name__}; it must be the outputs of each, as a tuple"
         )

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @jax.tree_util.register_dataclass
@@ -64,3 +65,12 @@ def whole(x: jax.Array | Sections) -> jax.Array:
 def fit(x: jax.Array | Sections, multiple: int) -> bool:
     """Whether a kernel can read x in blocks of so many columns."""
     return not isinstance(x, Sections) or all(size % multiple == 0 for size in x.sizes)
+
+
+def check_sizes(sizes: Any, out: int, what: str) -> None:
+    """Raises a ValueError unless these are positive integers that add up to `out` outputs of `what`."""
+    fits = all(isinstance(size, int | np.integer) and size >= 1 for size in sizes)
+    if not fits or sum(sizes) != out:
+        raise ValueError(
+            f"sections={tuple(sizes)} must be positive integers that add up to the {out} outputs of {what}"
+        )

@@ -63,8 +63,7 @@ def start(how: How, given: Given, prompts: jax.Array) -> tuple[Loop, tuple[jax.A
     return loop, (loop.tokens[:, :1], loop.ended.all())
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5), donate_argnums=2)
-def advance(
+def _advance(
     how: How, given: Given, loop: Loop, until: jax.Array, size: int, through: bool
 ) -> tuple[Loop, tuple[jax.Array, jax.Array]]:
     """On to `until` tokens, or until all rows have ended; with it, what the host looks at: the `size`
@@ -80,7 +79,8 @@ def advance(
 
     def step(loop: Loop) -> Loop:
         last = jax.lax.dynamic_slice_in_dim(loop.tokens, loop.step - 1, 1, axis=1)
-        positions = (given.lengths + loop.step - 1)[:, None]
+        # A step that is not needed may be behind the last place.
+        positions = jnp.minimum(given.lengths + loop.step - 1, how.slots - 1)[:, None]
         return _add(how, given, loop, *_run(how, given, loop.cache, last, positions=positions))
 
     def step_if_needed(_, loop: Loop) -> Loop:
@@ -100,13 +100,19 @@ def advance(
     return loop, (tokens, jnp.stack([loop.step, loop.ended.all().astype(jnp.int32)]))
 
 
+advance = jax.jit(_advance, static_argnums=(0, 4, 5), donate_argnums=2)
+# Under vmap alone, what is given away may have fewer axes than what comes back.
+_advance_traced = jax.jit(_advance, static_argnums=(0, 4, 5))
+
+
 def finish(how: How, given: Given, loop: Loop, count: int) -> Loop:
     """On to `count` tokens, or until all rows have ended."""
     size = min(STEPS, how.slots)
     if count == 1:
         return loop
     if not _runs_through(given, loop, count - 1, size):
-        return advance(how, given, loop, np.int32(count), size, False)[0]
+        run = _advance_traced if _is_traced(given, loop) else advance
+        return run(how, given, loop, np.int32(count), size, False)[0]
     state = None
     for until in (*range(1 + size, count, size), count):
         before = state
@@ -142,12 +148,15 @@ def pieces(how: How, given: Given, loop: Loop, count: int, chunk: int) -> Iterat
 def _runs_through(given: Given, loop: Loop, steps: int, size: int) -> bool:
     """Whether programs make all their steps: a GPU does not wait for the host then, unless its own time
     for those that are not needed is longer."""
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((given, loop)))
-    if traced or current().platform == "cpu":
+    if current().platform == "cpu" or _is_traced(given, loop):
         return False
     idle = -steps % size
     step = sum(leaf.nbytes for leaf in jax.tree.leaves(given.variables)) / RATE
     return idle * step <= -(-steps // size) * LAUNCH
+
+
+def _is_traced(*trees: Any) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
 
 
 def _run(how: How, given: Given, cache, ids, **options):

@@ -19,6 +19,7 @@ from pallas_kernels import (
     nm_matmul,
 )
 from pallas_kernels.epilogue import ACTIVATIONS, Norm, check_activation
+from pallas_kernels.sections import check_sizes
 from slope_jax import masks
 from slope_jax.matmul import Activated, Working, slope_matmul
 from slope_jax.normed import Normed, Stream
@@ -173,10 +174,7 @@ class SparseDense(nn.Dense):
                 f"{self._where()}: apart=True needs sections={self.sections}, and neither an activation"
                 " nor a residual"
             )
-        if sum(self.sections) != self.features:
-            raise ValueError(
-                f"{self._where()}: sections={self.sections} must add up to the {self.features} outputs"
-            )
+        check_sizes(self.sections, self.features, self._where())
         if self.pattern is None:
             split = split_sections if self._is_sharded() else epilogue.apart
             return tuple(split(self._dense(inputs), self.sections))

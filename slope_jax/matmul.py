@@ -17,12 +17,14 @@ from pallas_kernels import (
     nm_transpose,
 )
 from pallas_kernels.compressed import check_compressed
+from pallas_kernels.dispatch import check_implementation
 from pallas_kernels.epilogue import gradient_through, sums_of
 from pallas_kernels.sections import Sections
 from pallas_kernels.varying import alike
 from slope_jax.operands import (
     DOUBLE_PRUNED,
     EXACT,
+    as_array,
     check_activated,
     check_operands,
     check_sections,
@@ -138,6 +140,8 @@ def slope_matmul(
     if isinstance(x, Activated):
         through, source, x = x.activation, x.z, x.y
         check_activated(through, source, x)
+    x = as_array(x, "x")
+    residual = None if residual is None else as_array(residual, "residual")
     check_compressed(w)
     check_operands(x, w, working, adapter, backward)
     check_terms(x, w, activation, residual, activated)
@@ -278,6 +282,7 @@ def backward(activation, options, residuals, dy):
 def for_transposes(implementation: str | None) -> str | None:
     """What is asked of `nm_transpose` where products are asked for so: it has no kernel for patterns other
     than 2:4, of which products have one."""
+    check_implementation(implementation)
     return "xla" if implementation == "xla" else None
 
 

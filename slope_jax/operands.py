@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import CompressedMatrix
 from pallas_kernels.compressed import check_array, check_compressed, check_dtype, check_pair
@@ -14,11 +15,20 @@ DOUBLE_PRUNED, EXACT = "double-pruned", "exact"
 BACKWARDS = (DOUBLE_PRUNED, EXACT)
 
 
+def as_array(value, what: str) -> jax.Array:
+    """An array of JAX's of one, so that NumPy's 64 bits are 32 where JAX's are.
+
+    Raises:
+      TypeError: it is none.
+    """
+    check_array(value, what)
+    return jnp.asarray(value)
+
+
 def check_operands(x, w, working: "Working", adapter, backward: str) -> None:
     """Raises an error unless the arguments of `slope_matmul` fit; w may be dense."""
-    check_array(x, "x")
-    check_dtype(x.dtype, "x")
     if isinstance(w, CompressedMatrix):
+        check_dtype(x.dtype, "x")
         w.pattern.check_divides(w.shape[1], f"output axis of shape {w.shape}")
     _check_adapter(adapter, w.shape)
     _check_working(working, x, w)
@@ -45,8 +55,6 @@ def check_activated(activation: str, z, y) -> None:
 def check_terms(x, w, activation: str | None, residual, activated: bool) -> None:
     """Raises an error unless what is added or applied to y fits."""
     wanted = (*x.shape[:-1], w.shape[1])
-    if residual is not None:
-        check_array(residual, "residual")
     if residual is not None and (residual.shape, residual.dtype) != (wanted, x.dtype):
         raise ValueError(
             f"residual is {residual.dtype}{list(residual.shape)}; it must be {x.dtype}{list(wanted)}"

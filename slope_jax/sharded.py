@@ -29,7 +29,7 @@ from pallas_kernels.epilogue import ACTIVATIONS
 from pallas_kernels.epilogue import apart as apart_of
 from slope_jax import matmul, pieces
 from slope_jax.matmul import NOTHING, Options, Working, for_transposes
-from slope_jax.operands import DOUBLE_PRUNED, EXACT, check_operands, check_sections
+from slope_jax.operands import DOUBLE_PRUNED, EXACT, as_array, check_operands, check_sections
 from slope_jax.sharding import (
     BATCH,
     DATA,
@@ -96,6 +96,7 @@ def sharded_matmul(
     mesh = active_mesh()
     if mesh is None:
         raise ValueError("no mesh with the axes data, fsdp and tensor is set; see jax.set_mesh")
+    x = as_array(x, "x")
     if x.ndim < 2:
         raise ValueError(
             f"x has shape {x.shape}; on a mesh it must be (batch, ..., in), for its devices share the"

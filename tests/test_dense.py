@@ -321,6 +321,9 @@ def test_sections_that_are_not_the_outputs_are_named(sparsity):
     variables = layer.init(jax.random.key(0), jnp.ones((2, 16)))
     with pytest.raises(ValueError, match=r"sections=\(2, 4\) must .*add up to the 8 outputs"):
         layer.apply(variables, jnp.ones((2, 16)), apart=True)
+    for sections in (("a",), (10, -2), (8.0,)):
+        with pytest.raises(ValueError, match="must be positive integers that add up to the 8"):
+            layer.clone(sections=sections).apply(variables, jnp.ones((2, 16)), apart=True)
 
 
 def test_a_norm_joins_beside_copies_of_transposes_alone():

@@ -66,8 +66,19 @@ def test_a_query_reads_patterns_and_dtypes(hopper):
     query = Query("nm_matmul", (4096, 4096), "2:4", jnp.bfloat16, 8192)
     assert query == Query("nm_matmul", (4096, 4096), Pattern(2, 4), "bfloat16", 8192)
     assert choose(query).implementation == "mosaic"
+    given = Query("nm_matmul", [4096, 4096], "2:4", "bfloat16", 8192, 0, jnp.bfloat16)
+    assert hash(given) == hash(dataclasses.replace(query, out_dtype="bfloat16"))
+    assert choose(given).implementation == "mosaic"
+    narrow = NarrowQuery([5120, 80], jnp.bfloat16, 2048)
+    assert narrow == NarrowQuery((5120, 80), "bfloat16", 2048)
+    assert choose_narrow(narrow).implementation == "mosaic"
     with pytest.raises(ValueError, match="pattern 9:4"):
         Query("nm_matmul", (64, 64), "9:4", "bfloat16")
+    for dtype in ("bf16", None):
+        with pytest.raises(ValueError, match=f"dtype is {dtype!r}; it must be one of JAX's"):
+            Query("nm_matmul", (64, 64), "2:4", dtype)
+        with pytest.raises(ValueError, match=f"dtype is {dtype!r}; it must be one of JAX's"):
+            NarrowQuery((64, 64), dtype, 8)
 
 
 def test_what_no_kernel_takes_is_refused_if_it_is_asked_for(hopper):

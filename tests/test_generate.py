@@ -411,3 +411,14 @@ def test_a_row_with_a_key_of_its_own_is_sampled_as_by_itself(kind):
         raw = np.asarray(jax.random.key_data(keys))
         again = generate(model, variables, PROMPTS, lengths=LENGTHS, key=raw, **options).tokens
         np.testing.assert_array_equal(again, found)
+
+
+def test_keys_may_be_batched_by_vmap():
+    model, variables = made("opt-nano")
+    keys = jax.random.split(jax.random.key(0), 3)
+
+    def texts(key):
+        options = {"max_new_tokens": 5, "temperature": 1.0, "key": key}
+        return generate(model, variables, PROMPTS, lengths=LENGTHS, **options).tokens
+
+    np.testing.assert_array_equal(jax.vmap(texts)(keys), [texts(key) for key in keys])

@@ -142,6 +142,21 @@ def test_all_frequencies_divided(torch, transformers, tmp_path, key):
     close(logits(torch, again, IDS), expected)
 
 
+def test_the_original_positions_of_the_whole_are_before_those_of_its_rope(
+    torch, transformers, tmp_path
+):
+    config = transformers.LlamaConfig(**TINY, rope_parameters=LLAMA3)
+    _, folder = save(torch, transformers.LlamaForCausalLM(config), tmp_path)
+    raw = json.loads((folder / "config.json").read_text())
+    assert raw["rope_parameters"]["original_max_position_embeddings"] == 16
+    raw["original_max_position_embeddings"] = 4
+    (folder / "config.json").write_text(json.dumps(raw))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model, variables = models.from_hf(folder, sparsity="dense")
+    assert model.config.rope_scaling == RopeScaling(8.0, 0.5, 2.0, 4)
+    close(jax.jit(model.apply)(variables, IDS)[..., :61], logits(torch, theirs, IDS))
+
+
 @pytest.mark.parametrize("width", [4, 16])
 def test_heads_of_another_width(torch, transformers, tmp_path, width):
     """Narrower or wider together than the hidden states (Mistral-Nemo's); written back as they were."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import CompressedMatrix
-from slope_jax import slope_matmul
+from slope_jax import pieces, slope_matmul
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -154,3 +154,22 @@ def test_an_unknown_backward_is_refused():
     w = compiled.compress(jnp.ones((8, 8)), "2:4")
     with pytest.raises(ValueError, match="'dense'; choose one of double-pruned, exact"):
         slope_matmul(jnp.ones((1, 8)), w, backward="dense")
+
+
+def test_numbers_of_numpy_are_of_jaxs_widths():
+    """Its 64 bits are 32, as for JAX's own products."""
+    w = compiled.compress(jnp.arange(64.0).reshape(8, 8), "2:4")
+    x, residual = np.arange(16.0).reshape(2, 8), np.ones((2, 8))
+    y = slope_matmul(x, w, residual=residual)
+    assert y.dtype == jnp.float32
+    np.testing.assert_array_equal(y, x @ np.float64(compiled.decompress(w)) + 1)
+    with pytest.raises(TypeError, match="x is a list; it must be an array"):
+        slope_matmul([[1.0] * 8], w)
+    with pytest.raises(ValueError, match="x has dtype int"):
+        slope_matmul(np.ones((2, 8), np.int32), w)
+
+
+def test_a_name_of_no_implementation_is_refused_before_a_transpose():
+    w = compiled.compress(jnp.ones((8, 8)), "2:4")
+    with pytest.raises(ValueError, match="implementation is 'cuda'"):
+        pieces.transposes(w, jnp.float32, "cuda")

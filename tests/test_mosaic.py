@@ -293,6 +293,32 @@ def test_every_tile_is_exact_on_integers_and_equal_on_repeats(splits, processors
 
 
 @needs_gpu
+@pytest.mark.parametrize("along", [1, 2])
+def test_tiles_are_shared_in_every_layer_of_a_scan(along):
+    """Of weights in a stack, whose slices XLA may make part of a kernel's operation: flags begin at zero."""
+    from pallas_kernels.mosaic import matmul
+
+    sharing = {"splits": 8} if along == 1 else {"along": along}
+    tile = matmul.Tile(blocks=1, tokens=64, slot_tokens=32, stages=8, **sharing)
+    assert along > 1 or tile.schedule(200, 776, 520, 132).slots
+    x = integers(0, (200, 776))
+    ws = [compress(integers(seed, (776, 520)), "2:4") for seed in range(1, 7)]
+    stacks = (jnp.stack([getattr(w, name) for w in ws]) for name in ("values", "metadata"))
+
+    @jax.jit
+    def run(*stacks):
+        def step(_, layer):
+            return None, (matmul.nm_matmul(x, *layer, tile), matmul.nm_matmul(2 * x, *layer, tile))
+
+        return jax.lax.scan(step, None, stacks)[1]
+
+    exact = [np.asarray(x, np.float32) @ np.asarray(decompress(w), np.float32) for w in ws]
+    once, twice = run(*stacks)
+    np.testing.assert_array_equal(once, np.asarray(jnp.asarray(exact).astype(jnp.bfloat16)))
+    np.testing.assert_array_equal(twice, np.asarray(2 * jnp.asarray(exact)).astype(jnp.bfloat16))
+
+
+@needs_gpu
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matmul_is_within_twice_the_error_of_the_dense_product(shape, dtype):

@@ -159,12 +159,14 @@ def test_lowers_for_cuda_without_a_gpu(tile, dtype, out_dtype, into):
 
 
 @needs_jax
-def test_a_buffer_of_the_outputs_dtype_is_added_to_in_place():
-    run = jax.jit(kernel(Tile(1, 128, 6), jnp.float32), donate_argnums=3)
-    traced = run.trace(*arguments(64, 64, 128, into=jnp.float32))
+@pytest.mark.parametrize("splits", [0, 1])
+def test_a_buffer_of_the_outputs_dtype_is_added_to_in_place(splits):
+    run = jax.jit(kernel(Tile(1, 128, 6, splits=splits), jnp.float32), donate_argnums=3)
+    traced = run.trace(*arguments(640, 64, 128, into=jnp.float32))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "tf.aliasing_output" in text  # the argument is the result
     assert "output_operand_alias" in text  # and the kernel writes where it reads
+    assert ("xi32>" in text) == (splits == 0)  # the flags of parts
     assert fenced(text)
 
 
@@ -226,8 +228,11 @@ def test_adds_to_a_buffer(out_dtype, into, splits):
 
 
 @needs_gpu
-def test_adds_to_the_buffer_of_each_layer_of_a_scan():
-    """Slices of stacks, into another one: what XLA lets a kernel read and write that is not in place."""
+@pytest.mark.parametrize("splits", [0, 1])
+def test_adds_to_the_buffer_of_each_layer_of_a_scan(splits):
+    """Slices of stacks, into another one: what XLA lets a kernel read and write that is not in place.
+
+    With tiles that are shared, the flags of their parts begin at zero in every layer."""
     xs, dys = integers(0, (3, 200, 264)), integers(1, (3, 200, 392))
     ws = [compress(integers(seed, (264, 392)), "2:4") for seed in (2, 4, 5)]
     metadata = jnp.stack([w.metadata for w in ws])
@@ -235,7 +240,7 @@ def test_adds_to_the_buffer_of_each_layer_of_a_scan():
 
     @jax.jit
     def run(*stacks):
-        add = kernel(Tile(), jnp.float32)
+        add = kernel(Tile(splits=splits), jnp.float32)
         return jax.lax.scan(lambda _, layer: (_, add(*layer)), 0, stacks)[1]
 
     exact = [kept_product(*layer) for layer in zip(xs, dys, ws, strict=True)] + np.asarray(buffers)

@@ -409,3 +409,38 @@ def test_a_batch_is_needed_and_axes_of_no_types():
         layer.apply(variables, x[0])
     with jax.set_mesh(explicit), pytest.raises(ValueError, match="are Explicit; make it with"):
         layer.apply(variables, x)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_compress_has_a_gradient_where_the_weight_differs_by_device(masked):
+    """Of a weight that each device gathers, and selects from by itself: that on one device."""
+    mesh = make_mesh((8, 1, 1))
+    rng = np.random.default_rng(0)
+    w, x = integers(rng, 32, 8, low=1, high=60), integers(rng, 16, 32)
+    mask = jnp.arange(32)[:, None] % 4 < jnp.array([[1, 2] * 4]) if masked else None
+
+    def loss(w, mask, x):
+        return (x @ decompress(compress(w, "2:4", mask=mask))).sum()
+
+    def shared(piece, mask, x):
+        whole = jax.lax.all_gather(piece, "data", axis=0, tiled=True)
+        some = None if mask is None else jax.lax.all_gather(mask, "data", axis=0, tiled=True)
+        return jax.lax.psum(loss(whole, some, x), "data")
+
+    cut = PartitionSpec("data")
+    spread = jax.shard_map(
+        shared, mesh=mesh, in_specs=(cut, cut if masked else None, cut), out_specs=PartitionSpec()
+    )
+    found = jax.jit(jax.grad(spread))(w, mask, x)
+    np.testing.assert_array_equal(found, jax.jit(jax.grad(loss))(w, mask, x))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int32"])
+def test_dense_products_are_of_any_dtype(dtype):
+    with jax.set_mesh(make_mesh((8, 1, 1))), jax.enable_x64(True):
+        x, w = jnp.ones((8, 16), dtype), jnp.ones((16, 8), dtype)
+        y = sharded.sharded_matmul(x, w, COLUMN)
+        assert y.dtype == dtype
+        np.testing.assert_array_equal(y, np.full((8, 8), 16))
+        with pytest.raises(TypeError, match="x is a list; it must be an array"):
+            sharded.sharded_matmul([[1.0] * 16], w, COLUMN)

@@ -44,7 +44,7 @@ def with_special_tokens(served: "Served", text: str, beginning: Sequence[int]) -
     tokenizer = served.vocabulary.with_special_tokens
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     first = tokenizer.decode([start_token(served)], skip_special_tokens=False)
-    return ids if text.startswith(first) else [*beginning, *ids]
+    return ids if first and text.startswith(first) else [*beginning, *ids]
 
 
 def start_token(served: "Served") -> int:

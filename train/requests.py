@@ -1,4 +1,5 @@
-"""Texts of many requests, each generated as it would be by itself, several at a time."""
+"""Texts of many requests, several at a time, each generated as it would be by itself: with keys of its
+own, and but for rounding, by which in 16 bits tokens that are about as likely can change places."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple

@@ -18,12 +18,15 @@ def read_rope(raw: dict[str, Any]) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` of a config.json.
 
     Transformers writes "rope_parameters" since version 5, and "rope_theta" and "rope_scaling" before;
-    where both are there, it goes by "rope_scaling".
+    where both are there, it goes by "rope_scaling", and by "original_max_position_embeddings" of the
+    config.json itself before that of either.
 
     Raises:
       ValueError: it is of a kind that our models do not have, or not whole.
     """
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    if (original := raw.get("original_max_position_embeddings")) is not None:
+        rope["original_max_position_embeddings"] = original
     theta = rope.get("rope_theta", raw.get("rope_theta", 10_000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
