@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels import tuning
+from pallas_kernels.compressed import check_dtype
 from pallas_kernels.device import current
 from pallas_kernels.mosaic import support
 from pallas_kernels.pattern import Pattern
@@ -34,8 +35,9 @@ class Query:
         if self.op not in OPS:
             raise ValueError(f"op is {self.op!r}; it must be one of {', '.join(OPS)}")
         object.__setattr__(self, "pattern", Pattern.parse(self.pattern))
-        object.__setattr__(self, "shape", tuple(self.shape))
+        object.__setattr__(self, "shape", _matrix(self.shape))
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
+        check_dtype(jnp.dtype(self.dtype), "the query")
         if self.out_dtype is not None:
             object.__setattr__(self, "out_dtype", _dtype_name(self.out_dtype))
 
@@ -49,8 +51,14 @@ class NarrowQuery:
     tokens: int
 
     def __post_init__(self):
-        object.__setattr__(self, "shape", tuple(self.shape))
+        object.__setattr__(self, "shape", _matrix(self.shape))
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
+
+
+def _matrix(shape: Any) -> tuple[int, int]:
+    if len(shape := tuple(shape)) != 2:
+        raise ValueError(f"shape is {shape}; it must be that of a matrix, (in, out)")
+    return shape
 
 
 def _dtype_name(dtype: Any) -> str:

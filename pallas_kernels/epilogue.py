@@ -154,7 +154,7 @@ class Epilogue:
             )
 
     def _check_joining(self, x: jax.Array, out: int) -> None:
-        check_activation(self.through)
+        check_activation(self.through, "through goes back through")
         if (self.through is None) != (self.source is None):
             raise ValueError("through needs both: an activation's name, and what entered it")
         if self.residual is not None and self.source is not None:
@@ -257,10 +257,11 @@ def first_product(x: jax.Array, left: jax.Array, precision=None) -> jax.Array:
     return jax.lax.optimization_barrier(jnp.matmul(x, left, precision=precision))
 
 
-def check_activation(name: str | None) -> None:
+def check_activation(name: str | None, what: str = "activation is") -> None:
+    """Raises a ValueError unless it is None or the name of one."""
     if name is not None and not (isinstance(name, str) and name in ACTIVATIONS):
         raise ValueError(
-            f"activation is {name!r}; it must be None or one of {', '.join(map(repr, ACTIVATIONS))}"
+            f"{what} {name!r}; it must be None or one of {', '.join(map(repr, ACTIVATIONS))}"
         )
 
 

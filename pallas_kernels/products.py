@@ -74,7 +74,8 @@ def nm_matmul(
     Raises:
       TypeError: w is no CompressedMatrix, x or what joins the product no array, or no pair of them.
       ValueError: shapes or dtypes do not fit, or w is compressed along the output axis.
-      NotImplementedError: the implementation asked for cannot run this here.
+      NotImplementedError: the implementation asked for cannot run this here; or a gradient is asked of
+        a kernel, which has none: `slope_jax.slope_matmul` has one, and so has implementation="xla".
 
     >>> from pallas_kernels import compress
     >>> w = compress(jnp.ones((8, 3)), "2:4")

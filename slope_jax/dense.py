@@ -24,6 +24,7 @@ from slope_jax import masks
 from slope_jax.matmul import Activated, Working, slope_matmul
 from slope_jax.normed import Normed, Stream
 from slope_jax.operands import DOUBLE_PRUNED, check_backward
+from slope_jax.prompts import is_integer
 from slope_jax.sharded import sharded_matmul, split_sections
 from slope_jax.sharding import active_mesh, cut_of
 
@@ -63,7 +64,7 @@ class SparseDense(nn.Dense):
     All attributes of `flax.linen.Dense`, and:
 
     Attributes:
-      sparsity: "n:m"; None or n == m is `flax.linen.Dense` itself (with adapters, if asked for).
+      sparsity: "n:m"; None, "dense" or n == m is `flax.linen.Dense` itself (with adapters, if asked for).
       adapter_rank: rank of the low-rank adapters `adapter_l` (in, rank) and `adapter_r`
         (rank, out); 0 for none. See `slope_jax.add_adapters` for adding them later.
       mask_init: "magnitude" of the initial kernel, "random", or a function (key, kernel) -> scores
@@ -112,7 +113,7 @@ class SparseDense(nn.Dense):
     @property
     def pattern(self) -> Pattern | None:
         """The pattern that the kernel is compressed by, None when it is stored dense."""
-        if self.sparsity is None or self.simulated:
+        if self.sparsity in (None, "dense") or self.simulated:
             return None
         pattern = Pattern.parse(self.sparsity)
         return None if pattern.is_dense else pattern
@@ -174,7 +175,6 @@ class SparseDense(nn.Dense):
                 f"{self._where()}: apart=True needs sections={self.sections}, and neither an activation"
                 " nor a residual"
             )
-        check_sizes(self.sections, self.features, self._where())
         if self.pattern is None:
             split = split_sections if self._is_sharded() else epilogue.apart
             return tuple(split(self._dense(inputs), self.sections))
@@ -323,6 +323,13 @@ class SparseDense(nn.Dense):
     def _check(self, inputs: jax.Array | Activated) -> None:
         where = self._where()
         rank = self.adapter_rank
+        if not is_integer(rank):
+            raise ValueError(
+                f"{where}: adapter_rank {rank!r} must be an integer; fractions of the hidden size are"
+                " for models"
+            )
+        if self.sections is not None:
+            check_sizes(self.sections, self.features, where)
         if rank < 0 or rank > min(inputs.shape[-1], self.features):
             raise ValueError(
                 f"{where}: adapter_rank {rank} must lie between 0 and"

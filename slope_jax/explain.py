@@ -45,7 +45,12 @@ class Row:
 
     @property
     def reason(self) -> str:
-        reasons = list(dict.fromkeys(choice.reason for choice in self.choices.values()))
+        products: dict[str, list[str]] = {}
+        for name, choice in self.choices.items():
+            products.setdefault(choice.reason, []).append(name)
+        reasons = list(products)
+        if len(products) > 1:
+            reasons = [f"{', '.join(names)}: {why}" for why, names in products.items()]
         if self.first_product is not None:
             reasons.append(
                 f"x @ l {self.first_product.implementation}: {self.first_product.reason}"

@@ -317,13 +317,27 @@ def test_simulated_linears_of_a_model_have_no_adapters():
 
 @pytest.mark.parametrize("sparsity", ["2:4", None])
 def test_sections_that_are_not_the_outputs_are_named(sparsity):
-    layer = SparseDense(8, sparsity=sparsity, sections=(2, 4))
+    layer = SparseDense(8, sparsity=sparsity)
     variables = layer.init(jax.random.key(0), jnp.ones((2, 16)))
-    with pytest.raises(ValueError, match=r"sections=\(2, 4\) must .*add up to the 8 outputs"):
-        layer.apply(variables, jnp.ones((2, 16)), apart=True)
-    for sections in (("a",), (10, -2), (8.0,)):
-        with pytest.raises(ValueError, match="must be positive integers that add up to the 8"):
-            layer.clone(sections=sections).apply(variables, jnp.ones((2, 16)), apart=True)
+    for sections in ((2, 4), ("a",), (10, -2), (8.0,)):
+        for options in ({}, {"apart": True}):
+            with pytest.raises(
+                ValueError, match="must be positive integers that add up to the 8 out"
+            ):
+                layer.clone(sections=sections).apply(variables, jnp.ones((2, 16)), **options)
+
+
+@pytest.mark.parametrize("rank", [0.5, True, "2"])
+def test_the_rank_of_a_layer_is_an_integer(rank):
+    layer = SparseDense(8, adapter_rank=rank)
+    with pytest.raises(ValueError, match=f"adapter_rank {rank!r} must be an integer; fractions of"):
+        layer.init(jax.random.key(0), jnp.ones((2, 16)))
+
+
+def test_dense_is_a_sparsity():
+    layer, x = SparseDense(8, sparsity="dense"), jax.random.normal(jax.random.key(0), (2, 16))
+    variables = layer.init(jax.random.key(1), x)
+    np.testing.assert_array_equal(layer.apply(variables, x), nn.Dense(8).apply(variables, x))
 
 
 def test_a_norm_joins_beside_copies_of_transposes_alone():

@@ -79,6 +79,10 @@ def test_a_query_reads_patterns_and_dtypes(hopper):
             Query("nm_matmul", (64, 64), "2:4", dtype)
         with pytest.raises(ValueError, match=f"dtype is {dtype!r}; it must be one of JAX's"):
             NarrowQuery((64, 64), dtype, 8)
+    with pytest.raises(ValueError, match="the query has dtype int8; it must be float32, bfloat16"):
+        Query("nm_matmul", (64, 64), "2:4", "int8")
+    with pytest.raises(ValueError, match=r"shape is \(64,\); it must be that of a matrix"):
+        Query("nm_matmul", (64,), "2:4", "bfloat16")
 
 
 def test_what_no_kernel_takes_is_refused_if_it_is_asked_for(hopper):

@@ -1,8 +1,11 @@
+import importlib
+
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
+from pallas_kernels import Choice
 from pallas_kernels.mosaic import support
 from slope_jax import SparseDense, explain
 
@@ -98,3 +101,17 @@ def test_strict_refuses_a_silent_dense_product():
 def test_needs_example_inputs():
     with pytest.raises(ValueError, match="example inputs"):
         explain(Model(), {})
+
+
+def test_reasons_that_differ_are_told_with_their_products(monkeypatch):
+    def chosen(query, implementation):
+        return Choice("mosaic", "slow" if query.op == "nm_sddmm" else f"{query.shape}")
+
+    monkeypatch.setattr(importlib.import_module("slope_jax.explain"), "choose", chosen)
+    for outputs, reason in (
+        (16, "y, dx: (16, 16); dw: slow"),
+        (8, "y: (16, 8); dx: (8, 16); dw: slow"),
+    ):
+        layer, x = SparseDense(outputs), jnp.ones((4, 16))
+        (row,) = explain(layer, jax.eval_shape(layer.init, jax.random.key(0), x), x).rows
+        assert row.reason == reason
