@@ -29,6 +29,7 @@ from pallas_kernels.triton import support as triton_support
 from slope_jax import SparseDense, slope_matmul
 
 H100 = "NVIDIA H100 80GB HBM3"
+CACHE_RATE = 8.3e6  # bytes a microsecond, of an H100's second cache
 NOISE = 0.03  # of one timing, see pallas_kernels/NOTES.md
 
 
@@ -94,7 +95,8 @@ def test_what_no_kernel_takes_is_refused_if_it_is_asked_for(hopper):
 def test_nothing_that_was_measured_loses_to_what_would_run_instead(hopper):
     """By the records: where the kernels run, they were faster than the dense product, but for noise.
 
-    Or than that and the way from compressed to dense, which is what else could run, where that was timed.
+    Or than that and the way from compressed to dense, which is what else could run: as it was timed, or
+    else as long as its bytes take at the least.
     """
     looked = 0
     for path in RESULTS.glob("kernels-*.json"):
@@ -108,7 +110,8 @@ def test_nothing_that_was_measured_loses_to_what_would_run_instead(hopper):
             if choose(query).implementation == "mosaic" and row["speedup"] < 1 - NOISE:
                 problem = row["tokens"], *size, row["dtype"], H100, "9.0"
                 entry = tuning.best(tuning.kernel_of("nm_matmul", *problem), *problem)
-                assert row["sparse_us"] < (getattr(entry, "xla_us", None) or 0), row
+                least = row["dense_us"] + 2 * math.prod(size) * (1 + 9 / 16) / CACHE_RATE
+                assert row["sparse_us"] < (getattr(entry, "xla_us", None) or least), row
     assert looked > 50
 
 
