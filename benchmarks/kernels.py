@@ -1,7 +1,8 @@
 """The kernels beside dense products, on one GPU: ``python -m benchmarks.kernels``.
 
 Kernel device time under sustained load (`pallas_kernels.device_time`), random normal data, dense =
-`jnp.matmul` through cuBLAS in the same run. Kinds of product (``--ops``):
+`jnp.matmul` through cuBLAS in the same run, of few tokens the faster of that and XLA's own choice.
+Kinds of product (``--ops``):
 
 * matmul: x @ w, for every linear layer of ``--models``, forward and dx;
 * epilogue: with bias and activation, what enters it saved where training needs it; dense is what

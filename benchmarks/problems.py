@@ -132,6 +132,8 @@ def _matmul(problem: Problem, implementation: str) -> Case:
         "sparse": Variant(sparse, [(x, w.sparse) for x, w in pairs]),
         "dense": Variant(jnp.matmul, [(x, w.dense) for x, w in pairs], CUBLAS),
     }
+    if problem.kind == "few":  # of which XLA has kernels that are often faster
+        variants["dense_xla"] = dataclasses.replace(variants["dense"], options={})
     return Case(variants, _error_of_rows, (xs[0], found[0].dense))
 
 

@@ -396,3 +396,17 @@ def test_pictures_are_up_to_date():
 def test_bursts_are_for_few_problems():
     listed = kernels.ordered(problems.KINDS, list(shapes.MODELS), None)
     assert 0 < sum(map(bench.is_cool, listed)) < 20
+
+
+@pytest.mark.parametrize(
+    ("cublas", "by_xla", "best"), [(20.0, 15.0, "triton"), (14.0, 15.0, "nvjet")]
+)
+def test_of_few_tokens_the_faster_dense_product_counts(cublas, by_xla, best):
+    problem = Problem("few", 1, (768, 3072))
+    times = {"sparse": Time(10.0, ("few",)), "dense": Time(cublas, ("nvjet",))}
+    found = result(problem, "xla", times | {"dense_xla": Time(by_xla, ("triton",))}, 1.0)
+    assert found["dense_us"] == min(cublas, by_xla)
+    assert found["dense_xla_us"] == by_xla
+    assert found["speedup"] == min(cublas, by_xla) / 10
+    assert found["dense_kernels"] == [best]
+    assert result(problem, "xla", times, 1.0)["dense_us"] == cublas
