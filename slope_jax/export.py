@@ -16,6 +16,7 @@ from jax import export as jax_export
 from pallas_kernels.files import new_folder
 from slope_jax.models.cache import CACHE, init_cache
 from slope_jax.models.decoder import Decoder
+from slope_jax.models.variables import check_variables
 from slope_jax.prompts import checked_prompts, is_integer
 
 ABOUT_FILE, PREFILL_FILE, DECODE_FILE = "exported.json", "prefill.jax", "decode.jax"
@@ -105,7 +106,7 @@ def export(
       platforms: of "cpu", "cuda", "rocm", "tpu"; None: the one that JAX runs on.
 
     Raises:
-      ValueError: not a decoder, sizes out of range, or an unknown platform.
+      ValueError: not a decoder, variables that are not its own, sizes out of range, or an unknown platform.
       NotImplementedError: a platform that JAX does not run on is asked for, and the model keeps to
         what is chosen for the device at hand, see above.
 
@@ -125,6 +126,7 @@ def export(
             f"batch={batch}, prompt={prompt}, max_new_tokens={max_new_tokens}: each must be an integer"
             f" of 1 or more, and the last two together at most max_positions={most}"
         )
+    check_variables(model, variables)
     here = jax_export.default_export_platform()
     platforms = (platforms,) if isinstance(platforms, str) else tuple(platforms or (here,))
     model = _for_all(model, platforms, here, sparse="masks" in variables)

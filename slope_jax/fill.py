@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slope_jax.models.bert import Bert
+from slope_jax.models.variables import check_variables
 from slope_jax.prompts import checked_prompts, is_integer
 
 
@@ -46,8 +47,8 @@ def fill_masks(
       top: candidates.
 
     Raises:
-      ValueError: not a BERT, ids, lengths or `top` out of range or of another kind, or nothing is
-        masked.
+      ValueError: not a BERT, ids, lengths or `top` out of range or of another kind, nothing is masked,
+        or the variables are not the model's.
 
     >>> from slope_jax.models import build
     >>> model = build("bert-tiny", vocab_size=64)
@@ -65,6 +66,7 @@ def fill_masks(
     positions = np.argwhere((ids == mask_token) & valid)
     if not len(positions):
         raise ValueError(f"no token is {mask_token}, the mask; nothing to fill in {ids.shape}")
+    check_variables(model, variables)
     counts = np.bincount(positions[:, 0], minlength=len(ids))
     places = np.zeros((len(ids), counts.max()), np.int32)  # beyond a row's own: its first token
     order = np.arange(places.shape[1])[None] < counts[:, None]

@@ -12,10 +12,12 @@ from pallas_kernels.epilogue import RANK_MULTIPLE, padded_rank
 from slope_jax import decoding
 from slope_jax.decoding import Given, How
 from slope_jax.dense import ADAPTER_L, ADAPTER_R
+from slope_jax.models.bert import Bert
 from slope_jax.models.cache import cache_slots, prompt_width
 from slope_jax.models.casting import is_cast
 from slope_jax.models.decoder import Decoder
 from slope_jax.models.stack import Path, unstack_layers
+from slope_jax.models.variables import check_variables
 from slope_jax.prompts import checked_prompts, is_integer
 from slope_jax.sampling import check_sampling, checked_key
 
@@ -40,7 +42,11 @@ def inference_variables(
     Kernels, tables and adapters in the compute dtype, as the layers would cast them for each token;
     layers apart, as slices of a stack would be copied for each token; and adapters with zeros up to a
     rank of eights, as kernels would pad them for each token. Masks, norms and biases stay as they are.
+
+    Raises:
+      ValueError: the variables are not the model's.
     """
+    check_variables(model, variables, any_stack=True)
     return with_padded_ranks(*with_layers_apart(model, variables))
 
 
@@ -113,8 +119,8 @@ def generate(
         be by itself, but for rounding: in 16 bits tokens that are about as likely can change places.
 
     Raises:
-      ValueError: a value or an id out of range, or prompts and new tokens together exceed
-        max_positions.
+      ValueError: a value or an id out of range, prompts and new tokens together exceed max_positions, or
+        the variables are not the model's.
 
     >>> from slope_jax.models import build
     >>> model = build("gpt2-nano", vocab_size=64, num_layers=1, hidden_size=32, mlp_size=64)
@@ -208,7 +214,10 @@ def _prepared(
     model, variables, prompts, max_new_tokens, lengths, end_token, temperature, top_k, top_p, key
 ) -> tuple[How, Given, jax.Array]:
     if not isinstance(model, Decoder):
-        raise ValueError(f"{type(model).__name__} does not generate; use a GPT-2, OPT or LLaMA")
+        other = "; fill_masks gives words for its masks" if isinstance(model, Bert) else ""
+        raise ValueError(
+            f"{type(model).__name__} does not generate{other}; use a GPT-2, OPT, LLaMA or Mistral"
+        )
     config = model.config
     prompts, lengths = checked_prompts(prompts, lengths, config.vocab_size)
     batch, width = prompts.shape
@@ -218,6 +227,7 @@ def _prepared(
     if temperature and key is None:
         raise ValueError(f"temperature={temperature} samples; pass key=jax.random.key(seed)")
     key = None if key is None else checked_key(key, batch)
+    check_variables(model, variables)
     given = Given(
         variables,
         lengths,

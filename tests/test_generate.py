@@ -263,7 +263,7 @@ def test_bad_options(options, message):
 
 
 def test_bad_models_prompts_and_places():
-    with pytest.raises(ValueError, match="Bert does not generate"):
+    with pytest.raises(ValueError, match=r"Bert does not generate; fill_masks .* LLaMA or Mistral"):
         generate(models.build("bert-tiny"), {}, PROMPTS, max_new_tokens=1)
     model = models.build("gpt2-nano", **SMALL)
     with pytest.raises(ValueError, match=r"prompts are int32\[6\]; they must be integers"):

@@ -11,19 +11,20 @@ import numpy as np
 
 from pallas_kernels import CompressedMatrix, Pattern, decompress
 from pallas_kernels.files import new_folder, write_atomically
-from slope_jax.dense import ADAPTER_L, ADAPTER_R, MASKS
+from slope_jax.dense import ADAPTER_L, ADAPTER_R
 from slope_jax.models import hf_names
 from slope_jax.models.bert import Bert
 from slope_jax.models.decoder import Decoder
 from slope_jax.models.gpt2 import GPT2
 from slope_jax.models.hf_adapter import FOLDER, write_adapter
 from slope_jax.models.hf_families import FAMILIES, Source
-from slope_jax.models.hf_files import listed, save_tensors
+from slope_jax.models.hf_files import save_tensors
 from slope_jax.models.hf_names import ABOUT, at, full_name, linear_of, parts_of
 from slope_jax.models.hf_rope import rope_json
 from slope_jax.models.hf_tokenizer import write_tokenizer
 from slope_jax.models.opt import OPT
 from slope_jax.models.stack import unstack_layers
+from slope_jax.models.variables import check_variables
 from slope_jax.policy import DENSE
 
 SHARD_BYTES = 4 * 2**30
@@ -81,7 +82,7 @@ def export_hf(
     """
     if adapters not in ("merge", "lora"):
         raise ValueError(f"adapters={adapters!r}; choose 'merge' or 'lora'")
-    check_variables(model, variables)
+    check_variables(model, variables, any_stack=True)
     params, merged = variables["params"], adapters == "merge"
     dtype = _widest(params) if dtype is None else checked_dtype(dtype)
     folder, family = Path(folder).expanduser().resolve(), family_of(model)
@@ -95,31 +96,6 @@ def export_hf(
         if model.config.rank and not merged:
             write_adapter(staging / FOLDER, folder, model.config, family, single, dtype)
     return folder
-
-
-def check_variables(model: Bert | Decoder, variables: Mapping[str, Any]) -> None:
-    """Raises the ValueError of `export_hf` unless they are the model's, layers stacked or single."""
-
-    def init():
-        return unstack_layers(model.init(jax.random.key(0), **model.example_inputs()))
-
-    given = {name: variables.get(name, {}) for name in ("params", MASKS)}
-    found, wanted = (_shapes(jax.eval_shape(f)) for f in (lambda: unstack_layers(given), init))
-    wrong = [
-        f"{path}: {found.get(path, 'none')} here, {wanted.get(path, 'none')} in the model"
-        for path in sorted(found.keys() | wanted.keys())
-        if found.get(path) != wanted.get(path)
-    ]
-    if wrong:
-        raise ValueError(
-            f"the variables are not those of this {type(model).__name__}; give its own. In shape"
-            f" differ {listed(wrong)}"
-        )
-
-
-def _shapes(variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(variables)
-    return {"/".join(key.key for key in path): leaf.shape for path, leaf in leaves}
 
 
 def _widest(params: Mapping[str, Any]) -> np.dtype:

@@ -78,6 +78,12 @@ def _policy(name: str):
     return getattr(jax.checkpoint_policies, name)
 
 
+def layers_of(name: str) -> range | None:
+    """Numbers of the layers that a stack holds, by its name, such as "layers_1_to_11"; None: it is none."""
+    match = _NAME.fullmatch(name)
+    return range(int(match[1]), int(match[2]) + 1) if match and match[2] else None
+
+
 def unstack_layers(
     variables: Mapping[str, Any], each: Callable[[Path, Any], Any] | None = None
 ) -> dict[str, Any]:
@@ -109,11 +115,11 @@ def _unstack(
         result[path] = leaf if each is None else each((of, *path), leaf)
 
     for (name, *rest), leaf in traverse_util.flatten_dict(collection).items():
-        match = _NAME.fullmatch(name)
-        if not match or match[2] is None:
+        layers = layers_of(name)
+        if layers is None:
             add((name, *rest), leaf)
             continue
-        for row, i in enumerate(range(int(match[1]), int(match[2]) + 1)):
+        for row, i in enumerate(layers):
             add((f"layers_{i}", *rest), jax.tree.map(lambda x, row=row: x[row], leaf))
     return traverse_util.unflatten_dict(result)
 

@@ -19,6 +19,7 @@ from slope_jax.models.hf_files import SEMI_STRUCTURED, listed
 from slope_jax.models.hf_names import at, full_name, linear_of, parts_of
 from slope_jax.models.hf_tokenizer import write_tokenizer
 from slope_jax.models.stack import unstack_layers
+from slope_jax.models.variables import check_variables
 from slope_jax.policy import DENSE
 
 ROWS, COLUMNS = 32, 64  # what divides (out, in), in PyTorch's class
@@ -98,7 +99,7 @@ def export_semi_structured(
     dtype = checked_dtype(dtype)
     family = hf_export.family_of(model)
     check_model(model)
-    hf_export.check_variables(model, variables)
+    check_variables(model, variables, any_stack=True)
     folder, single = Path(folder).expanduser().resolve(), unstack_layers(variables)
     with new_folder(folder) as staging:
         causal = isinstance(model, Decoder)
