@@ -1,6 +1,7 @@
 """Texts continued in Python, held to ids that are generated one prompt at a time."""
 
 import itertools
+import pathlib
 
 import jax
 import numpy as np
@@ -9,9 +10,11 @@ import tokenizers
 
 from slope_jax import decoding, models
 from slope_jax.generate import generate
+from train import serving
 from train.data.tokenizer import train_tokenizer, vocabulary_from_json
+from train.evaluate import perplexity
 from train.serving import Served
-from train.texts import complete, continuations, continued_text
+from train.texts import complete, continuations, continued_text, fitting_tokens
 
 PROMPTS = ["Some words", "", "begin with"]
 SIZES = {"num_layers": 1, "hidden_size": 32, "num_heads": 2, "mlp_size": 64, "max_positions": 128}
@@ -209,3 +212,26 @@ def test_a_stop_may_be_one_text_or_none(served):
 def test_bad_input_is_named_at_the_call(served, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         continuations(served, prompts, **options)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda served: complete(served, "a"),
+        lambda served: continuations(served, ["a"]),
+        lambda served: fitting_tokens(served, 3),
+        lambda served: continued_text(served, [1], [2], ()),
+        lambda served: perplexity(served, np.arange(4)),
+        lambda served: serving.save(served, "never"),
+    ],
+)
+def test_the_path_of_a_run_is_no_model(served, call):
+    for path in ("runs/gpt", pathlib.Path("runs/gpt")):
+        with pytest.raises(
+            TypeError, match=r"^'runs/gpt' is .* train.serving.load\('runs/gpt'\) gives"
+        ):
+            call(path)
+    with pytest.raises(
+        TypeError, match=r"^a GPT2 is no served model; pass .*load\(RUN or FOLDER\)"
+    ):
+        call(served.model)

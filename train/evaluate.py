@@ -64,6 +64,7 @@ def perplexity(
 
     Raises:
       ValueError: no decoder, too few tokens, or a window, stride or batch size out of range.
+      TypeError: `served` is something else, such as the path of a run.
     """
     import numpy as np
 
@@ -101,9 +102,11 @@ def _steps(served: "Served", window: int | None, stride: int | None) -> tuple[in
 
 
 def check_decoder(served: "Served") -> None:
-    """Raises a ValueError unless the model predicts the next token."""
+    """Raises a ValueError unless the model predicts the next token; a TypeError if it is none."""
     from slope_jax.models.decoder import Decoder
+    from train.serving import check_served
 
+    check_served(served)
     if not isinstance(served.model, Decoder):
         name = type(served.model).__name__
         raise ValueError(f"a {name} gives no next token; evaluate a GPT-2, OPT, LLaMA or Mistral")

@@ -93,6 +93,16 @@ class Served(NamedTuple):
         return min(max(self.about["config"]["seq_len"]), self.model.config.max_positions)
 
 
+def check_served(given: Any) -> None:
+    """Raises a TypeError unless it is what `load` gives, such as for the path of a run."""
+    if isinstance(given, Served):
+        return
+    path = given if isinstance(given, str | pathlib.Path) else None
+    what = f"a {type(given).__name__}" if path is None else repr(str(path))
+    load = "load(RUN or FOLDER)" if path is None else f"load({str(path)!r})"
+    raise TypeError(f"{what} is no served model; pass what train.serving.{load} gives")
+
+
 class Trained(NamedTuple):
     """A model as training left it, to go on with.
 
@@ -262,7 +272,9 @@ def save(
 
     Raises:
       ValueError: the folder exists already, or weights are not saved in that dtype.
+      TypeError: it is no served model.
     """
+    check_served(served)
     folder = pathlib.Path(folder).expanduser().resolve()
     dtype = checked_dtype(saved_dtype(served.about) if dtype is None else dtype)
     variables = served.variables

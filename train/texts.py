@@ -43,7 +43,7 @@ def complete(served: "Served", prompts: str | Sequence[str], **options) -> list[
       served, prompts, **options: as for `continuations`.
 
     Raises:
-      ValueError: as `continuations`.
+      ValueError, TypeError: as `continuations`.
     """
     *_, last = continuations(served, prompts, **options)
     return [row.text for row in last]
@@ -76,12 +76,15 @@ def continuations(
     Raises:
       ValueError: no prompt, an empty stop, text that is not UTF-8, a model that does not generate, or an
         option out of range.
+      TypeError: `served` is something else, such as the path of a run.
     """
     import jax
 
     from slope_jax.generate import stream
     from slope_jax.prompts import is_integer
+    from train.serving import check_served
 
+    check_served(served)
     prompts, stops = _texts("prompts", prompts), _texts("stops", () if stops is None else stops)
     if not prompts or "" in stops:
         raise ValueError("give at least one prompt, and no empty text to stop at")
@@ -124,7 +127,11 @@ def fitting_tokens(served: "Served", longest: int) -> int:
 
     Raises:
       ValueError: there is no room for one.
+      TypeError: `served` is something else.
     """
+    from train.serving import check_served
+
+    check_served(served)
     room = served.model.config.max_positions - longest
     if room < 1:
         raise ValueError(
@@ -157,7 +164,13 @@ def continued_text(
 
     Returns:
       The text, and whether an end or a stop was there.
+
+    Raises:
+      TypeError: `served` is something else.
     """
+    from train.serving import check_served
+
+    check_served(served)
     decode, ends = served.vocabulary.decode, served.ends
     places = [place for place, token in enumerate(tokens) if token in ends]
     ended = bool(places)
