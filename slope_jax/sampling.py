@@ -1,6 +1,7 @@
 """The next token of each row, drawn from its logits, and the options that say how."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,28 +15,34 @@ _UNSORTED = 16  # of so many, XLA finds the largest on a GPU without sorting all
 
 
 def check_sampling(
-    temperature: Any, top_k: Any = None, top_p: Any = None, *, vocab_size: int | None = None
+    temperature: Any,
+    top_k: Any = None,
+    top_p: Any = None,
+    *,
+    vocab_size: int | None = None,
+    named: Callable[[str], str] = str,
 ) -> None:
     """Raises a ValueError unless these are options of sampling, as of `slope_jax.generate.generate`.
 
-    `vocab_size`, where it is known, bounds `top_k`.
+    `vocab_size`, where it is known, bounds `top_k`; `named` is how messages spell an option.
     """
+    hot, several, share = map(named, ("temperature", "top_k", "top_p"))
     if not _is_number(temperature):
-        raise ValueError(f"temperature={temperature!r} must be a number; 0 is greedy")
+        raise ValueError(f"{hot}={temperature!r} must be a number; 0 is greedy")
     if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature={temperature} must not be negative or infinite; 0 is greedy")
+        raise ValueError(f"{hot}={temperature} must not be negative or infinite; 0 is greedy")
     if temperature and not _COLDEST <= temperature <= _HOTTEST:
         raise ValueError(
-            f"temperature={temperature} divides logits in float32, so it must be 0, which is greedy, or"
+            f"{hot}={temperature} divides logits in float32, so it must be 0, which is greedy, or"
             f" lie between {_COLDEST:g} and {_HOTTEST:g}"
         )
     most = math.inf if vocab_size is None else vocab_size
     if top_k is not None and not (is_integer(top_k) and 1 <= top_k <= most):
-        raise ValueError(f"top_k={top_k!r} must be an integer between 1 and {most} tokens")
+        raise ValueError(f"{several}={top_k!r} must be an integer between 1 and {most} tokens")
     if top_p is not None and (not _is_number(top_p) or not 0 < top_p <= 1):
-        raise ValueError(f"top_p={top_p!r} must be a probability in (0, 1]")
+        raise ValueError(f"{share}={top_p!r} must be a probability in (0, 1]")
     if not temperature and (top_k is not None or top_p is not None):
-        raise ValueError("top_k and top_p choose what is sampled; set a temperature above 0")
+        raise ValueError(f"{several} and {share} choose what is sampled; set a {hot} above 0")
 
 
 def checked_key(key: Any, batch: int) -> jax.Array:

@@ -1,6 +1,8 @@
 """What the command that generates takes, refuses, warns of and writes."""
 
 import io
+import os
+import subprocess
 import sys
 from unittest import mock
 
@@ -152,16 +154,55 @@ def test_unreadable_text_is_refused_by_the_name_of_its_option(capsys, option, me
         ("--seed=-1", "--seed=-1 must lie in [0, 2**31)"),
         ("--top-k=0", "--top-k=0 must be 1 or more"),
         ("--max-new-tokens=0", "--max-new-tokens=0 must be 1 or more"),
-        ("--temperature=-1", "temperature=-1.0 must not be negative or infinite"),
-        ("--temperature=nan", "temperature=nan must not be"),
-        ("--top-p=0", "top_p=0.0 must be a probability in (0, 1]"),
-        ("--top-p=1.5", "top_p=1.5 must be a probability in (0, 1]"),
+        ("--temperature=-1", "error: --temperature=-1.0 must not be negative or infinite"),
+        ("--temperature=nan", "error: --temperature=nan must not be"),
+        ("--temperature=1e-40", "error: --temperature=1e-40 divides"),
+        ("--temperature=0 --top-k=3", "error: --top-k and --top-p choose what is sampled"),
+        ("--temperature=0 --top-p=1", "what is sampled; set a --temperature above 0"),
+        ("--top-p=0", "error: --top-p=0.0 must be a probability in (0, 1]"),
+        ("--top-p=1.5", "error: --top-p=1.5 must be a probability in (0, 1]"),
     ],
 )
 def test_numbers_out_of_range_are_refused_before_the_model_is_loaded(capsys, option, message):
     temperature = [] if option.startswith("--temperature") else ["--temperature=1"]
-    assert main(["--checkpoint=run", "--prompt=a", *temperature, option]) == 2
+    assert main(["--checkpoint=run", "--prompt=a", *temperature, *option.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_more_candidates_than_tokens_are_refused_by_the_name_of_the_option(filled, bert, capsys):
+    most = bert.model.config.vocab_size
+    assert filled("--prompt=[MASK]", f"--top-k={most + 1}") == 2
+    assert f"error: --top-k={most + 1} must be an integer between 1 and {most} tokens" in (
+        capsys.readouterr().err
+    )
+
+
+def test_more_tokens_to_sample_from_than_there_are_too(written, capsys):
+    for options, message in (
+        (
+            ["--top-k=301", "--temperature=1"],
+            "error: --top-k=301 must be an integer between 1 and 300",
+        ),
+        (["--top-k=3"], "what is sampled; set a --temperature above 0"),
+    ):
+        assert written("text", *options) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_reader_that_has_seen_enough_ends_a_command_quietly(flush):
+    """As `head` does: while text is written, or when what is left is at the end."""
+    program = (
+        "import sys; from train.command import exit_code\n"
+        f"sys.exit(exit_code(lambda _: print('text' * 9, flush={flush}), None, less_memory=''))"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "wb") as unread:
+        ended = subprocess.run(
+            [sys.executable, "-c", program], stdout=unread, stderr=subprocess.PIPE
+        )
+    assert (ended.returncode, ended.stderr) == (141, b"")
 
 
 @pytest.mark.parametrize("command", [main, evaluate.main])

@@ -1,6 +1,7 @@
 """What the commands that use a trained model share: how they end, and checks of their options."""
 
 import argparse
+import contextlib
 import io
 import logging
 import os
@@ -25,6 +26,10 @@ def exit_code(
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads has seen enough, as `head` has
+        _leave_unread()
+        return 141  # as of a command that the signal of it ends
     except (ValueError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -41,6 +46,14 @@ def exit_code(
         print()
         return 130
     return 0
+
+
+def _leave_unread() -> None:
+    """Sends what is still to be written nowhere, or Python would tell of it at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    with contextlib.suppress(OSError, ValueError):  # not of a notebook
+        os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _first_line(error: Exception) -> str:

@@ -44,6 +44,7 @@ def _run(arguments: argparse.Namespace) -> None:
     masked = isinstance(served.model, Bert)
     if masked:
         _check_masked(arguments)
+    _check_sampling(arguments, masked=masked, vocab_size=served.model.config.vocab_size)
     print(
         f"{served.title}: {size(served.nbytes)} of weights,"
         f" adapters {'fused' if about['adapters'] else 'none'}",
@@ -65,8 +66,6 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     """What is wrong whatever the model, before it is read."""
-    from slope_jax.sampling import check_sampling
-
     if arguments.save_dtype and arguments.save is None:
         raise ValueError("--save-dtype is of the folder that --save=FOLDER names")
     if arguments.save is not None:
@@ -77,9 +76,19 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{option(name)}={value} must be 1 or more")
     if arguments.seed is not None and not 0 <= arguments.seed < 2**31:
         raise ValueError(f"--seed={arguments.seed} must lie in [0, 2**31)")
-    # Where none is given, the model may be a BERT, which takes --top-k and says that it takes no other.
-    temperature = 1.0 if arguments.temperature is None else arguments.temperature
-    check_sampling(temperature, arguments.top_k, arguments.top_p)
+    # Where no temperature is given, the model may be a BERT, which takes --top-k alone and says so.
+    _check_sampling(arguments, masked=arguments.temperature is None)
+
+
+def _check_sampling(
+    arguments: argparse.Namespace, *, masked: bool, vocab_size: int | None = None
+) -> None:
+    """`masked`: of what a BERT takes, which knows no temperature and is bounded by the same vocabulary."""
+    from slope_jax.sampling import check_sampling
+
+    temperature = 1.0 if masked else arguments.temperature or 0.0
+    top_k, top_p = arguments.top_k, arguments.top_p
+    check_sampling(temperature, top_k, top_p, vocab_size=vocab_size, named=option)
 
 
 def _check_masked(arguments: argparse.Namespace) -> None:
