@@ -1,6 +1,8 @@
 """Import from Hugging Face folders, against Transformers' own PyTorch models."""
 
 import json
+import pathlib
+import re
 import shutil
 
 import jax
@@ -96,7 +98,9 @@ def test_defaults_are_those_of_transformers(transformers):
         ("gpt2-small", transformers.GPT2Config()),
     ):
         raw, family = theirs.to_dict(), theirs.model_type
-        expected = hf_names.read_config(raw, family) | {"dropout": hf_names.dropout(raw, family)}
+        expected = hf_names.read_config(raw, family, pathlib.Path("config.json")) | {
+            "dropout": hf_names.dropout(raw, family)
+        }
         config = models.build(name).config
         assert {field: getattr(config, field) for field in expected} == expected
 
@@ -225,8 +229,12 @@ def test_a_bert_without_the_heads_that_fill_mask_does_without(torch, transformer
 
     tensors = safetensors_numpy.load_file(tmp_path / "model.safetensors")
     for name, shape, message in (
-        ("bert.pooler.dense.weight", (32, 32), r"missing: pooler.dense.bias; surplus: none\."),
-        ("cls.seq_relationship.bias", (2,), "missing: cls.seq_relationship.weight, pooler.dense.b"),
+        ("bert.pooler.dense.weight", (32, 32), r"missing: bert.pooler.dense.bias; surplus: none\."),
+        (
+            "cls.seq_relationship.bias",
+            (2,),
+            "missing: cls.seq_relationship.weight, bert.pooler.dense.b",
+        ),
     ):
         partial = tensors | {name: np.zeros(shape, np.float32)}
         safetensors_numpy.save_file(partial, tmp_path / "model.safetensors")
@@ -240,7 +248,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
     tensors["transformer.h.2.mlp.c_fc.weight"][0, 0] = np.inf
     tensors["transformer.ln_f.bias"][7] = -np.inf
     folder = write(tmp_path / "m", tensors)
-    named = r"NaN or infinity in h.{1\.\.2}.mlp.c_fc.weight, ln_f.bias; copy"
+    named = r"infinity in transformer.h.{1\.\.2}.mlp.c_fc.weight, transformer.ln_f.bias; copy"
     for sparsity in ("dense", "2:4"):
         with pytest.raises(ValueError, match=named):
             models.from_hf(folder, sparsity=sparsity)
@@ -248,7 +256,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
         models.from_hf(folder, sparsity="2:4", calibration=[IDS])
     tied = tensors | {"lm_head.weight": tensors["transformer.wte.weight"]}
     tied["transformer.wte.weight"][0, 0] = np.nan
-    with pytest.raises(ValueError, match=r"NaN or infinity in .*wte.weight"):
+    with pytest.raises(ValueError, match=r"NaN or infinity in .*transformer.wte.weight"):
         models.from_hf(write(tmp_path / "m", tied))
 
 
@@ -310,15 +318,23 @@ def test_the_models_configuration_must_agree(folder):
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ({"model_type": "t5"}, "model_type 't5'; choose"),
         ({"model_type": ["gpt2"]}, r"model_type \['gpt2'\]; choose"),
-        ({"n_layer": 9999}, r"tensors missing: h.{3\.\.9998}.attn.c_attn.bias"),
-        ({"n_head": 5}, "hidden_size=32 is not a multiple of num_heads=5"),
+        ({"n_layer": 9999}, r"tensors missing: transformer.h.{3\.\.9998}.attn.c_attn.bias"),
+        ({"n_head": 5}, r"n_embd=32 is not a multiple of n_head=5\. Correct it, or copy"),
+        ({"n_layer": 0}, "n_layer=0 must be a positive integer"),
+        ({"resid_pdrop": 1.5}, "resid_pdrop=1.5 must be a probability"),
     ],
 )
 def test_variations_that_we_do_not_have(folder, change, message):
     raw = json.loads((folder / "config.json").read_text()) | change
     (folder / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(folder))}[/:].*{message}"):
         models.from_hf(folder)
+
+
+def test_what_is_asked_for_is_told_in_our_names(folder):
+    """Where the file is right by itself."""
+    with pytest.raises(ValueError, match=r"^hidden_size=32 is not a multiple of num_heads=5"):
+        models.from_hf(folder, num_heads=5)
 
 
 def test_a_field_that_there_is_not_is_named_with_its_like(folder):
@@ -326,13 +342,13 @@ def test_a_field_that_there_is_not_is_named_with_its_like(folder):
         models.from_hf(folder, sparcity="2:4")
 
 
-def test_missing_and_surplus_tensors_are_listed(tmp_path):
-    tensors = gpt2_tensors()
-    del tensors["transformer.h.1.attn.c_attn.bias"]
-    tensors["score.weight"] = np.zeros((2, 32), np.float32)
-    with pytest.raises(
-        ValueError, match=r"missing: h.1.attn.c_attn.bias; surplus: score.weight\. The folder"
-    ):
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_missing_and_surplus_tensors_are_listed_as_the_file_spells_them(tmp_path, prefix):
+    tensors = gpt2_tensors(prefix=prefix)
+    del tensors[f"{prefix}h.1.attn.c_attn.bias"]
+    tensors[f"{prefix}score.weight"] = np.zeros((2, 32), np.float32)
+    named = rf"missing: {prefix}h.1.attn.c_attn.bias; surplus: {prefix}score.weight\. The folder"
+    with pytest.raises(ValueError, match=named):
         models.from_hf(write(tmp_path / "m", tensors))
 
 
@@ -342,7 +358,8 @@ def test_missing_and_surplus_tensors_are_listed(tmp_path):
 def test_tensor_of_another_shape_or_dtype(tmp_path, wrong):
     tensors = gpt2_tensors() | {"transformer.h.0.attn.c_attn.weight": wrong}
     with pytest.raises(
-        ValueError, match=r"h.0.attn.c_attn.weight: .* for layers_0/attention/qkv/kernel \[32, 96\]"
+        ValueError,
+        match=r"transformer.h.0.attn.c_attn.weight: .* for layers_0/attention/qkv/kernel \[32, 96\]",
     ):
         models.from_hf(write(tmp_path / "m", tensors))
 
@@ -423,14 +440,21 @@ def stored_twice(folder):
         (index_names_too_much, "names tensors that no shard holds: ghost"),
         (index_is_empty, "has no 'weight_map'"),
         (for_pytorch, r"2:4 tensors for PyTorch, .* Give what they were exported from, or export"),
-        (stored_twice, r"holds tensors more than once: ln_f.bias$"),
+        (
+            stored_twice,
+            r"more than once: (transformer.)?ln_f.bias and (transformer.)?ln_f.bias; save",
+        ),
         (
             bert_under_the_name_of_gpt2,
-            r"missing: h.{0\.\.\d}.attn.c_attn.bias, [^;]*, wte.weight; surplus: pooler.dense.bias\.",
+            r"missing: transformer.h.{0\.\.\d}.attn.c_attn.bias, [^;]*, transformer.wte.weight;"
+            r" surplus: bert.pooler.dense.bias\.",
         ),
         (cut("config.json", -5), r"config.json is not valid JSON"),
-        (put("config.json", "[]"), r"config.json holds a list, not an object"),
-        (put("config.json", "{}"), r"model_type None; choose a folder of \['bert', 'gpt2'"),
+        (put("config.json", "[]"), r"config.json holds a list, not an object; copy"),
+        (
+            put("config.json", "{}"),
+            "model_type None; choose a folder of bert, gpt2, opt, llama, mistral$",
+        ),
         (lambda folder: (folder / "config.json").unlink(), r"config.json is missing"),
         (shutil.rmtree, "is not a folder"),
     ],
@@ -456,5 +480,5 @@ def test_bad_folders(folder, damage, message):
     ],
 )
 def test_numbers_of_the_configuration(family, change, message):
-    with pytest.raises(ValueError, match=message):
-        hf_names.read_config(change, family)
+    with pytest.raises(ValueError, match=f"^folder/config.json: .*{message}"):
+        hf_names.read_config(change, family, pathlib.Path("folder/config.json"))

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import pytest
 from parity import close, logits, pruned_in_place, randomised, same_form
 
 from slope_jax import TrainState, add_adapters, explain, lazy_adapters, models
-from slope_jax.models import RopeScaling, hf_names, layers, rope
+from slope_jax.models import RopeScaling, hf, hf_names, layers, rope
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -235,7 +237,9 @@ def test_a_copy_of_a_tied_table_must_be_one(tied, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *found)
     tensors["lm_head.weight"][5, 5] += 1
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lm_head\.weight differs from embed_tokens\.weight"):
+    with pytest.raises(
+        ValueError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"
+    ):
         models.from_hf(tmp_path, sparsity="dense")
 
 
@@ -288,7 +292,7 @@ LLAMA_3_2_1B = LLAMA_3_8B | {
 )
 def test_published_configurations_are_the_variants(name, raw):
     config = models.build(name).config
-    expected = hf_names.read_config(raw, raw["model_type"])
+    expected = hf_names.read_config(raw, raw["model_type"], pathlib.Path("config.json"))
     assert expected["max_positions"] == raw["max_position_embeddings"]
     assert {field: getattr(config, field) for field in expected} == expected
 
@@ -314,6 +318,35 @@ def test_folders_that_do_not_fit(tmp_path, change, message):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B | change))
     with pytest.raises(ValueError, match=message):
         models.load_hf(tmp_path, models.build("llama-3-8b"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"num_key_value_heads": 3},
+            "num_attention_heads=32 is not a multiple of num_key_value_heads=3",
+        ),
+        (
+            {"head_dim": 7},
+            "heads of 7 .* choose head_dim, or hidden_size / num_attention_heads, even",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 0.5}},
+            "factor=0.5, low_freq_factor=None, .* 0 < low_freq_factor < high_freq_factor and"
+            " original_max_position_embeddings",
+        ),
+        (
+            {"sliding_window": 0, "model_type": "mistral"},
+            "sliding_window=0 must be None or a positive",
+        ),
+    ],
+)
+def test_what_no_model_can_have_is_told_in_the_names_of_the_file(tmp_path, change, message):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B | change))
+    file = re.escape(str(tmp_path / "config.json"))
+    with pytest.raises(ValueError, match=f"^{file}: .*{message}.* Correct it, or copy or download"):
+        hf.described(tmp_path)
 
 
 # Configuration

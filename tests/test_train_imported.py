@@ -423,7 +423,7 @@ def remove(name):
         (
             lambda folder: put(folder, "config.json", model_type="t5"),
             {},
-            r"model_type 't5'; choose a folder of \['bert', 'gpt2'",
+            r"model_type 't5'; choose a folder of bert, gpt2",
         ),
         (
             lambda folder: put(folder, "config.json", model_type=["gpt2"]),

@@ -260,7 +260,8 @@ def _calibration(arguments: argparse.Namespace, raw: dict[str, Any]) -> Any:
 
     if arguments.calibration is None or not hf.is_known(raw["model_type"]):
         return None
-    most = hf_names.read_config(raw, raw["model_type"])["max_positions"]
+    file = arguments.checkpoint.expanduser() / imported.CONFIG_FILE
+    most = hf_names.read_config(raw, raw["model_type"], file)["max_positions"]
     length = arguments.calibration_length or min(most, calibration.LONGEST)
     if not 3 <= length <= most:  # a BERT's has [CLS] and [SEP]
         raise ValueError(

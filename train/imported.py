@@ -98,7 +98,10 @@ def _about(
     dtype: str,
 ) -> dict[str, Any]:
     family, config = raw["model_type"], model.config
-    fields = {name: getattr(config, name) for name in hf_names.read_config(raw, family)}
+    fields = {
+        name: getattr(config, name)
+        for name in hf_names.read_config(raw, family, folder / CONFIG_FILE)
+    }
     if fields.get("rope_scaling") is not None:
         fields["rope_scaling"] = list(fields["rope_scaling"])  # as JSON gives it back
     return {
@@ -157,7 +160,7 @@ def read_vocabulary(folder: pathlib.Path, raw: dict[str, Any]) -> Vocabulary:
     objective, ends = _objective(family), _ends_of_text(folder, raw)
     end = ends[0] if objective == "clm" and ends and is_integer(ends[0]) else None
     vocabulary = load_tokenizer(file, objective, end)
-    size = hf_names.read_config(raw, family)["vocab_size"]
+    size = hf_names.read_config(raw, family, folder / CONFIG_FILE)["vocab_size"]
     if vocabulary.size > size:
         raise ValueError(
             f"{file} has ids up to {vocabulary.size - 1}, but the model vocab_size={size}; copy the"

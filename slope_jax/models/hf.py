@@ -122,7 +122,7 @@ def _load(
 
 def _weights(folder: str | Path, model: Bert | Decoder) -> Weights:
     folder = checked_folder(folder)
-    return open_weights(folder, _family(read_json(folder / "config.json"), model), model)
+    return open_weights(folder, _family(folder, model), model)
 
 
 def _checked_adapter(weights: Weights, config: TransformerConfig) -> Adapter | None:
@@ -197,7 +197,7 @@ def from_hf(
     model = _built(folder, overrides)
     adapter = None if "adapter_rank" in overrides else read_adapter(folder)
     if adapter is not None:
-        family = _family(read_json(folder / "config.json"), model)
+        family = _family(folder, model)
         check_adapter(adapter, model.config, family)
         rank = rank_of(adapter, model.config, family)
         model = _built(folder, overrides | {"adapter_rank": rank})
@@ -205,17 +205,31 @@ def from_hf(
 
 
 def _built(folder: Path, overrides: dict[str, Any]) -> Bert | Decoder:
-    raw = read_json(folder / "config.json")
+    file = folder / "config.json"
+    raw = read_json(file)
     family = raw.get("model_type")
     if not is_known(family):
-        raise ValueError(
-            f"{folder / 'config.json'}: model_type {family!r}; choose a folder of {list(_MODELS)}"
-        )
+        raise ValueError(f"{file}: model_type {family!r}; choose a folder of {', '.join(_MODELS)}")
     module, config = _MODELS[family]
     check_fields(config.__name__, config, overrides)
-    fields = hf_names.read_config(raw, family) | {"dropout": hf_names.dropout(raw, family)}
+    fields = hf_names.read_config(raw, family, file) | {"dropout": hf_names.dropout(raw, family)}
     fields |= {"family": family} if config is LlamaConfig else {}
-    return module(config(**(fields | overrides)))
+    try:
+        return module(config(**(fields | overrides)))
+    except ValueError:
+        _check_by_itself(file, family, config, fields)
+        raise
+
+
+def _check_by_itself(
+    file: Path, family: str, config: type[TransformerConfig], fields: dict[str, Any]
+) -> None:
+    """Raises a ValueError in the names of the file if it is wrong whatever else is asked for."""
+    try:
+        config(**fields, sparsity=DENSE)
+    except ValueError as error:
+        told = hf_names.in_their_names(str(error), family)
+        raise ValueError(f"{file}: {told}. Correct it, or copy or download it again") from None
 
 
 def described(folder: str | Path, **overrides) -> Bert | Decoder:
@@ -232,12 +246,14 @@ def is_known(family: Any) -> bool:
     return isinstance(family, str) and family in _MODELS
 
 
-def _family(raw: dict[str, Any], model: Bert | Decoder) -> str:
+def _family(folder: Path, model: Bert | Decoder) -> str:
+    file = folder / "config.json"
     ours = [family for family, (module, _) in _MODELS.items() if type(model) is module]
-    family = raw.get("model_type", ours[0])
+    family = read_json(file).get("model_type", ours[0])
     if family not in ours:
         raise ValueError(
-            f"config.json: model_type is {family!r}, but the model is a {' or '.join(ours)}"
+            f"{file}: model_type is {family!r}, but the model is a {' or '.join(ours)}; give a folder"
+            " of that, or let from_hf build the model"
         )
     return family
 

@@ -183,8 +183,8 @@ def _finish_opt(raw: dict, fields: dict) -> dict:
     projected = raw.get("word_embed_proj_dim", hidden)
     if projected != hidden:
         raise ValueError(
-            f"config.json: word_embed_proj_dim={projected} differs from hidden_size={hidden}; our"
-            " opt does not project its embeddings (OPT-350m alone does)"
+            f"word_embed_proj_dim={projected} differs from hidden_size={hidden}; our opt does not project"
+            " its embeddings, as OPT-350m alone does: give another OPT"
         )
     return fields | {"norm_epsilon": 1e-5}  # torch's default, which Transformers relies on
 
@@ -235,12 +235,12 @@ def _llama_layer(i: int) -> list[Source]:
 def _finish_llama(raw: dict, fields: dict) -> dict:
     heads, width = fields["num_heads"], fields["hidden_size"]
     if heads < 1:
-        raise ValueError(f"config.json: num_attention_heads={heads} must be positive")
+        raise ValueError(f"num_attention_heads={heads} must be positive; copy or download it again")
     head_dim = raw.get("head_dim")
     if head_dim is None and width % heads:
         raise ValueError(
-            f"config.json: hidden_size={width} is not a multiple of num_attention_heads={heads}, and"
-            " there is no head_dim"
+            f"hidden_size={width} is not a multiple of num_attention_heads={heads}, and there is no"
+            " head_dim; copy or download it again"
         )
     fields = fields | {
         "num_kv_heads": fields["num_kv_heads"] or heads,

@@ -24,7 +24,7 @@ class Tensor:
     """One tensor of a file: its shape and dtype; `read` gives its content."""
 
     def __init__(self, file: Any, name: str):
-        self._file, self._name = file, name
+        self._file, self.name = file, name  # as the file spells it
         described = file.get_slice(name)
         self.shape = tuple(described.get_shape())
         self.dtype = described.get_dtype()  # as the format spells it, such as "BF16"
@@ -35,7 +35,7 @@ class Tensor:
         return self.dtype in _FLOATS
 
     def read(self) -> np.ndarray:
-        return self._file.get_tensor(self._name)
+        return self._file.get_tensor(self.name)
 
 
 def checked_folder(folder: str | Path) -> Path:
@@ -61,7 +61,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); copy or download it again") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{path} holds a {type(data).__name__}, not an object")
+        raise ValueError(
+            f"{path} holds a {type(data).__name__}, not an object; copy or download it again"
+        )
     return data
 
 
@@ -82,10 +84,13 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
         if hf_names.is_buffer(name):
             continue
         if known in tensors:
-            twice.append(known)
+            twice.append(f"{tensors[known].name} and {name}")
         tensors[known] = tensor
     if twice:
-        raise ValueError(f"{folder} holds tensors more than once: {listed(sorted(twice))}")
+        raise ValueError(
+            f"{folder} holds tensors more than once: {listed(sorted(twice))}; save it again with"
+            " save_pretrained, so that one of each is left"
+        )
     return tensors
 
 
@@ -108,13 +113,17 @@ def _open_shards(folder: Path) -> list[tuple[str, Tensor]]:
     outside = [str(f) for f in shards.values() if not isinstance(f, str) or f != Path(f).name]
     if outside:
         raise ValueError(
-            f"{folder / _INDEX} names files that are not in the folder: {listed(outside)}"
+            f"{folder / _INDEX} names files that are not in the folder: {listed(outside)}; copy or"
+            " download it again"
         )
     remedy = f"{_INDEX} names all shards of the model: copy or download the missing again"
     opened = open_files(folder, sorted(set(shards.values())), remedy)
     lost = sorted(set(shards) - {name for name, _ in opened})
     if lost:
-        raise ValueError(f"{folder / _INDEX} names tensors that no shard holds: {listed(lost)}")
+        raise ValueError(
+            f"{folder / _INDEX} names tensors that no shard holds: {listed(lost)}; copy or download"
+            " the folder again"
+        )
     return opened
 
 

@@ -1,13 +1,15 @@
 """From the names of Hugging Face to ours, by the tables of `hf_families`."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from slope_jax.models.config import TransformerConfig
 from slope_jax.models.hf_families import FAMILIES, Source
+from slope_jax.models.hf_rope import SCALING_NAMES
 
 ABOUT = "slope_jax"  # the entry of config.json that holds what Transformers has no field for
 
@@ -31,6 +33,7 @@ _MOST_LAYERS = 10_000  # far more than there are; each is named before the files
 _OPTIONAL = ("sliding_window",)  # null says that there is none
 
 _PREFIX = {"bert": "bert.", "gpt2": "transformer."}  # "model." for the others
+_ANY_PREFIX = re.compile(r"^(bert|transformer|model)\.")
 _ALONE = ("cls.", "lm_head.")  # names outside of the base model
 
 
@@ -40,10 +43,17 @@ def is_buffer(name: str) -> bool:
 
 def canonical(name: str) -> str:
     """The name without the model's prefix, and with today's names of the norm's parameters."""
-    name = re.sub(r"^(bert|transformer|model)\.", "", name)
+    name = _ANY_PREFIX.sub("", name)
     return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name).replace(
         "LayerNorm.beta", "LayerNorm.bias"
     )
+
+
+def name_in_file(family: str, name: str, others: Iterable[str]) -> str:
+    """As a file spells it, by its other names: base models are saved without the prefix, too."""
+    found = list(others)
+    bare = found and not any(map(_ANY_PREFIX.match, found))
+    return name if bare else full_name(family, name)
 
 
 def full_name(family: str, name: str) -> str:
@@ -51,23 +61,40 @@ def full_name(family: str, name: str) -> str:
     return name if name.startswith(_ALONE) else _PREFIX.get(family, "model.") + name
 
 
-def read_config(raw: dict[str, Any], family: str) -> dict[str, Any]:
-    """Our configuration fields from the content of config.json.
+def read_config(raw: dict[str, Any], family: str, file: Path) -> dict[str, Any]:
+    """Our configuration fields from the content of config.json, which is `file` in messages.
 
     Raises:
       ValueError: it describes a variation that our models do not have, or holds no numbers where
         these belong.
     """
     table = FAMILIES[family]
-    _check_numbers(raw, family)
+    try:
+        _check_numbers(raw, family)
+        _check_fixed(raw, family)
+        return table.finish(raw, {ours: raw.get(*theirs) for ours, theirs in table.fields.items()})
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def in_their_names(text: str, family: str) -> str:
+    """A message about fields of our configuration, in the names of config.json."""
+    table = FAMILIES[family]
+    theirs = SCALING_NAMES | {ours: name for ours, (name, _) in table.fields.items()}
+    theirs |= {} if table.dropout is None else {"dropout": table.dropout}
+    return re.sub(r"\w+", lambda word: theirs.get(word[0], word[0]), text)
+
+
+def _check_fixed(raw: dict[str, Any], family: str) -> None:
     other = [
         f"{key}={raw[key]!r} (ours: {' or '.join(map(repr, values))})"
-        for key, values in table.fixed.items()
+        for key, values in FAMILIES[family].fixed.items()
         if key in raw and raw[key] not in values
     ]
     if other:
-        raise ValueError(f"config.json: our {family} does not have {', '.join(other)}")
-    return table.finish(raw, {ours: raw.get(*theirs) for ours, theirs in table.fields.items()})
+        raise ValueError(
+            f"our {family} does not have {', '.join(other)}; give a model that is built as ours is"
+        )
 
 
 def _check_numbers(raw: dict[str, Any], family: str) -> None:
@@ -91,7 +118,7 @@ def _check_numbers(raw: dict[str, Any], family: str) -> None:
                 wrong.append(f"{key}={value!r}")
     if wrong:
         raise ValueError(
-            f"config.json: {', '.join(sorted(wrong))} must be numbers, counts whole ones, none above"
+            f"{', '.join(sorted(wrong))} must be numbers, counts whole ones, none above"
             f" {_MOST} and layers at most {_MOST_LAYERS}; copy or download it again"
         )
 

@@ -13,6 +13,13 @@ _NAMES = {
     ),
 }
 
+# Their names of its fields, where they are others.
+SCALING_NAMES = {
+    ours: theirs
+    for ours, theirs in zip(RopeScaling._fields, _NAMES["llama3"], strict=True)
+    if ours != theirs
+}
+
 
 def read_rope(raw: dict[str, Any]) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` of a config.json.
@@ -34,11 +41,14 @@ def read_rope(raw: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(kind, str) or kind not in _NAMES:
         ours = " or ".join(map(repr, ("default", *_NAMES)))
         raise ValueError(
-            f"config.json: our models do not have the rotary embedding {kind!r} (ours: {ours})"
+            f"our models do not have the rotary embedding {kind!r} (ours: {ours}); give a model with one"
+            " of these"
         )
     missing = [name for name in _NAMES[kind] if name not in rope]
     if missing:
-        raise ValueError(f"config.json: the rotary embedding {kind!r} lacks {', '.join(missing)}")
+        raise ValueError(
+            f"the rotary embedding {kind!r} lacks {', '.join(missing)}; copy or download it again"
+        )
     scaling = RopeScaling(*(rope[name] for name in _NAMES[kind]))
     return {"rope_theta": theta, "rope_scaling": scaling}
 

@@ -48,11 +48,11 @@ def open_weights(folder: Path, family: str, model: Bert | Decoder) -> Weights:
       ValueError: as `hf.load_hf`.
     """
     config, raw = model.config, read_json(folder / "config.json")
-    _compare(folder, config, hf_names.read_config(raw, family))
+    _compare(folder, config, hf_names.read_config(raw, family, folder / "config.json"))
     sources = {source.path: source for source in hf_names.sources(config, family)}
     tensors = _untied(folder, hf_names.tied(config, family), open_tensors(folder))
     there = _there(family, sources.values(), tensors)
-    _check_names(folder, there, tensors)
+    _check_names(folder, family, there, tensors)
     # Of as many layers as the files have: a config.json that tells of more would take long.
     shapes = _dense_shapes(model)
     if set(shapes) != set(sources):
@@ -66,7 +66,7 @@ def array_of(weights: Weights, path: tuple[str, ...]) -> np.ndarray:
     source, want = weights.sources[path], weights.shapes[path]
     if source.names[0] not in weights.tensors:
         return np.zeros(want.shape, want.dtype)
-    parts = [_finite(weights, name, weights.tensors[name]) for name in source.names]
+    parts = [_finite(weights, weights.tensors[name]) for name in source.names]
     parts = [part.T if source.transpose else part for part in parts]
     array = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
     missing = [(0, size - have) for size, have in zip(want.shape, array.shape, strict=True)]
@@ -103,18 +103,22 @@ def _untied(folder: Path, tied: dict[str, str], tensors: dict[str, Tensor]) -> d
     for copy, original in tied.items():
         if copy not in tensors or original not in tensors:
             continue
-        pair = result.pop(copy).read(), tensors[original].read()
-        if not np.array_equal(*pair, equal_nan=True):  # NaN is told of later
+        pair = result.pop(copy), tensors[original]
+        if not np.array_equal(*(t.read() for t in pair), equal_nan=True):  # NaN is told of later
             raise ValueError(
-                f"{folder}: {copy} differs from {original}, but the model ties the two; weights"
+                f"{folder}: {pair[0].name} differs from {pair[1].name}, but the model ties the two; weights"
                 " with an output table of their own cannot be loaded"
             )
     return result
 
 
-def _check_names(folder: Path, sources: Iterable[Source], tensors: dict[str, Tensor]) -> None:
+def _check_names(
+    folder: Path, family: str, sources: Iterable[Source], tensors: dict[str, Tensor]
+) -> None:
     wanted = {name for source in sources for name in source.names}
-    missing, surplus = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
+    there = [tensor.name for tensor in tensors.values()]
+    missing = [hf_names.name_in_file(family, n, there) for n in sorted(wanted - set(tensors))]
+    surplus = [tensors[name].name for name in sorted(set(tensors) - wanted)]
     if missing or surplus:
         raise ValueError(
             f"{folder}: tensors missing: {all_of(missing) or 'none'}; surplus:"
@@ -137,17 +141,19 @@ def _check_tensors(folder, config, sources: Iterable[Source], tensors, shapes) -
             part.is_float for part in parts
         ):
             found = ", ".join(f"{part.dtype}{list(part.shape)}" for part in parts)
-            wrong.append(f"{' + '.join(source.names)}: {found} for {'/'.join(source.path)} {want}")
+            names = " + ".join(part.name for part in parts)
+            wrong.append(f"{names}: {found} for {'/'.join(source.path)} {want}")
     if wrong:
         raise ValueError(
-            f"{folder}: tensors of another shape or dtype than the model's: {listed(wrong)}"
+            f"{folder}: tensors of another shape or dtype than the model's: {listed(wrong)}. Copy or"
+            " download config.json and the weights again, both of one model"
         )
 
 
-def _finite(weights: Weights, name: str, tensor: Tensor) -> np.ndarray:
+def _finite(weights: Weights, tensor: Tensor) -> np.ndarray:
     array = tensor.read()
     if not np.isfinite(array).all():
-        weights.infinite.add(name)
+        weights.infinite.add(tensor.name)
     return array
 
 
