@@ -202,6 +202,7 @@ def test_a_tokenizer_of_another_model_is_refused(with_tokenizer):
             "dtype='int8': weights are not written in that; choose float32, bfloat16, float16",
         ),
         ({"dtype": "floaty"}, "dtype='floaty': weights are not written"),
+        ({"adapters": "lora"}, "has none to write apart; export it with adapters='merge'"),
     ):
         with pytest.raises(ValueError, match=message):
             models.export_hf(path / "new", model, variables, **options)

@@ -204,8 +204,12 @@ def test_other_forms_and_what_is_wrong(tmp_path, small_text, capsys, monkeypatch
         assert message in capsys.readouterr().err
     save_run(tmp_path / "dense", texts, "gpt2-nano", 7, method="dense")
     dense = [f"--checkpoint={tmp_path / 'dense'}", f"--output={tmp_path / 'x'}"]
-    assert main([*dense, "--semi-structured"]) == 2
-    assert "leave out --semi-structured" in capsys.readouterr().err
+    for option, message in (
+        ("--semi-structured", "leave out --semi-structured"),
+        ("--adapters=lora", "error: --adapters=lora: "),
+    ):
+        assert main([*dense, option]) == 2
+        assert message in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main([*options[:1], f"--output={tmp_path / 'x'}"]) == 2
     assert "slope-jax[hf]" in capsys.readouterr().err
@@ -410,6 +414,11 @@ def test_what_cannot_be_exported_is_said_before_anything_is_read(
         ([*packed[:2], "--semi-structured", "--sparsity=dense"], "leave out --semi-structured"),
         ([folder, new, text, "--sparsity=dense"], "the model prunes nothing"),
         ([folder, new, text, "--sparsity=2:3"], "2:3"),
+        ([folder, new, "--adapters=lora"], "hf has no adapters to write apart; leave it out"),
+        (
+            [folder, new, "--adapters=lora", "--sparsity=2:4"],
+            "no adapters to write apart; leave it",
+        ),
     ):
         assert main(args) == 2
         assert message in capsys.readouterr().err

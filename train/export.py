@@ -169,6 +169,7 @@ def _run(arguments: argparse.Namespace) -> None:
     _check_pruning(arguments)
     _check_model(arguments)
     run, stored = _loaded(arguments)
+    _check_adapters(arguments, has=bool(run.model.config.rank))
     if arguments.semi_structured:
         _check_semi_structured(run.model)
         with _tokenizer_of(run) as tokenizer:
@@ -193,17 +194,20 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _check_model(arguments: argparse.Namespace) -> None:
-    """What does not fit a model that is to be pruned, as config.json describes it."""
+    """What does not fit a model of Hugging Face, as its folder describes it."""
     from slope_jax.models import hf, hf_adapter, wanda
     from slope_jax.models.torch_export import checked_dtype
     from slope_jax.policy import DENSE
+    from train import serving
 
     if arguments.semi_structured:
         checked_dtype(arguments.dtype or "bfloat16")
+    path = arguments.checkpoint.expanduser()
+    if arguments.adapters == "lora" and serving.is_imported(path):
+        _check_adapters(arguments, has=hf_adapter.read_adapter(path) is not None)
     if arguments.sparsity is None:
         return
     model = hf.described(arguments.checkpoint, sparsity=arguments.sparsity)
-    path = arguments.checkpoint.expanduser()
     if arguments.calibration is not None:
         hf_adapter.check_alone(path)
         wanda.check_model(model)
@@ -216,6 +220,13 @@ def _check_model(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"--sparsity={arguments.sparsity}: {adapter.path} has adapters, and added to the pruned"
             " weights they would leave no zeros. Give --adapters=lora, which writes them beside these"
+        )
+
+
+def _check_adapters(arguments: argparse.Namespace, *, has: bool) -> None:
+    if arguments.adapters == "lora" and not has:
+        raise ValueError(
+            f"--adapters=lora: {arguments.checkpoint} has no adapters to write apart; leave it out"
         )
 
 

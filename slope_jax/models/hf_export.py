@@ -73,7 +73,8 @@ def export_hf(
         pruned; Transformers keeps it and makes no use of it.
 
     Raises:
-      ValueError: the folder exists already, `adapters` is neither of the two, `dtype` is no float of
+      ValueError: the folder exists already, `adapters` is neither of the two, or "lora" of a model without
+        any, `dtype` is no float of
         16 or 32 bits, the variables are not the model's, or the tokenizer is none, or not one of it.
       ImportError: safetensors is not installed.
 
@@ -82,6 +83,11 @@ def export_hf(
     """
     if adapters not in ("merge", "lora"):
         raise ValueError(f"adapters={adapters!r}; choose 'merge' or 'lora'")
+    if adapters == "lora" and not model.config.rank:
+        raise ValueError(
+            "adapters='lora': the model has none to write apart; export it with adapters='merge', which"
+            " adds none"
+        )
     check_variables(model, variables, any_stack=True)
     params, merged = variables["params"], adapters == "merge"
     dtype = _widest(params) if dtype is None else checked_dtype(dtype)
