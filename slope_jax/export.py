@@ -16,7 +16,8 @@ from jax import export as jax_export
 from pallas_kernels.files import new_folder
 from slope_jax.models.cache import CACHE, init_cache
 from slope_jax.models.decoder import Decoder
-from slope_jax.models.variables import check_variables
+from slope_jax.models.hf_files import listed
+from slope_jax.models.variables import check_variables, differences, leaves_by_path
 from slope_jax.prompts import checked_prompts, is_integer
 
 ABOUT_FILE, PREFILL_FILE, DECODE_FILE = "exported.json", "prefill.jax", "decode.jax"
@@ -59,8 +60,8 @@ class Exported:
           lengths: (batch,) integers in 1 .. prompt; None: all.
 
         Raises:
-          ValueError: more tokens than the cache has slots, prompts of another shape, or a length or
-            an id out of range.
+          ValueError: more tokens than the cache has slots, prompts of another shape, a length or an id
+            out of range, or variables of other names, shapes or dtypes.
         """
         if np.shape(prompts) != (self.batch, self.prompt):
             raise ValueError(
@@ -73,6 +74,7 @@ class Exported:
                 f" cache has {self.slots} slots"
             )
         prompts, lengths = checked_prompts(prompts, lengths, self.vocab_size)
+        self._check_variables(variables)
         logits, cache = self.prefill.call(variables, prompts.astype(jnp.int32), lengths)
         tokens = [logits.argmax(-1).astype(jnp.int32)]
         for i in range(count - 1):
@@ -80,6 +82,21 @@ class Exported:
             logits, cache = self.decode.call(variables, cache, tokens[-1][:, None], places)
             tokens.append(logits.argmax(-1).astype(jnp.int32))
         return jnp.stack(tokens, axis=1)
+
+    def _check_variables(self, variables: Mapping[str, Any]) -> None:
+        given = self.prefill
+        (wanted, *_), _ = jax.tree.unflatten(given.in_tree, given.in_avals)
+        found, wanted = (leaves_by_path(tree, _typed) for tree in (variables, wanted))
+        if wrong := differences(found, wanted, "in the export"):
+            raise ValueError(
+                "the variables must be those of the export, in names, shapes and dtypes: give what was"
+                f" exported, saved and loaded in the same dtype, or export again. There differ {listed(wrong)}"
+            )
+
+
+def _typed(leaf: Any) -> str:
+    shape = ", ".join(map(str, np.shape(leaf)))
+    return f"{jax.dtypes.canonicalize_dtype(jnp.result_type(leaf))}[{shape}]"
 
 
 def export(
@@ -167,7 +184,9 @@ def export(
 def _for_all(model: Decoder, platforms: tuple[str, ...], here: str, *, sparse: bool) -> Decoder:
     """The model with what runs on every platform, in the place of what is chosen for `here`."""
     if unknown := [p for p in platforms if p not in PLATFORMS]:
-        raise ValueError(f"platforms {unknown}: choose from {', '.join(PLATFORMS)}")
+        raise ValueError(
+            f"platforms {', '.join(map(str, unknown))}: choose from {', '.join(PLATFORMS)}"
+        )
     foreign = [p for p in platforms if p != here]
     if not foreign:
         return model
@@ -180,7 +199,7 @@ def _for_all(model: Decoder, platforms: tuple[str, ...], here: str, *, sparse: b
     if fixed:
         chosen, instead = (" and ".join(words) for words in zip(*fixed, strict=True))
         raise NotImplementedError(
-            f"platforms {foreign}: {chosen} would be chosen for the device at hand, which is {here};"
+            f"platforms {', '.join(foreign)}: {chosen} would be chosen for the device at hand, which is {here};"
             f" export there, or build the model with {instead}, which runs on all"
         )
     return type(model)(dataclasses.replace(config, attention="xla"))

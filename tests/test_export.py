@@ -65,6 +65,32 @@ def test_what_is_loaded_gives_the_tokens_of_generate(made, tmp_path):
             export.load(tmp_path / "made")
 
 
+def test_programs_take_the_variables_that_they_were_made_for(made):
+    model, variables = made
+    program = export.export(model, variables, batch=1, prompt=3, max_new_tokens=2)
+    prompts = np.array([[3, 1, 4]])
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables["params"])
+    wider = models.build("llama-nano", **SMALL | {"mlp_size": 96}, num_kv_heads=2, scan=False)
+    others = jax.jit(wider.init)(jax.random.key(0), **wider.example_inputs())
+    for wrong, message in (
+        ({}, r"masks/layers_1/.*: none here, uint8\[.*\] in the export"),
+        (
+            variables["params"],
+            r"embeddings/token/embedding: float32\[64, 32\] here, none in the export",
+        ),
+        (variables | {"params": half}, r": bfloat16\[8, 32\] here, float32\[8, 32\] in the export"),
+        (others, r"mlp/gate_up/kernel: float32\[16, 192\] here, float32\[16, 128\] in the export"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"must be those of the export, .* differ .*{message}"
+        ):
+            program.greedy(wrong, prompts, 2)
+    host = jax.tree.map(np.asarray, variables)
+    np.testing.assert_array_equal(
+        program.greedy(host, prompts, 2), program.greedy(variables, prompts, 2)
+    )
+
+
 def test_what_is_chosen_for_the_device_at_hand_is_refused_for_others(made):
     model, variables = made
     sizes = {"batch": 1, "prompt": 4, "max_new_tokens": 2}
@@ -79,8 +105,8 @@ def test_what_is_chosen_for_the_device_at_hand_is_refused_for_others(made):
         chosen = type(model)(dataclasses.replace(model.config, **fields))
         with pytest.raises(NotImplementedError, match=message):
             export.export(chosen, variables, **sizes, platforms=["cpu", "cuda"])
-    with pytest.raises(ValueError, match=r"\['gpu'\]: choose from cpu, cuda"):
-        export.export(model, variables, **sizes, platforms=["gpu"])
+    with pytest.raises(ValueError, match="platforms gpu, tpus: choose from cpu, cuda"):
+        export.export(model, variables, **sizes, platforms=["gpu", "tpus"])
     with pytest.raises(ValueError, match="max_positions=16"):
         export.export(model, variables, batch=1, prompt=14, max_new_tokens=4)
     with pytest.raises(ValueError, match=r"batch=1\.0, .*: each must be an integer of 1 or more"):

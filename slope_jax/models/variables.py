@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +34,7 @@ def check_variables(
     leaves, structure = jax.tree.flatten(given)
     if structure == wanted.structure and tuple(map(np.shape, leaves)) == wanted.shapes:
         return
-    found, ours = shapes_by_path(given), shapes_by_path(wanted.tree)
+    found, ours = leaves_by_path(given), leaves_by_path(wanted.tree)
     if any_stack:
         found, ours = _apart(found), _apart(ours)
     elif found != ours and (prepared := _prepared(found)) == _prepared(ours):
@@ -50,15 +50,18 @@ def check_variables(
         )
 
 
-def shapes_by_path(variables: Any) -> dict[Path, tuple[int, ...]]:
+def leaves_by_path(variables: Any, of: Callable[[Any], Any] = np.shape) -> dict[Path, Any]:
+    """What `of` says of each leaf, by the names on the way there."""
     leaves = jax.tree_util.tree_leaves_with_path(variables)
-    return {tuple(str(getattr(k, "key", k)) for k in path): np.shape(leaf) for path, leaf in leaves}
+    return {tuple(str(getattr(k, "key", k)) for k in path): of(leaf) for path, leaf in leaves}
 
 
-def differences(found: Mapping[Path, Any], wanted: Mapping[Path, Any]) -> list[str]:
+def differences(
+    found: Mapping[Path, Any], wanted: Mapping[Path, Any], where: str = "in the model"
+) -> list[str]:
     """What there is to say of each path at which the two are not equal."""
     return [
-        f"{'/'.join(path)}: {found.get(path, 'none')} here, {wanted.get(path, 'none')} in the model"
+        f"{'/'.join(path)}: {found.get(path, 'none')} here, {wanted.get(path, 'none')} {where}"
         for path in sorted(found.keys() | wanted.keys())
         if found.get(path) != wanted.get(path)
     ]
