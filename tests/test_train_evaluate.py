@@ -564,6 +564,17 @@ def test_the_command_says_what_is_missing_or_wrong(
         assert message in capsys.readouterr().err
 
 
+def test_no_document_was_held_out_where_there_was_no_run(served, monkeypatch, capsys, tmp_path):
+    about = served.about | {"imported": {"source": "folders/gpt2"}}
+    monkeypatch.setattr("train.serving.load", lambda *_, **__: served._replace(about=about))
+    assert main(["--checkpoint=gpt2", f"--data=text:{tmp_path}/never.txt", "--held-out"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "error: gpt2-nano of folders/gpt2 comes from no run of ours, and nothing was held out; leave out"
+        in said
+    )
+
+
 def test_windows_longer_than_what_was_trained_are_warned_of(served, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("train.serving.load", lambda path, **options: served)
     text = tmp_path / "text.txt"

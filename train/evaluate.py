@@ -119,6 +119,8 @@ def _run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     served = serving.load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype)
     check_decoder(served)
+    if arguments.held_out:
+        _check_held_out(served)
     if arguments.tasks is not None:
         from train.harness import evaluate_tasks
 
@@ -212,10 +214,8 @@ def _text(served: "Served", arguments: argparse.Namespace) -> dict[str, Any]:
         texts = _held_out(texts, served.about["config"]["valid_fraction"])
     tokens, nbytes, documents = _tokens(served, texts, arguments.max_tokens)
     if documents == 0:
-        raise ValueError(
-            f"{arguments.data!r} gives no documents"
-            + (" that the run held out; leave out --held-out" if arguments.held_out else "")
-        )
+        which = " that the run held out; leave out --held-out" if arguments.held_out else ""
+        raise ValueError(f"{arguments.data!r} gives no documents{which or '; give other data'}")
     begin = time.perf_counter()
     found = perplexity(
         served,
@@ -236,6 +236,14 @@ def _text(served: "Served", arguments: argparse.Namespace) -> dict[str, Any]:
         f" every {found['stride']})"
     )
     return found
+
+
+def _check_held_out(served: "Served") -> None:
+    """Raises a ValueError unless there is a run, which kept documents from its training."""
+    if "imported" in served.about:
+        raise ValueError(
+            f"{served.title} comes from no run of ours, and nothing was held out; leave out --held-out"
+        )
 
 
 def _held_out(texts: Iterable[str], fraction: float) -> Iterable[str]:
