@@ -364,9 +364,9 @@ def test_an_import_is_exported_as_it_was(transformers, imported, tmp_path, monke
     ids = tokenizer.encode(PROMPTS[0]).ids
     saved = serving.save(expected, tmp_path / "saved", dtype="float32")
 
-    known = module.compute_dtype
+    known = module.named_dtype
     monkeypatch.setattr(
-        module, "compute_dtype", lambda c: jnp.bfloat16 if c.dtype == "auto" else known(c)
+        module, "named_dtype", lambda name: jnp.bfloat16 if name == "auto" else known(name)
     )
     for number, source in enumerate((folder, saved)):
         exported = tmp_path / f"exported-{number}"
@@ -403,6 +403,9 @@ def test_the_dtype_is_that_of_the_computation(folder, tmp_path):
     served = serving.from_hf(folder, dtype="bfloat16")
     assert served.model.config.dtype == jnp.bfloat16
     same(serving.load(serving.save(served, tmp_path / "saved")), served)
+    half = serving.from_hf(folder, dtype="float16")
+    assert half.model.config.dtype == jnp.float16
+    same(serving.load(serving.save(half, tmp_path / "half")), half)
     assert serving.saved_dtype(serving.from_hf(folder, dtype="float32").about) == "float32"
     same(serving.load(folder, dtype="bfloat16"), served)
     wider = serving.load(tmp_path / "saved", dtype="float32")
@@ -447,7 +450,11 @@ def remove(name):
         ),
         (None, {"calibration": []}, "give a sparsity such as '2:4' as well"),
         (None, {"sparsity": "2:3"}, "2:3"),
-        (None, {"dtype": "float8"}, "unknown dtype 'float8'; choose one of: auto, bfloat16"),
+        (
+            None,
+            {"dtype": "float8"},
+            "dtype='float8' must be one of auto, bfloat16, float16, float32$",
+        ),
     ],
 )
 def test_what_is_refused(folder, change, options, message):

@@ -133,7 +133,7 @@ def test_weights_are_saved_in_16_bits_unless_float32_is_asked_for(
 @pytest.mark.parametrize("trained", ["float32", "bfloat16"])
 def test_a_run_is_served_in_the_dtype_that_is_asked_for(trained_in, tmp_path, capsys, trained):
     run = trained_in(trained)
-    for asked in ("bfloat16", "float32"):
+    for asked in ("bfloat16", "float16", "float32"):
         served = serving.load(run, dtype=asked)
         assert served.model.config.dtype == asked
         assert served.about["config"]["dtype"] == asked
@@ -151,10 +151,35 @@ def test_a_run_is_served_in_the_dtype_that_is_asked_for(trained_in, tmp_path, ca
             again.variables["params"]["layers_1"]["mlp"]["up"]["kernel"],
             kernel.astype(jnp.float32),
         )
-    assert main([f"--checkpoint={run}", "--dtype=bfloat16", f"--save={tmp_path / 'saved'}"]) == 0
-    assert "weights in bfloat16" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="dtype='float64' must be one of auto, bfloat16, float32"):
+    for asked in ("bfloat16", "float16"):
+        folder = tmp_path / f"saved in {asked}"
+        assert main([f"--checkpoint={run}", f"--dtype={asked}", f"--save={folder}"]) == 0
+        assert f"weights in {asked}" in capsys.readouterr().err
+        again, served = serving.load(folder), serving.load(run, dtype=asked)
+        assert (again.model, again.about) == (served.model, served.about)
+        jax.tree.map(np.testing.assert_array_equal, again.variables, served.variables)
+    with pytest.raises(ValueError, match="one of auto, bfloat16, float16, float32, or None for"):
         serving.load(run, dtype="float64")
+
+
+def test_float16_generates_what_its_logits_say_closer_to_float32_than_bfloat16(run):
+    """Whole sequences give the logits, so that the cache is not held to itself."""
+    ids = jnp.asarray([serving.load(run[0]).vocabulary.encode("Sparse kernel")])
+
+    def logits(dtype, ids):
+        served = serving.load(run[0], dtype=dtype)
+        return np.asarray(jax.jit(served.model.apply)(served.variables, ids), np.float32)
+
+    served = serving.load(run[0], dtype="float16")
+    made = generate(served.model, served.variables, ids, max_new_tokens=12).tokens
+    whole = jnp.concatenate([ids, made], axis=1)
+    exact, half, brain = (logits(dtype, whole) for dtype in ("float32", "float16", "bfloat16"))
+    size = served.model.config.vocab_size
+    errors = [np.abs(found - exact)[..., :size].max() for found in (half, brain)]
+    assert 0 < 2 * errors[0] < errors[1]
+    behind = exact[0, ids.shape[1] - 1 : -1, :size]
+    chosen = np.take_along_axis(behind, np.asarray(made).T, axis=1)[:, 0]
+    assert (behind.max(axis=1) - chosen <= 2 * errors[0]).all()
 
 
 def continued(served, text, count):
@@ -278,6 +303,19 @@ def test_weights_are_saved_as_floats_of_16_or_32_bits_alone(served, tmp_path, dt
     with pytest.raises(ValueError, match=f"dtype='{dtype}'.* float32, bfloat16, float16"):
         serving.save(served, tmp_path / "saved", dtype=dtype)
     assert not list(tmp_path.iterdir())
+
+
+def test_folders_of_ours_are_none_of_hugging_face(run, served, tmp_path):
+    saved = serving.save(served, tmp_path / "saved")
+    for path, kind in (
+        (run[0], "a run"),
+        (run[0] / "checkpoints" / "7", "a checkpoint of a run"),
+        (saved, "a saved model with served.json"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"{path} is {kind}, .*; give it to train.serving.load"
+        ):
+            serving.from_hf(path)
 
 
 def test_weights_saved_in_float16_are_loaded_again(served, tmp_path):

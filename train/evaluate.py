@@ -305,7 +305,7 @@ def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--step", type=int, help="checkpoint of a run; the latest if not given")
     parser.add_argument(
         "--dtype",
-        choices=("auto", "bfloat16", "float32"),
+        choices=("auto", "bfloat16", "float16", "float32"),
         help="of the computation; that of the run if not given",
     )
     parser.add_argument("--data", help="as of train.pretrain: text:GLOB, tfds:NAME, docs")

@@ -5,7 +5,7 @@
 
 One prompt is written as it is made; several are made together, and written one after the other.
 `--save=FOLDER` writes the model without what only training needs, its weights in bfloat16 unless the
-run was given --dtype=float32, or `--save-dtype` says otherwise.
+run or this command is given another --dtype, or `--save-dtype` says otherwise.
 """
 
 import argparse
@@ -243,7 +243,7 @@ def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--step", type=int, help="checkpoint of a run; the latest if not given")
     parser.add_argument(
         "--dtype",
-        choices=("auto", "bfloat16", "float32"),
+        choices=("auto", "bfloat16", "float16", "float32"),
         help="of the computation; that of the run if not given",
     )
     parser.add_argument(
@@ -270,7 +270,9 @@ def _arguments(args: Sequence[str] | None) -> argparse.Namespace:
         help="what spells a special token in a prompt, such as </s>, is that token",
     )
     parser.add_argument("--save", type=pathlib.Path, help="new folder for the model alone")
-    parser.add_argument("--save-dtype", choices=("bfloat16", "float32"), help="of its weights")
+    parser.add_argument(
+        "--save-dtype", choices=("bfloat16", "float16", "float32"), help="of its weights"
+    )
     return parser.parse_args(args)
 
 

@@ -19,9 +19,8 @@ from slope_jax.models.hf_files import checked_folder, read_json
 from slope_jax.models.rope import RopeScaling
 from slope_jax.policy import DENSE
 from slope_jax.prompts import is_integer
-from train.config import Config
 from train.data.tokenizer import Vocabulary, load_tokenizer, vocabulary_from_json
-from train.state import compute_dtype
+from train.state import named_dtype
 
 CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
 _GENERATION_FILE = "generation_config.json"
@@ -50,7 +49,6 @@ def read(
     But adapters have the rank that they have there, which kernels may not take.
     """
     folder = checked_folder(folder).resolve()
-    computes = compute_dtype(Config(dtype=dtype))
     if calibration is not None and sparsity is None:
         raise ValueError(
             "calibration is for pruning, but sparsity=None leaves the weights as they are: give a"
@@ -59,7 +57,12 @@ def read(
     raw = read_json(folder / CONFIG_FILE)
     known = hf.is_known(raw.get("model_type"))  # if not, `models.from_hf` says which there are
     vocabulary = read_vocabulary(folder, raw) if known else None
-    fields = {"calibration": calibration, "dtype": computes, "scan": False, "for_inference": True}
+    fields = {
+        "calibration": calibration,
+        "dtype": named_dtype(dtype),
+        "scan": False,
+        "for_inference": True,
+    }
     try:
         if sparsity is None:
             sparsity = _stored_sparsity(folder, raw)
@@ -80,7 +83,7 @@ def described(about: dict[str, Any], tokenizer: str) -> tuple[nn.Module, Any, Vo
         fields["adapter_rank"] = about["config"]["adapter_rank"]
     # Any model of the family will do, for the fields say all that differs between them.
     variant = next(name for name in models.VARIANTS if name.split("-")[0] == family)
-    dtype = compute_dtype(Config(dtype=about["config"]["dtype"]))
+    dtype = named_dtype(about["config"]["dtype"])
     model = models.build(variant, dtype=dtype, scan=False, **fields)
 
     def init(key: jax.Array) -> dict[str, Any]:

@@ -32,10 +32,10 @@ from train import imported, integrity
 from train.checkpoint import Checkpoints, placed, to_device
 from train.config import from_json, to_json
 from train.data.tokenizer import Vocabulary, vocabulary_from_json
-from train.state import abstract_state, compute_dtype, make_setup
+from train.state import abstract_state, make_setup, named_dtype
 
 SERVED_FILE, TOKENIZER_FILE, VARIABLES = "served.json", "tokenizer.json", "variables"
-DTYPES = ("auto", "bfloat16", "float32")  # of computations
+DTYPES = ("auto", "bfloat16", "float16", "float32")  # of computations
 _AGAIN = "Copy it again, or save it again from the run"
 
 
@@ -141,16 +141,15 @@ def load(path: pathlib.Path | str, *, step: int | None = None, dtype: str | None
       path: RUN, RUN/checkpoints/STEP, the folder given to `save`, or one of Hugging Face, whose
         weights stay as they are (see `from_hf`).
       step: which checkpoint of a RUN; None: the latest.
-      dtype: of the computation, "bfloat16", "float32" or "auto", as that of a run; None: the run's.
+      dtype: of the computation, "bfloat16", "float16", "float32" or "auto", which is bfloat16 on GPU and
+        TPU, and float32 on CPU; None: the run's, or of Hugging Face "auto".
 
     Raises:
       ValueError: there is no run, no checkpoint, or not this one; says what there is. Or another dtype.
       DamagedError: files are not what was written, or some are missing.
     """
-    if dtype not in (None, *DTYPES):
-        raise ValueError(
-            f"dtype={dtype!r} must be one of {', '.join(DTYPES)}, or None for the run's"
-        )
+    if dtype is not None:
+        _check_dtype(dtype, ", or None for the run's")
     path = _resolved(path, step)
     if is_apart(path):
         if step is not None:
@@ -163,8 +162,7 @@ def load(path: pathlib.Path | str, *, step: int | None = None, dtype: str | None
         return from_hf(path, dtype=dtype or "auto")
     trained = _trained(path, step, on_host=True)
     about = _in_dtype(trained.about, dtype)
-    computes = compute_dtype(from_json(about["config"]))
-    model = type(trained.model)(dataclasses.replace(trained.model.config, dtype=computes))
+    model = _computing(trained.model, about)
     model, variables = with_layers_apart(model, trained.variables, to_device)
     model, variables = with_padded_ranks(model, variables)
     return Served(model, variables, trained.vocabulary, _about(about, model))
@@ -195,16 +193,30 @@ def from_hf(
         the bytes; else they are dense. The function is that of the folder.
       calibration: batches of tokens to prune by Wanda, as for `slope_jax.models.load_hf`; None: by
         magnitude.
-      dtype: of the computation, as that of a run: "bfloat16", "float32", or "auto", which is
-        bfloat16 on GPU and TPU, and float32 on CPU.
+      dtype: of the computation, as of `load`.
 
     Raises:
       ValueError: files are missing or damaged, the model or its tokenizer is none of ours, or an
         argument does not fit.
     """
+    _check_dtype(dtype)
+    _check_imported(pathlib.Path(folder).expanduser().resolve())
     model, variables, vocabulary, about = imported.read(folder, sparsity, calibration, dtype)
     model, variables = with_padded_ranks(model, variables)
     return Served(model, variables, vocabulary, _about(about, model))
+
+
+def _check_imported(path: pathlib.Path) -> None:
+    """Raises a ValueError for a folder of ours, which `load` reads."""
+    if (path / SERVED_FILE).is_file():
+        kind = f"a saved model with {SERVED_FILE}"
+    elif path.parent.name == "checkpoints" and path.name.isdigit():
+        kind = "a checkpoint of a run"
+    elif (path / "checkpoints").is_dir() and not imported.is_folder(path):
+        kind = "a run"
+    else:
+        return
+    raise ValueError(f"{path} is {kind}, and none of Hugging Face; give it to train.serving.load")
 
 
 def load_trained(path: pathlib.Path | str, *, step: int | None = None) -> Trained:
@@ -267,8 +279,8 @@ def save(
       served: what `load` gives.
       folder: a new one.
       dtype: of kernels, tables and adapters in the folder: float32, bfloat16 or float16. None: float32
-        if the run (or `load`, or `from_hf`) was given dtype="float32", else bfloat16, on whatever device: where
-        "auto" computes in float32, as on a CPU, `load` makes that of them again.
+        or float16 if the run (or `load`, or `from_hf`) was given that, else bfloat16, on whatever device:
+        where "auto" computes in float32, as on a CPU, `load` makes that of them again.
 
     Raises:
       ValueError: the folder exists already, or weights are not saved in that dtype.
@@ -290,7 +302,8 @@ def save(
 
 def saved_dtype(about: dict[str, Any]) -> str:
     """In which `save` writes the weights of a run that `Served.about` describes."""
-    return "float32" if about["config"]["dtype"] == "float32" else "bfloat16"
+    dtype = about["config"]["dtype"]
+    return "bfloat16" if dtype == "auto" else dtype
 
 
 def _resolved(path: pathlib.Path | str, step: Any) -> pathlib.Path:
@@ -342,8 +355,9 @@ def _load_served(folder: pathlib.Path, dtype: str | None) -> Served:
     if "imported" in about:
         model, shapes, vocabulary = imported.described(about, tokenizer)
     else:
-        vocabulary = vocabulary_from_json(tokenizer, from_json(about["config"]).objective)
-        model, shapes = _shaped(about, with_layers_apart)
+        run = _in_dtype(about, "auto")  # no run is trained in float16
+        vocabulary = vocabulary_from_json(tokenizer, from_json(run["config"]).objective)
+        model, shapes = _shaped(run, lambda m, v: with_layers_apart(_computing(m, about), v))
     with (
         integrity.explained(f"{folder / VARIABLES} does not fit {SERVED_FILE}", _AGAIN),
         ocp.StandardCheckpointer() as checkpointer,
@@ -363,6 +377,17 @@ def _read_about(file: pathlib.Path) -> dict[str, Any]:
 
 def _warn(text: str) -> None:
     print(text, file=sys.stderr)
+
+
+def _check_dtype(dtype: Any, more: str = "") -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}{more}")
+
+
+def _computing(model: nn.Module, about: dict[str, Any]) -> nn.Module:
+    """The model in the dtype that it is served in."""
+    dtype = named_dtype(about["config"]["dtype"])
+    return type(model)(dataclasses.replace(model.config, dtype=dtype))
 
 
 def _in_dtype(about: dict[str, Any], dtype: str | None) -> dict[str, Any]:

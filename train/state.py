@@ -76,9 +76,14 @@ def make_setup(config: Config, *, vocab_size: int | None = None) -> Setup:
 
 
 def compute_dtype(config: Config) -> Any:
-    """The dtype of the computation; "auto" is bfloat16 where the hardware multiplies it faster."""
-    if config.dtype != "auto":
-        return jnp.dtype(config.dtype)
+    """The dtype of the computation."""
+    return named_dtype(config.dtype)
+
+
+def named_dtype(name: str) -> Any:
+    """What "auto" is, which is bfloat16 where the hardware multiplies it faster, or any other name."""
+    if name != "auto":
+        return jnp.dtype(name)
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
