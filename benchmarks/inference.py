@@ -8,7 +8,8 @@ Times are wall times of compiled loops of several steps, many of them in a row, 
 for; dense and sparse of all ranks take turns, and the median of the rounds counts. Bytes of the
 weights are what the device says it gave them (`memory_stats()["bytes_in_use"]`), beside those of
 their shapes. What matters most comes first: the first prompts and batches at the first two ranks for
-every model, then the rest. The record is written after each model; what fails is named in it.
+every model, then the rest. The record is written after each model, from the first that has a result or
+fails, which is named in it, as is what there was no time for. Without a GPU, `--models` is needed.
 """
 
 import argparse
@@ -82,26 +83,33 @@ def main() -> None:
     record |= {"cache_bytes": CACHE_BYTES, "weights": [], "failed": [], "left_out": []}
     planned = stages(arguments)
     record["left_out"] = [str(stage) for stage in planned]  # until it is measured
-    path = write_record(record, arguments.results)
+    path = None  # an older record stays until there is something to put in its place
     with ThreadPoolExecutor(THREADS) as pool:
         for stage in planned:
             if time.monotonic() > stop:
                 break
             begin = time.monotonic()
-            found = measured(stage, pool, arguments)
+            print(f"{stage}: begins", flush=True)
+            found, left = measured(stage, pool, arguments, stop)
             known = {(row["model"], row["rank"]) for row in record["weights"]}
             found["weights"] = [
                 row for row in found["weights"] if (row["model"], row["rank"]) not in known
             ]
             for kind, rows in found.items():
                 record[kind] += rows
-            record["left_out"].remove(str(stage))
-            path = write_record(record, arguments.results)
+            place = record["left_out"].index(str(stage))
+            rest = [str(stage._replace(works=left))] if left else []
+            record["left_out"][place : place + 1] = rest
+            if record["results"] or record["failed"]:
+                path = write_record(record, arguments.results)
             print(f"{stage}: {time.monotonic() - begin:.0f} s", flush=True)
             for row in (*found["weights"], *found["results"]):
                 print(line(row), flush=True)
     if record["left_out"]:
         print("left out for want of time:", *record["left_out"], sep="\n  ")
+    if path is None:
+        print("nothing was measured, and no record is written; give more --minutes")
+        return
     print(f"{path.name}: {len(record['results'])} results, {len(record['failed'])} failed")
     if record["failed"]:
         sys.exit(1)
@@ -129,9 +137,9 @@ def stages(arguments: argparse.Namespace) -> list[Stage]:
 
 
 def measured(
-    stage: Stage, pool: ThreadPoolExecutor, arguments: argparse.Namespace
-) -> dict[str, list[dict[str, Any]]]:
-    """Results, weights and failures of a stage, as the record keeps them."""
+    stage: Stage, pool: ThreadPoolExecutor, arguments: argparse.Namespace, stop: float
+) -> tuple[dict[str, list[dict[str, Any]]], tuple[Work, ...]]:
+    """Results, weights and failures of a stage, as the record keeps them; and works left at `stop`."""
     depths = arguments.depths or serving_steps.depths(stage.model)
     common = {"model": stage.model, "dtype": arguments.dtype}
     variants = [{"sparsity": "dense"}, *({"rank": rank} for rank in stage.ranks)]
@@ -144,18 +152,22 @@ def measured(
             errors[deep] = made
         else:
             variables[number], nbytes[number] = made
-    keys = [(cut, work) for i in variables for work in stage.works for cut in cuts[i]]
+    works = stage.works if time.monotonic() <= stop else ()
+    keys = [(cut, work) for i in variables for work in works for cut in cuts[i]]
     programs = compiled(keys, pool, arguments)
     errors |= {key: p for key, p in programs.items() if isinstance(p, Failed)}
     held = {cut: variables[i] for i in variables for cut in cuts[i]}
     timings: dict[Key, Timing] = {}
-    for work, place in itertools.product(stage.works, range(2)):
-        group = [(pair[place], work) for i, pair in cuts.items() if i in variables]
-        group = {key: programs[key] for key in group if key not in errors}
-        found, wrong = timed(group, held, arguments)
-        timings |= found
-        errors |= wrong
-        gc.collect()
+    done = 0
+    for work in itertools.takewhile(lambda _: time.monotonic() <= stop, works):
+        done += 1
+        for place in range(2):
+            group = [(pair[place], work) for i, pair in cuts.items() if i in variables]
+            group = {key: programs[key] for key in group if key not in errors}
+            found, wrong = timed(group, held, arguments)
+            timings |= found
+            errors |= wrong
+            gc.collect()
     dense, *sparse = cuts.values()
     results = [
         result(work, dense, pair, timings)
@@ -166,7 +178,8 @@ def measured(
     weights = [
         weight_row(dense, cuts[i], nbytes[0], nbytes[i]) for i in nbytes if i and 0 in nbytes
     ]
-    return {"results": results, "weights": weights, "failed": _failures(errors)}
+    found = {"results": results, "weights": weights, "failed": _failures(errors)}
+    return found, stage.works[done:]
 
 
 def weighed(deep: Cut, shallow: Cut) -> tuple[dict[str, Any], tuple[int, int] | None]:
@@ -279,7 +292,7 @@ def _failures(errors: Mapping[Key | Cut, Failed]) -> list[dict[str, Any]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is run, for how long, and where the record goes."""
-    parser.add_argument("--models", type=_decoders, default=list(MODELS), help="a,b,...")
+    parser.add_argument("--models", type=_decoders, help="a,b,...; on a GPU, all if not given")
     parser.add_argument(
         "--batches", type=_numbers, default=BATCHES, help="decoded; a,b,... or none"
     )
@@ -292,7 +305,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--depths", type=train_step.two_depths, help="A,B; each model's if not given"
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--minutes", type=float, help="start no model after; what is done is kept")
+    parser.add_argument("--minutes", type=float, help="start nothing after; what is done is kept")
     parser.add_argument("--part", help="name of the record, for a part of the list")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the record")
     train_step.add_compiler_arguments(parser)
@@ -304,9 +317,22 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="turns of each variant")
     parser.add_argument("--seconds", type=float, default=0.1, help="of a turn")
     arguments = parser.parse_args()
+    _fill_in_models(parser, arguments)
     if not arguments.batches and not arguments.prompts:
         parser.error("--batches=none and --prompts=none leave nothing to do")
     return arguments
+
+
+def _fill_in_models(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """All of them if none is named, which ends the command where they would take hours."""
+    if arguments.models is not None:
+        return
+    if jax.default_backend() == "cpu":
+        parser.error(
+            "there is no GPU here, and on a CPU the models take hours: name small ones, as in"
+            " --models=gpt2-nano"
+        )
+    arguments.models = list(MODELS)
 
 
 def _decoders(text: str) -> list[str]:

@@ -4,6 +4,8 @@ import argparse
 import doctest
 import functools
 import json
+import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,8 @@ from slope_jax.generate import generate
 from slope_jax.models import gpt2, init_cache
 
 TINY = Cut("gpt2-nano", 3, dtype="float32")
+TRIAL = ["--models=gpt2-nano", "--batches=1", "--prompts=1x8", "--context=8", "--ranks=0"]
+TRIAL += ["--depths=1,2", "--seconds=0", "--rounds=2", "--preheat=0", "--dtype=float32"]
 
 
 def test_examples_of_the_docstrings():
@@ -177,9 +181,7 @@ def test_what_fails_is_named_and_the_rest_is_timed(monkeypatch, tmp_path, capsys
         return lower(cut, work)
 
     monkeypatch.setattr(serving_steps, "lower", failing)
-    arguments = ["--models=gpt2-nano", "--batches=1", "--prompts=1x8", "--context=8", "--ranks=0"]
-    arguments += ["--depths=1,2", "--seconds=0", "--rounds=2", "--preheat=0", "--dtype=float32"]
-    monkeypatch.setattr("sys.argv", ["inference", *arguments, f"--results={tmp_path}"])
+    monkeypatch.setattr("sys.argv", ["inference", *TRIAL, f"--results={tmp_path}"])
     with pytest.raises(SystemExit, match="1"):
         inference.main()
     (path,) = tmp_path.glob("*.json")
@@ -187,6 +189,68 @@ def test_what_fails_is_named_and_the_rest_is_timed(monkeypatch, tmp_path, capsys
     assert [r["phase"] for r in record["results"]] == [DECODE]
     assert {f["error"] for f in record["failed"]} == {"RuntimeError: no such kernel"}
     assert "no such kernel" in capsys.readouterr().err
+
+
+def clock(monotonic):
+    """For the benchmark alone, whose limit goes by it."""
+    return types.SimpleNamespace(monotonic=monotonic, perf_counter=time.perf_counter)
+
+
+@pytest.mark.usefixtures("few_words")
+def test_time_that_runs_out_inside_of_a_model_leaves_the_rest_of_it_out(
+    monkeypatch, tmp_path, capsys
+):
+    """The first work takes all of the time; the record has it, and names the other."""
+    now, timed = [0.0], inference.timed
+
+    def slow(*args):
+        now[0] += 31.0
+        return timed(*args)
+
+    monkeypatch.setattr(inference, "time", clock(lambda: now[0]))
+    monkeypatch.setattr(inference, "timed", slow)
+    monkeypatch.setattr("sys.argv", ["inference", *TRIAL, "--minutes=1", f"--results={tmp_path}"])
+    inference.main()
+    (path,) = tmp_path.glob("*.json")
+    record = json.loads(path.read_text())
+    assert [r["phase"] for r in record["results"]] == [PREFILL]
+    assert record["left_out"] == ["gpt2-nano: decode 1 x 8; rank 0"]
+    said = capsys.readouterr().out
+    assert said.startswith("gpt2-nano: prefill 1 x 8, decode 1 x 8; rank 0: begins\n")
+    assert "left out for want of time:\n  gpt2-nano: decode 1 x 8; rank 0\n" in said
+    assert "gpt2-nano (decode 1 x 8; rank 0)" in report_inference.summary(tmp_path)
+
+
+@pytest.mark.usefixtures("few_words")
+@pytest.mark.parametrize("late", [0, 1])
+def test_without_a_measurement_an_older_record_stays(monkeypatch, tmp_path, capsys, late):
+    """Where the time is over ahead of the first stage, or of its programs."""
+    times = iter([0.0] * (1 + 2 * late))
+    monkeypatch.setattr(inference, "time", clock(lambda: next(times, 61.0)))
+    monkeypatch.setattr("sys.argv", ["inference", *TRIAL, "--minutes=1", f"--results={tmp_path}"])
+    inference.main()
+    assert not list(tmp_path.iterdir())
+    said = capsys.readouterr().out
+    assert said.count("begins") == late
+    assert "no record is written; give more --minutes" in said
+    assert "left out for want of time:\n  gpt2-nano: prefill 1 x 8, decode 1 x 8; rank 0\n" in said
+
+
+def test_without_a_gpu_models_are_to_be_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("sys.argv", ["inference", f"--results={tmp_path}"])
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    with pytest.raises(SystemExit, match="2"):
+        inference.main()
+    assert (
+        "there is no GPU here, and on a CPU the models take hours: name" in capsys.readouterr().err
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_with_a_gpu_all_models_are_run(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["inference"])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert inference._arguments().models == list(inference.MODELS)
 
 
 @pytest.mark.parametrize(
