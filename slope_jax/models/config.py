@@ -208,7 +208,8 @@ class TransformerConfig:
     def _check_heads(self):
         if self.hidden_size % self.num_heads:
             raise ValueError(
-                f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}"
+                f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}; choose a"
+                " number of heads that divides it"
             )
 
     def _check_patterns(self):

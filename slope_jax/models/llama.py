@@ -52,7 +52,8 @@ class LlamaConfig(DecoderConfig):
         super().__post_init__()
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; choose"
+                " a number of these that divides it"
             )
         rope.check_rope(self.head_width, self.rope_theta, self.rope_scaling)
         if self.window is not None and (isinstance(self.window, bool) or self.window < 1):
