@@ -74,8 +74,8 @@ def export_hf(
 
     Raises:
       ValueError: the folder exists already, `adapters` is neither of the two, or "lora" of a model without
-        any, `dtype` is no float of
-        16 or 32 bits, the variables are not the model's, or the tokenizer is none, or not one of it.
+        any, `dtype` is no float of 16 or 32 bits, the variables are not the model's, or the tokenizer is
+        none, or not one of it.
       ImportError: safetensors is not installed.
 
     >>> model, variables = from_hf("~/models/gpt2", sparsity="2:4")  # doctest: +SKIP
