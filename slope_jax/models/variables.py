@@ -32,7 +32,9 @@ def check_variables(
     wanted = _wanted(model)
     given = _given(variables, wanted.tree)
     leaves, structure = jax.tree.flatten(given)
-    if structure == wanted.structure and tuple(map(np.shape, leaves)) == wanted.shapes:
+    # Not `np.shape`, which takes as long as all the rest.
+    shapes = tuple([getattr(leaf, "shape", None) for leaf in leaves])
+    if structure == wanted.structure and shapes == wanted.shapes:
         return
     found, ours = leaves_by_path(given), leaves_by_path(wanted.tree)
     if any_stack:
