@@ -111,7 +111,7 @@ def finish(how: How, given: Given, loop: Loop, count: int) -> Loop:
     if count == 1:
         return loop
     if not _runs_through(given, loop, count - 1, size):
-        run = _advance_traced if _is_traced(given, loop) else advance
+        run = _advance_traced if _is_traced(loop) else advance
         return run(how, given, loop, np.int32(count), size, False)[0]
     state = None
     for until in (*range(1 + size, count, size), count):
@@ -148,15 +148,20 @@ def pieces(how: How, given: Given, loop: Loop, count: int, chunk: int) -> Iterat
 def _runs_through(given: Given, loop: Loop, steps: int, size: int) -> bool:
     """Whether programs make all their steps: a GPU does not wait for the host then, unless its own time
     for those that are not needed is longer."""
-    if current().platform == "cpu" or _is_traced(given, loop):
+    if current().platform == "cpu" or _is_traced(loop):
         return False
-    idle = -steps % size
-    step = sum(leaf.nbytes for leaf in jax.tree.leaves(given.variables)) / RATE
+    if (idle := -steps % size) == 0:
+        return True
+    weights = jax.tree.leaves(given.variables)
+    step = (
+        sum(leaf.size * leaf.dtype.itemsize for leaf in weights) / RATE
+    )  # nbytes takes thrice as long
     return idle * step <= -(-steps // size) * LAUNCH
 
 
-def _is_traced(*trees: Any) -> bool:
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+def _is_traced(loop: Loop) -> bool:
+    """Whether anything is that tokens are made of."""
+    return isinstance(loop.tokens, jax.core.Tracer)
 
 
 def _run(how: How, given: Given, cache, ids, **options):

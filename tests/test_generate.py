@@ -1,7 +1,6 @@
 """Generation with a cache against the same model without one."""
 
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -350,10 +349,10 @@ def test_programs_make_all_their_steps_where_waiting_costs_a_gpu_more(monkeypatc
         platform = "gpu"
 
     def runs_through(steps, size, nbytes):
-        given = decoding.Given(
-            {"params": types.SimpleNamespace(nbytes=nbytes)}, np.ones(1), None, None, None
-        )
-        return decoding._runs_through(given, (), steps, size)
+        weights = jax.ShapeDtypeStruct((nbytes // 2,), jnp.bfloat16)
+        given = decoding.Given({"params": weights}, np.ones(1), None, None, None)
+        loop = decoding.Loop(None, None, np.zeros((1, 1)), None, None)
+        return decoding._runs_through(given, loop, steps, size)
 
     assert not runs_through(128, 8, 10**8)  # a CPU does not wait
     monkeypatch.setattr(decoding, "current", Gpu)
