@@ -133,7 +133,7 @@ def pieces(how: How, given: Given, loop: Loop, count: int, chunk: int) -> Iterat
     done, until = 1, min(1 + size, count)
     loop, made = advance(how, given, loop, np.int32(until), size, through)
     while True:
-        if until < count:  # where all rows have ended, it does nothing
+        if until < count:  # where all rows have ended, it leaves nothing
             until = min(until + size, count)
             loop, following = advance(how, given, loop, np.int32(until), size, through)
         first = min(done, how.slots - size)
@@ -153,10 +153,8 @@ def _runs_through(given: Given, loop: Loop, steps: int, size: int) -> bool:
     if (idle := -steps % size) == 0:
         return True
     weights = jax.tree.leaves(given.variables)
-    step = (
-        sum(leaf.size * leaf.dtype.itemsize for leaf in weights) / RATE
-    )  # nbytes takes thrice as long
-    return idle * step <= -(-steps // size) * LAUNCH
+    nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in weights)  # theirs takes thrice as long
+    return idle * nbytes / RATE <= -(-steps // size) * LAUNCH
 
 
 def _is_traced(loop: Loop) -> bool:
