@@ -124,16 +124,23 @@ def kernel_of(
     """The kernel that runs `op` for x (tokens, k) and a (k, f) matrix.
 
     nm_matmul has one of its own for few tokens. As many as that takes at the most, or more than half of
-    them, are for the kernel for many where both were measured and that was the faster one.
+    them, are for the kernel for many where a device ran both and that was the faster one. It takes as long
+    for fewer tokens than were measured; that for few takes less, in proportion, where it was measured
+    with fewer as well.
     """
     if op != "nm_matmul" or tokens > FEW_TOKENS:
         return op
+    if 2 * tokens <= FEW_TOKENS:
+        return "few_tokens"
     known, kind = _known(device_kind, capability, folder), dtype_class(dtype)
     few, many = (known.entry(each, tokens, (k, f), kind) for each in ("few_tokens", "nm_matmul"))
-    compared = 2 * tokens > FEW_TOKENS and few is not None and many is not None
-    if compared and few.tokens == many.tokens and many.sparse_us < few.sparse_us:
-        return "nm_matmul"
-    return "few_tokens"
+    if few is None or many is None or (few.tokens, few.device) != (many.tokens, many.device):
+        return "few_tokens"
+    less, microseconds = known.entry("few_tokens", few.tokens // 4, (k, f), kind), few.sparse_us
+    if less is not None and less.device == few.device and less.tokens < tokens < few.tokens:
+        each = (few.sparse_us - less.sparse_us) / (few.tokens - less.tokens)
+        microseconds -= each * (few.tokens - tokens)
+    return "nm_matmul" if many.sparse_us < microseconds else "few_tokens"
 
 
 class Verdict(NamedTuple):

@@ -13,7 +13,7 @@ from flax.core import meta
 from jax.tree_util import DictKey, GetAttrKey, keystr
 
 from slope_jax.dense import ADAPTER_L, ADAPTER_R
-from slope_jax.inputs import example_inputs, split
+from slope_jax.inputs import example_inputs, split, unboxed
 from slope_jax.state import TrainState
 
 ADAPTER, BASE = "adapter", "base"
@@ -101,7 +101,7 @@ def _initialiser(model: nn.Module, args: tuple, kwargs: dict):
 
     def init(key):
         args, kwargs = join([jax.numpy.zeros(x.shape, x.dtype) for x in shapes])
-        return meta.unbox(model.init(key, *args, **kwargs)["params"])
+        return unboxed(model.init(key, *args, **kwargs)["params"])
 
     return init
 

@@ -312,7 +312,7 @@ class SparseDense(nn.Dense):
         return masks.magnitude_mask(kernel, self.pattern)
 
     def _adapter(self, in_features: int) -> tuple[jax.Array, jax.Array] | None:
-        rank = self.adapter_rank
+        rank = int(self.adapter_rank)  # NumPy's would make another dtype of what is divided by it
         if not rank:
             return None
         return (

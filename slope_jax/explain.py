@@ -7,12 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.core import meta
 
 from pallas_kernels import Choice, NarrowQuery, Query, choose, choose_narrow
 from pallas_kernels.mosaic.support import MOST_FIRST
 from slope_jax.dense import ADAPTER_L, ADAPTER_R, MASKS, SparseDense
-from slope_jax.inputs import eval_shape, example_inputs
+from slope_jax.inputs import eval_shape, example_inputs, unboxed
 from slope_jax.operands import EXACT
 from slope_jax.sharding import local_product
 
@@ -129,7 +128,7 @@ def explain(model: nn.Module, variables: Any, *args, strict: bool = False, **kwa
     '2:4'
     """
     args, kwargs = example_inputs(model, args, kwargs)
-    variables = meta.unbox(variables)
+    variables = unboxed(variables)
     rows: dict[tuple[str, ...], Row] = {}
 
     def record(call, call_args, call_kwargs, context):
@@ -159,7 +158,7 @@ def _dense_row(module: nn.Dense, x: jax.Array, variables: Any) -> Row:
     stored = sum(_nbytes(params[name]) for name in names if name in params)
     name, first = "dense" if pattern is None else str(pattern), None
     if getattr(module, "simulated", False):
-        name = module.sparsity
+        name = module.sparsity or "dense"
         why = f"{name} is simulated: a dense product with a dense kernel that is masked outside"
         choices = dict.fromkeys(("y", "dx", "dw"), Choice("xla", why))
     elif pattern is None:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from flax.core import meta
 
 
 def example_inputs(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -37,7 +38,7 @@ def split(args: tuple, kwargs: dict) -> tuple[list[Any], Callable[[list[Any]], t
     return [leaves[i] for i in arrays], join
 
 
-def eval_shape(function: Callable, *args, **kwargs) -> Any:
+def eval_shape(function: Callable, /, *args, **kwargs) -> Any:
     """`jax.eval_shape`, but only arrays and shapes are traced, and `function` is always called."""
     arrays, join = split(args, kwargs)
 
@@ -48,5 +49,18 @@ def eval_shape(function: Callable, *args, **kwargs) -> Any:
     return jax.eval_shape(call, arrays)
 
 
+def unboxed(tree: Any) -> Any:
+    """`flax.core.meta.unbox` without the constraints that it puts on what axes are named of, on a mesh."""
+
+    def leaf(box: Any) -> Any:
+        if isinstance(box, meta.Partitioned):
+            return box.unbox(apply_constraint=False)
+        return meta.unbox(box)
+
+    return jax.tree.map(leaf, tree, is_leaf=lambda box: isinstance(box, meta.AxisMetadata))
+
+
 def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, np.bool_)
+    """Not a class such as `np.float32`, nor a number of NumPy's, which a model may count by."""
+    arrays = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    return arrays and not isinstance(leaf, type | np.generic)

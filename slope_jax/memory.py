@@ -11,7 +11,6 @@ import jax
 import optax
 from flax import linen as nn
 from flax import traverse_util
-from flax.core import meta
 
 from slope_jax.account import (
     ACTIVATIONS,
@@ -29,7 +28,7 @@ from slope_jax.account import (
     MemoryRow,
 )
 from slope_jax.dense import ADAPTER_L, ADAPTER_R, MASKS, SparseDense
-from slope_jax.inputs import eval_shape, example_inputs
+from slope_jax.inputs import eval_shape, example_inputs, unboxed
 from slope_jax.models.cache import cache_slots, init_cache
 from slope_jax.models.decoder import Decoder
 from slope_jax.prompts import is_integer
@@ -105,7 +104,7 @@ def memory(
             f"variables hold {', '.join(variables) or 'nothing'}; pass what model.init returns, or"
             " its shapes: {'params': ..., 'masks': ...}"
         )
-    variables = meta.unbox(variables)
+    variables = unboxed(variables)
     cached = None if cache is None else cache_bytes(model, *_checked_cache(cache))
     args, kwargs = example_inputs(model, args, kwargs)
     account = functools.partial(
@@ -120,7 +119,7 @@ def memory(
     if (twin := dense or _dense_twin(model)) is None:
         theirs = None
     else:
-        shapes = meta.unbox(eval_shape(twin.init, jax.random.key(0), *args, **kwargs))
+        shapes = unboxed(eval_shape(twin.init, jax.random.key(0), *args, **kwargs))
         theirs = _aligned(account(twin, _of_dtypes(shapes, variables)), ours)
     kinds = dict.fromkeys(kind for kind, _ in (*ours, *(theirs or ())))
     order = sorted(kinds, key=lambda kind: kind == ACTIVATIONS)

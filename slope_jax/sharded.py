@@ -103,7 +103,7 @@ def sharded_matmul(
             " batch: pass x[None]"
         )
     check_batch(x.shape[0], size_of(mesh, BATCH))
-    sections = sections or (w.shape[1],)
+    sections = (w.shape[1],) if sections is None else tuple(sections)
     place = Place(cut, sections, mesh.shape[FSDP], mesh.shape[TENSOR])
     working = Working() if working is None else working
     check_operands(x, w, working, adapter, backward)

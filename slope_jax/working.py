@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
-from flax.core import meta
 
 from pallas_kernels import CompressedMatrix, Pattern
 from slope_jax.dense import MASKS, SparseDense
-from slope_jax.inputs import eval_shape
+from slope_jax.inputs import eval_shape, unboxed
 from slope_jax.matmul import Working
 from slope_jax.operands import DOUBLE_PRUNED
 from slope_jax.pieces import transposes
@@ -88,7 +87,7 @@ def working_copies(
     >>> model.apply({**variables, "working": working}, x).shape
     (1, 8)
     """
-    variables, copies = meta.unbox(variables), {}
+    variables, copies = unboxed(variables), {}
     for path, layer in layers.items():
         kernel = _at(variables["params"], path)["kernel"]
         cast = kernel.astype(layer.dtype) if values else None
@@ -109,7 +108,7 @@ def _transposed(w: CompressedMatrix, layer: Layer, path: tuple[str, ...]) -> Com
 
 
 def _describe(module: SparseDense, x: jax.Array) -> Layer:
-    params = [meta.unbox(module.get_variable("params", name)) for name in ("kernel", "bias")]
+    params = [unboxed(module.get_variable("params", name)) for name in ("kernel", "bias")]
     dtype = module.dtype or jnp.result_type(x.dtype, *(p for p in params if p is not None))
     shape = (x.shape[-1], module.features)
     dtype = jnp.dtype(dtype)

@@ -31,7 +31,17 @@ def _noted(ran, run):
 
 
 def _few(
-    x, values, metadata, config, *, adapter=None, low_rank=None, norm=None, form=None, **options
+    x,
+    values,
+    metadata,
+    config,
+    *,
+    adapter=None,
+    low_rank=None,
+    norm=None,
+    form=None,
+    save_moments=False,
+    **options,
 ):
     tokens, k = x.shape
     norms = 0 if norm is None else 1 if norm[1] is None else 2
@@ -42,9 +52,13 @@ def _few(
         low_rank = (_float32(x, adapter[0]).astype(x.dtype), adapter[1])
     elif low_rank is not None and low_rank[0].ndim == 3:
         low_rank = (low_rank[0].sum(0).astype(x.dtype), low_rank[1])
-    return _many(
+    result = _many(
         x, values, metadata, None, low_rank=low_rank, joining=options.pop("residual"), **options
     )
+    if not save_moments:
+        return result
+    y, *saved = result if isinstance(result, tuple) else (result,)
+    return (y, *saved, epilogue.moments(y))
 
 
 def _many(

@@ -334,6 +334,12 @@ def test_the_rank_of_a_layer_is_an_integer(rank):
         layer.init(jax.random.key(0), jnp.ones((2, 16)))
 
 
+def test_a_rank_of_numpys_changes_no_dtype():
+    layer = SparseDense(8, adapter_rank=np.int64(2), param_dtype=jnp.bfloat16)
+    params = layer.init(jax.random.key(0), jnp.ones((2, 16)))["params"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+
+
 def test_dense_is_a_sparsity():
     layer, x = SparseDense(8, sparsity="dense"), jax.random.normal(jax.random.key(0), (2, 16))
     variables = layer.init(jax.random.key(1), x)

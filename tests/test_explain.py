@@ -98,6 +98,12 @@ def test_strict_refuses_a_silent_dense_product():
         explain(model, variables, jnp.ones((1, 8)), strict=True)
 
 
+def test_a_simulated_layer_of_no_sparsity_prints():
+    layer, x = SparseDense(16, sparsity=None, simulated=True), jnp.ones((4, 16))
+    found = explain(layer, layer.init(jax.random.key(0), x), x)
+    assert "dense is simulated" in str(found)
+
+
 def test_needs_example_inputs():
     with pytest.raises(ValueError, match="example inputs"):
         explain(Model(), {})

@@ -2,13 +2,15 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from slope_jax import SparseDense, TrainState, add_adapters, explain, lazy_adapters, memory
 from slope_jax.inputs import eval_shape
+from slope_jax.sharding import AXES
 from slope_jax.working import find_layers, working_copies
 
 
@@ -76,6 +78,15 @@ def test_arrays_alone_are_traced():
     assert seen == [(True, True, 0.5), (True, True, 0.5), (True, None, "a")]
 
 
+@pytest.mark.parametrize("given", [np.float32, np.int64(2), np.True_, np.dtype("float32")])
+def test_what_numpy_names_and_counts_by_is_no_array(given):
+    seen = []
+    eval_shape(
+        lambda x, **kwargs: seen.append(kwargs["function"]) or x, jnp.ones(3), function=given
+    )
+    assert seen[0] is given
+
+
 class Stack(nn.Module):
     """Layers whose kernels have names for their axes, scanned."""
 
@@ -129,3 +140,22 @@ def test_boxes_are_opened_or_named():
     state = TrainState.create(apply_fn=model.apply, tx=tx, **boxed)
     with pytest.raises(ValueError, match=r"flax\.linen\.unbox"):
         add_adapters(state, new, jax.random.key(1), x)
+
+
+@pytest.mark.parametrize("logical", [False, True])
+def test_names_of_axes_may_be_those_of_the_mesh(logical):
+    x, tx = jnp.ones((4, 64)), lazy_adapters(optax.adam(1e-3))
+    named = nn.with_logical_partitioning if logical else nn.with_partitioning
+    names = ("embed", "mlp") if logical else ("fsdp", "tensor")
+    layer = SparseDense(32, kernel_init=named(nn.initializers.lecun_normal(), names))
+    mesh = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+    rules = (("embed", "fsdp"), ("mlp", "tensor"))
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        shapes = jax.eval_shape(layer.init, jax.random.key(0), x)
+        made = jax.jit(layer.init)(jax.random.key(0), x)
+        plain = jax.eval_shape(SparseDense(32).init, jax.random.key(0), x)
+        for variables in (shapes, made):
+            assert explain(layer, variables, x) == explain(SparseDense(32), plain, x)
+            assert memory(layer, variables, tx, x) == memory(SparseDense(32), plain, tx, x)
+        layers = find_layers(layer.apply, made, x)
+        assert working_copies(made, layers)["kernel"].transpose.shape == (32, 64)

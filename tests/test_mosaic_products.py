@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import standins
 from hopper import needs_jax
 
 from pallas_kernels import compress, decompress, nm_matmul, tuning
-from pallas_kernels.epilogue import Norm
+from pallas_kernels.epilogue import Norm, moments
 
 TOKENS = (1, 16, 17, 32, 33, 64, 65, 1600)
 K, MANY, F = 136, 1544, 72  # inputs, and those for which x @ l has a kernel
@@ -102,3 +103,26 @@ def test_few_tokens_are_for_the_kernel_for_many_where_that_was_faster(monkeypatc
     parts = nm_matmul(x, w, implementation="mosaic", sections=(64, 8))
     assert [part.shape for part in parts] == [(tokens, 64), (tokens, 8)]
     assert set(ran) == {"many"}
+
+
+@needs_jax
+def test_moments_are_there_under_vmap_whatever_makes_the_product(monkeypatch):
+    """Of 2 x 20 rows, which are for the kernel for many here, and of none."""
+    from pallas_kernels.mosaic import products
+
+    def kernel(op, tokens, *_):
+        return "nm_matmul" if tokens > 32 else "few_tokens"
+
+    ran = standins.install(monkeypatch)
+    monkeypatch.setattr(products, "kernel_of", kernel)
+    w, x, residual = compress(normal(1, K, F), "2:4"), normal(2, 2, 20, K), normal(3, 2, 20, F)
+
+    def product(x, residual):
+        return nm_matmul(x, w, residual=residual, implementation="mosaic", save_moments=True)
+
+    y, found = jax.vmap(product)(x, residual)
+    assert set(ran) == {"few", "many"}
+    np.testing.assert_array_equal(found, moments(y))
+    assert product(x, residual)[1] is None  # who asks for moments of many rows gets none
+    y, found = jax.vmap(product)(x[:0], residual[:0])
+    assert (y.shape, found.shape) == ((0, 20, F), (0, 20, 2, 2))

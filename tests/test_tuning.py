@@ -64,12 +64,38 @@ def test_few_tokens_are_for_the_kernel_that_was_the_faster_one(tmp_path):
     def kernel(tokens, size, op="nm_matmul", dtype="bfloat16"):
         return tuning.kernel_of(op, tokens, *size, dtype, DEVICE, folder=tmp_path)
 
-    assert [kernel(tokens, small) for tokens in (1, 32)] == ["few_tokens"] * 2
-    assert [kernel(tokens, small) for tokens in (33, 64, 65)] == ["nm_matmul"] * 3
+    assert [kernel(tokens, small) for tokens in (1, 32, 33)] == ["few_tokens"] * 3
+    assert [kernel(tokens, small) for tokens in (62, 64, 65)] == ["nm_matmul"] * 3
     assert kernel(64, large) == "few_tokens"  # as fast
     assert kernel(64, other) == "few_tokens"  # the other one was timed with more tokens
     assert kernel(64, (8, 8)) == kernel(64, small, dtype="float32") == "few_tokens"
     assert kernel(64, small, op="nm_sddmm") == "nm_sddmm"
+    assert kernel(0, small) == "few_tokens"
+
+
+def test_the_kernel_for_few_tokens_takes_less_for_fewer(tmp_path):
+    """By hand: 1 us with 16 tokens and 4 with 64 are 2 with 32 and 3 with 48."""
+    few = [entry(tokens, sparse=us, op="few_tokens", split=2) for tokens, us in ((16, 1), (64, 4))]
+    for many, least in ((2.5, 41), (3.0, 49), (3.9, 63), (4.0, 65)):
+        write(tmp_path, [*few, entry(64, sparse=many)])
+        tuning._load.cache_clear(), tuning._known.cache_clear()
+        found = [
+            tuning.kernel_of("nm_matmul", n, 768, 3072, "bfloat16", DEVICE, folder=tmp_path)
+            for n in range(65)
+        ]
+        assert [n for n in range(65) if found[n] == "nm_matmul"] == list(range(least, 65))
+
+
+def test_times_of_two_devices_are_not_compared(tmp_path):
+    few, other = {"op": "few_tokens", "split": 2}, "NVIDIA Test 2"
+    write(tmp_path, [entry(64, sparse=12.0, **few), entry(64, sparse=14.0)])
+    write(tmp_path, [entry(64, sparse=20.0, **few)], device=other)
+
+    def kernel(device):
+        problem = 64, 768, 3072, "bfloat16", device, "9.0"
+        return tuning.kernel_of("nm_matmul", *problem, folder=tmp_path)
+
+    assert kernel(DEVICE) == kernel(other) == "few_tokens"
 
 
 def test_entries_are_of_one_op_size_dtype_and_device(tmp_path):

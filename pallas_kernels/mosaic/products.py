@@ -38,6 +38,12 @@ def nm_matmul(
     x: jax.Array | Sections, w: CompressedMatrix, out_dtype, precision, epilogue: Epilogue
 ):
     del precision  # products of 16-bit numbers are exact in float32
+    if epilogue.save_moments and not _gives_moments(x, w, epilogue, out_dtype):
+        without = dataclasses.replace(epilogue, save_moments=False)
+        result = nm_matmul(x, w, out_dtype, None, without)
+        y, *saved = result if isinstance(result, tuple) else (result,)
+        place = len(saved) - epilogue.save_sums
+        return (y, *saved[:place], None, *saved[place:])
     run = functools.partial(_nm_matmul, out_dtype=out_dtype)
     if epilogue.save_sums:  # of every member's own rows
         return batching.one_by_one(run)(x, w, epilogue)
@@ -69,7 +75,8 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
     if tokens == 0:
         zeros = jnp.zeros((*x.shape[:-1], f), jnp.float32)
         x, epilogue = epilogue.normalised(x)
-        return finish(zeros, epilogue.multiplied(x), out_dtype, x=x)
+        result = finish(zeros, epilogue.multiplied(x), out_dtype, x=x)
+        return _with_moments(result) if epilogue.save_moments else result
     joins = _joins(epilogue, few, x.dtype, out_dtype)
     writes_apart = joins and not few and _writes_apart(epilogue, x.dtype, out_dtype)
     if epilogue.sections is not None and not writes_apart:
@@ -114,8 +121,21 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
     # runs it a second time. The barrier makes it copy y instead.
     y = jax.lax.optimization_barrier(y)
     if epilogue.save_moments and module is not few_tokens:
-        saved.append(None)
+        saved.append(moments(y))
     return (y, *saved, *sums) if (*saved, *sums) else y
+
+
+def _gives_moments(x, w, epilogue: Epilogue, out_dtype) -> bool:
+    """Whether the kernel saves them by the way. Where `jax.vmap` then makes more rows of these than that
+    kernel takes, they are made apart: who asks for them was promised them."""
+    tokens = math.prod(x.shape[:-1])
+    few = kernel_of("nm_matmul", tokens, *w.shape, x.dtype) == "few_tokens"
+    return few and tokens > 0 and _joins(epilogue, few, x.dtype, out_dtype)
+
+
+def _with_moments(result: tuple) -> tuple:
+    """With those of y, which comes first, in the place of None."""
+    return tuple(moments(result[0]) if array is None else array for array in result)
 
 
 def _joins(epilogue: Epilogue, few: bool, dtype, out_dtype) -> bool:
@@ -147,8 +167,9 @@ def _joined_apart(x, w, epilogue: Epilogue, out_dtype):
     result = _nm_matmul(x, w, epilogue.without_joining(), out_dtype=jnp.float32)
     y, *saved = result if isinstance(result, tuple) else (result,)
     sums = [saved.pop()] if epilogue.save_sums else []
-    saved = [z.astype(out_dtype) for z in saved] + [None] * epilogue.save_moments + sums
     y = finish(y, later, out_dtype)
+    saved = [z.astype(out_dtype) for z in saved]
+    saved += [moments(y)] * epilogue.save_moments + sums
     return (y, *saved) if saved else y
 
 
