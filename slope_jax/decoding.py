@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.device import current
+from slope_jax.dense import MASKS
 from slope_jax.models.cache import CACHE, init_cache
 from slope_jax.models.decoder import Decoder
 from slope_jax.sampling import draw, likely
@@ -152,7 +153,7 @@ def _runs_through(given: Given, loop: Loop, steps: int, size: int) -> bool:
         return False
     if (idle := -steps % size) == 0:
         return True
-    weights = jax.tree.leaves(given.variables)
+    weights = jax.tree.leaves([given.variables.get(name) for name in ("params", MASKS)])
     nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in weights)  # theirs takes thrice as long
     return idle * nbytes / RATE <= -(-steps // size) * LAUNCH
 

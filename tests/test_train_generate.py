@@ -205,6 +205,24 @@ def test_a_reader_that_has_seen_enough_ends_a_command_quietly(flush):
     assert (ended.returncode, ended.stderr) == (141, b"")
 
 
+def test_another_pipe_that_breaks_is_an_error():
+    program = (
+        "import os, sys; from train.command import exit_code\n"
+        "def run(_): read, write = os.pipe(); os.close(read); os.write(write, b'x')\n"
+        "code = exit_code(run, None, less_memory=''); print('after'); sys.exit(code)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True)
+    assert (ended.returncode, ended.stdout) == (1, b"after\n")
+    assert ended.stderr == b"error: Broken pipe\n"
+
+
+def test_a_command_may_have_no_output():
+    program = "import sys; from train.command import exit_code\nsys.stdout = None\n"
+    program += "sys.exit(exit_code(lambda _: print('text'), None, less_memory=''))"
+    ended = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize("command", [main, evaluate.main])
 @pytest.mark.parametrize(
     ("error", "said"),

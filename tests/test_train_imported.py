@@ -475,3 +475,11 @@ def test_weights_are_not_read_before_the_tokenizer(folder, monkeypatch):
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"not a tokenizer.json of the tokenizers library"):
         serving.load(folder)
+
+
+def test_a_folder_may_be_called_as_a_checkpoint_of_ours_is(folder, tmp_path):
+    path = tmp_path / "checkpoints" / "1000"
+    path.parent.mkdir()
+    folder.rename(path)
+    for read in (serving.load, serving.from_hf):
+        assert read(path).title.endswith(str(path))

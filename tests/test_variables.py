@@ -6,6 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from slope_jax import export, models
 from slope_jax.fill import fill_masks
@@ -95,8 +96,18 @@ def test_whats_besides_is_not_looked_at_and_dense_models_need_no_masks():
     assert "masks" not in plain
     for masks in ({}, {"masks": {}}):
         check_variables(dense, plain | masks)
-    with pytest.raises(ValueError, match=r"masks/layers_0/.* here, none in the model"):
+    with pytest.raises(ValueError, match=r"has not, .*: masks/layers_0/.* or leave them out"):
         check_variables(dense, plain | {"masks": variables["masks"]})
+    adapted = made("gpt2-nano", adapter_rank=2)[1]
+    with pytest.raises(ValueError, match=r"has not, .*/adapter_l, .* or leave them out"):
+        check_variables(model, adapted)
+
+
+def test_boxes_are_named():
+    model, variables = made("gpt2-nano")
+    boxed = jax.tree.map(lambda leaf: nn.Partitioned(leaf, (None,) * leaf.ndim), variables)
+    with pytest.raises(ValueError, match=r"give flax\.linen\.unbox\(variables\)"):
+        generate(model, boxed, IDS, max_new_tokens=2)
 
 
 def test_models_for_another_device_are_known_too():

@@ -1,11 +1,11 @@
 """What the commands that use a trained model share: how they end, and checks of their options."""
 
 import argparse
-import contextlib
 import io
 import logging
 import os
 import pathlib
+import select
 import sys
 from collections.abc import Callable
 
@@ -26,14 +26,15 @@ def exit_code(
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         run(arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:  # who reads has seen enough, as `head` has
-        _leave_unread()
-        return 141  # as of a command that the signal of it ends
+        if sys.stdout is not None:  # closed by who began the command
+            sys.stdout.flush()
     except (ValueError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a damaged checkpoint, a full disk
+        if isinstance(error, BrokenPipeError) and _is_unread():  # `head` has seen enough
+            _leave_unread()
+            return 141  # as of a command that the signal of it ends
         explained = error.strerror if error.filename is None else None
         print(f"error: {explained or error}", file=sys.stderr)
         return 1
@@ -48,11 +49,21 @@ def exit_code(
     return 0
 
 
+def _is_unread() -> bool:
+    """Whether standard output is a pipe that nobody reads any more; other pipes break, too."""
+    try:
+        output = sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):  # closed, or of a notebook
+        return False
+    poll = select.poll()
+    poll.register(output, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def _leave_unread() -> None:
     """Sends what is still to be written nowhere, or Python would tell of it at its end."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    with contextlib.suppress(OSError, ValueError):  # not of a notebook
-        os.dup2(nowhere, sys.stdout.fileno())
+    os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
 
 

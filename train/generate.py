@@ -44,7 +44,8 @@ def _run(arguments: argparse.Namespace) -> None:
     masked = isinstance(served.model, Bert)
     if masked:
         _check_masked(arguments)
-    _check_sampling(arguments, masked=masked, vocab_size=served.model.config.vocab_size)
+    if arguments.prompt:
+        _check_sampling(arguments, masked=masked, vocab_size=served.model.config.vocab_size)
     print(
         f"{served.title}: {size(served.nbytes)} of weights,"
         f" adapters {'fused' if about['adapters'] else 'none'}",

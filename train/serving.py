@@ -210,9 +210,11 @@ def _check_imported(path: pathlib.Path) -> None:
     """Raises a ValueError for a folder of ours, which `load` reads."""
     if (path / SERVED_FILE).is_file():
         kind = f"a saved model with {SERVED_FILE}"
+    elif imported.is_folder(path):  # which may well lie in a folder "checkpoints"
+        return
     elif path.parent.name == "checkpoints" and path.name.isdigit():
         kind = "a checkpoint of a run"
-    elif (path / "checkpoints").is_dir() and not imported.is_folder(path):
+    elif (path / "checkpoints").is_dir():
         kind = "a run"
     else:
         return

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax.core import meta
 
 from pallas_kernels.epilogue import RANK_MULTIPLE
 from slope_jax.dense import ADAPTER_L, ADAPTER_R, MASKS
@@ -36,6 +37,11 @@ def check_variables(
     shapes = tuple([getattr(leaf, "shape", None) for leaf in leaves])
     if structure == wanted.structure and shapes == wanted.shapes:
         return
+    boxes = jax.tree.leaves(given, is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata))
+    if any(isinstance(leaf, meta.AxisMetadata) for leaf in boxes):
+        raise ValueError(
+            "the variables are boxed with the names of their axes; give flax.linen.unbox(variables)"
+        )
     found, ours = leaves_by_path(given), leaves_by_path(wanted.tree)
     if any_stack:
         found, ours = _apart(found), _apart(ours)
@@ -44,6 +50,13 @@ def check_variables(
         raise ValueError(
             f"the variables are not in the form of this {type(model).__name__}, layers in stacks or apart,"
             f" adapters filled up or not; use the {one} that inference_variables returned with {other}"
+        )
+    if found.keys() > ours.keys() and all(found[path] == ours[path] for path in ours):
+        surplus = ["/".join(path) for path in sorted(found.keys() - ours.keys())]
+        raise ValueError(
+            f"the variables hold what this {type(model).__name__} has not, as adapters where adapter_rank is"
+            f" 0 or masks where sparsity is dense: {listed(surplus)}. Give the model that they are of, or"
+            " leave them out"
         )
     if wrong := differences(found, ours):  # none, where they are mappings of another kind
         raise ValueError(
