@@ -253,6 +253,16 @@ def test_a_tile_that_a_cluster_shares_needs_few_tiles_of_many_stages():
 
 
 @needs_jax
+def test_the_tile_for_few_tokens_is_tried_with_few_alone():
+    from pallas_kernels.mosaic import matmul_tiles
+
+    for tokens, tried in ((33, True), (64, True), (65, False), (2048, False)):
+        found = matmul_tiles.candidates(tokens, 5120, 20480)
+        assert any((tile.rows, tile.tokens) == (256, 64) for tile in found) == tried
+    assert matmul_tiles.choose(64, 5120, 20480) == matmul_tiles.HALF  # as it was measured
+
+
+@needs_jax
 def test_every_tile_is_shared_in_a_test():
     from pallas_kernels.mosaic import matmul_tiles
 
