@@ -223,7 +223,7 @@ def test_variables_of_another_model_are_refused(tmp_path):
         (made("llama", 0)[1], "mlp/gate_up/kernel: .* here, none in the model"),
         (variables | {"params": {"norm": variables["params"]["norm"]}}, r"and \d+ more"),
         (variables | {"masks": {"layers_0": {}}}, "masks/layers_1/.*: none here"),
-        (made("opt", 3)[1], r"adapter_l: \(32, 3\) here, none"),
+        (made("opt", 3)[1], r"what this OPT has not, .*/adapter_l, .* or leave them out"),
     ):
         with pytest.raises(ValueError, match=message):
             models.export_hf(tmp_path / "new", model, others)
