@@ -4,6 +4,7 @@ Kernels are imported when they are asked for: older JAX lacks what they need.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,8 @@ class Kernel:
     * `make(**config)`: the kernel's own form of a configuration; ValueError if it cannot be.
     * `configs(tokens, k, f)`: configurations that fit, the likeliest first.
     * `choose(tokens, k, f)`: the one that runs where none is measured.
-    * `run(config, *operands, **options)`: x, values, metadata, or x, dy, metadata for nm_sddmm.
+    * `run(config, *operands, **options)`: x, values, metadata, or x, dy, metadata for nm_sddmm, or x, values,
+      metadata and an adapter's two matrices for with_first.
       `processors` may be among the options where the kernel takes it.
     * `cases(config, tokens)`: small ragged shapes (tokens, in, out, options) that it must be right
       on before a time of it is trusted with so many tokens. The same for all configurations, as
@@ -38,7 +40,7 @@ class Kernel:
 
 
 def kernel(op: str) -> Kernel:
-    """The kernel of "nm_matmul", "few_tokens" or "nm_sddmm".
+    """The kernel of "nm_matmul", "few_tokens", "nm_sddmm" or "with_first".
 
     Raises:
       ValueError: there is no such op.
@@ -112,8 +114,38 @@ def _nm_sddmm() -> Kernel:
     return Kernel(MANY_TOKENS, sddmm.Tile, configs, sddmm.choose, run, cases)
 
 
+def _with_first() -> Kernel:
+    """nm_matmul with an adapter, both of whose products it makes."""
+    from pallas_kernels.mosaic import matmul
+
+    def tiles(tokens: int, k: int, f: int) -> list[Any]:
+        return matmul.firsts(tokens, k, f, rank_of(k, f))
+
+    def configs(tokens: int, k: int, f: int) -> list[Config]:
+        return [dataclasses.asdict(tile) for tile in tiles(tokens, k, f)]
+
+    def choose(tokens: int, k: int, f: int):
+        return next(iter(tiles(tokens, k, f)), None)
+
+    def run(config: Config, x, values, metadata, left, right, **options):
+        tile = matmul.Tile(**config)
+        return matmul.nm_matmul(x, values, metadata, tile, adapter=(left, right), **options)
+
+    def cases(config: Config, tokens: int):
+        # partial tiles in every direction, many for each of 4 CTAs; few of them, and ranks beyond a stage's
+        return [(776, 200, 520, {"processors": 4}), (512, 328, 768, {})]
+
+    return Kernel(MANY_TOKENS, matmul.Tile, configs, choose, run, cases)
+
+
+def rank_of(k: int, f: int) -> int:
+    """Of the adapters that are tuned for: 1.56 % of the smaller side, to the next multiple of 8."""
+    return 8 * math.ceil(min(k, f) / 512)
+
+
 KERNELS: dict[str, Callable[[], Kernel]] = {
     "nm_matmul": _nm_matmul,
     "few_tokens": _few_tokens,
     "nm_sddmm": _nm_sddmm,
+    "with_first": _with_first,
 }

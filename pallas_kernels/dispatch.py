@@ -44,11 +44,15 @@ class Query:
 
 @dataclasses.dataclass(frozen=True)
 class NarrowQuery:
-    """An adapter's first product: `tokens` rows of x against an (in, rank) matrix, in `dtype`."""
+    """An adapter's first product: `tokens` rows of x against an (in, rank) matrix, in `dtype`.
+
+    `outputs` are those of the product by a kernel that the adapter joins; None for x @ l alone.
+    """
 
     shape: tuple[int, int]
     dtype: str
     tokens: int
+    outputs: int | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "shape", _matrix(self.shape))
@@ -131,6 +135,12 @@ def choose_narrow(query: NarrowQuery, implementation: str | None = None) -> Choi
         return Choice("xla", "asked for")
     if implementation == "triton":
         return Choice("xla", "x @ l has no Triton kernel")
+    if query.outputs and support.device_obstacle() is None:
+        from pallas_kernels.mosaic import products  # needs a newer JAX than the package does
+
+        (k, rank), tokens = query.shape, query.tokens
+        if products.tile_with_first(tokens, k, query.outputs, rank, query.dtype):
+            return Choice("mosaic", "by the kernel of the product that it joins")
     obstacle = support.device_obstacle() or support.narrow_obstacle(
         query.shape, query.dtype, query.tokens
     )

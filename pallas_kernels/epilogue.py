@@ -59,6 +59,7 @@ class Epilogue:
     * `bias`: (out,), or None.
     * `low_rank`: t (..., rank) with x's leading axes and r (rank, out), both in x's dtype, or None.
     * `adapter`: l (in, rank) and r in x's dtype, in the place of `low_rank`: t is x @ l, or None.
+    * `left_transposed`: the adapter's l is given as (rank, in).
     * `activation`: a key of `ACTIVATIONS`, or None.
     * `save_preactivation`: z is returned too, for the backward pass.
     * `save_moments`: those of y are returned too, for a norm of it; None where they are not known.
@@ -67,6 +68,7 @@ class Epilogue:
     * `source`: likewise, what once entered the activation `through` (for relu, or left it); or None.
     * `save_sums`: the sums of what is multiplied over all its axes but the last are returned too,
       float32 (in,): of a gradient, that of a bias.
+    * `save_first`: the adapter's first product t is returned too, after all else.
     * `sections`: how many outputs each of several arrays has that y then comes in, as a tuple; or None.
     """
 
@@ -81,6 +83,8 @@ class Epilogue:
     save_moments: bool = dataclasses.field(default=False, metadata={"static": True})
     through: str | None = dataclasses.field(default=None, metadata={"static": True})
     save_sums: bool = dataclasses.field(default=False, metadata={"static": True})
+    save_first: bool = dataclasses.field(default=False, metadata={"static": True})
+    left_transposed: bool = dataclasses.field(default=False, metadata={"static": True})
     sections: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
@@ -102,17 +106,29 @@ class Epilogue:
         """The same with the adapter's first product made: `low_rank` for `adapter`."""
         if self.adapter is None:
             return self
-        left, right = self.adapter
-        low_rank = (first_product(x, left, precision), right)
-        return dataclasses.replace(self, low_rank=low_rank, adapter=None)
+        return self.with_first(first_product(x, self.left, precision))
+
+    def with_first(self, t: jax.Array) -> "Epilogue":
+        """The same with t, the adapter's first product, which is not saved once more."""
+        given = {"low_rank": (t, self.adapter[1]), "adapter": None}
+        return dataclasses.replace(self, **given, save_first=False, left_transposed=False)
+
+    @property
+    def left(self) -> jax.Array:
+        """The adapter's l, (in, rank)."""
+        return self.adapter[0].T if self.left_transposed else self.adapter[0]
 
     def without_nothing(self) -> "Epilogue":
-        """The same without an adapter or low-rank term of rank 0."""
+        """The same without an adapter or low-rank term of rank 0, whose t is not saved."""
         adapter, low_rank = (
             pair if pair is None or pair[1].shape[0] else None
             for pair in (self.adapter, self.low_rank)
         )
-        return dataclasses.replace(self, adapter=adapter, low_rank=low_rank)
+        of_adapter = {
+            name: getattr(self, name) and adapter is not None
+            for name in ("save_first", "left_transposed")
+        }
+        return dataclasses.replace(self, adapter=adapter, low_rank=low_rank, **of_adapter)
 
     def normalised(self, x: jax.Array) -> tuple[jax.Array, "Epilogue"]:
         """The norm of x, made, and what is left to do."""
@@ -125,8 +141,12 @@ class Epilogue:
         check_activation(self.activation)
         self._check_norm(x)
         self._check_joining(x, out)
-        if self.save_sums and self.norm is not None:
-            raise ValueError("save_sums=True and a norm are both given; make the norm first")
+        for name in ("save_sums", "save_first"):
+            if getattr(self, name) and self.norm is not None:
+                raise ValueError(f"{name}=True and a norm are both given; make the norm first")
+        for name in ("save_first", "left_transposed"):
+            if getattr(self, name) and self.adapter is None:
+                raise ValueError(f"{name}=True needs an adapter, (l, r)")
         if self.save_preactivation and self.activation is None:
             raise ValueError("save_preactivation=True needs an activation; y is what enters it")
         if self.sections is not None:
@@ -208,10 +228,13 @@ class Epilogue:
     def _check_adapter(self, x: jax.Array, out: int) -> None:
         check_pair(self.adapter, "adapter")
         left, r = self.adapter
-        if r.ndim != 2 or left.shape != (x.shape[-1], r.shape[0]) or r.shape[1] != out:
+        wanted, known = (x.shape[-1], "rank"), (x.shape[-1], *r.shape[:1])
+        if self.left_transposed:
+            wanted, known = wanted[::-1], known[::-1]
+        if r.ndim != 2 or left.shape != known or r.shape[1] != out:
             raise ValueError(
                 f"adapter has shapes {left.shape} and {r.shape}; they must be"
-                f" {(x.shape[-1], 'rank')} and ('rank', {out})"
+                f" {wanted} and ('rank', {out})"
             )
         if left.dtype != x.dtype or r.dtype != x.dtype:
             raise ValueError(f"adapter is {left.dtype} and {r.dtype}; both must be x's {x.dtype}")

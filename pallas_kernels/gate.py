@@ -56,6 +56,30 @@ def check_matmul(
     _repeats(lambda: run(x, w))
 
 
+def check_with_first(run: Callable, tokens: int, k: int, f: int, rank: int) -> None:
+    """Raises WrongResult unless run(x, w, left, right) are y = x @ w + t @ right and t = x @ left, rounded."""
+    x, w = _integers(0, (tokens, k), jnp.bfloat16), _pruned(_integers(1, (k, f), jnp.bfloat16))
+    left = np.clip(_float32(_integers(2, (k, rank), jnp.bfloat16)), -1, 1)
+    left[np.arange(k) % 4 != 3] = 0  # so that t is exact in bfloat16
+    right, t = _integers(3, (rank, f), jnp.bfloat16), _float32(x) @ left
+    exact = _float32(x) @ _float32(_decompress(w)) + t @ _float32(right)
+
+    def both(x):
+        return run(x, w, jnp.asarray(left, jnp.bfloat16), right)
+
+    y, found = both(x)
+    _same(found, t, "the first product of integers")
+    _same(y, _rounded(exact, jnp.bfloat16), "integers")
+
+    token, others = tokens // 2, np.arange(tokens) != tokens // 2
+    y, found = (_float32(each) for each in both(_with(x, (token, 3), np.nan)))
+    _same(found[others], t[others], "the first product beside a NaN")
+    _same(y[others], _rounded(exact, jnp.bfloat16)[others], "rows beside one with a NaN")
+    if not np.isnan(found[token]).all() or not np.isnan(y[token]).all():
+        raise WrongResult("a NaN in x does not reach all of its row")
+    _repeats(lambda: jnp.concatenate([each.reshape(-1) for each in both(x)]))
+
+
 def check_sddmm(run: Run, tokens: int, k: int, f: int, *, dtype=jnp.bfloat16) -> None:
     """Raises WrongResult unless run(x, dy, w) are the values of x.T @ dy that w keeps.
 

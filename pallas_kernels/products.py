@@ -1,5 +1,6 @@
 """The three products of a compressed weight, and that of an adapter: each validates once, then dispatches."""
 
+import functools
 import math
 from typing import Any
 
@@ -33,6 +34,8 @@ def nm_matmul(
     save_preactivation: bool = False,
     save_moments: bool = False,
     save_sums: bool = False,
+    save_first: bool = False,
+    left_transposed: bool = False,
     sections: tuple[int, ...] | None = None,
     out_dtype=None,
     precision: jax.lax.PrecisionLike = None,
@@ -49,8 +52,8 @@ def nm_matmul(
         of more than 64 tokens the kernels may err by 3e-4 of its argument's size: less than bfloat16's
         rounding where the result is near the argument, more where it is near 0, at negative ones.
       low_rank: t (..., rank) and r (rank, out) in x's dtype, as of adapters: t = x @ adapter_l.
-      adapter: l (in, rank) and r in x's dtype, in the place of `low_rank`, with t = x @ l: for
-        whoever has no use for t. For few tokens the kernels multiply it themselves, which is faster.
+      adapter: l (in, rank) and r in x's dtype, in the place of `low_rank`, with t = x @ l. Where
+        tokens are few, or many, the kernels multiply it themselves, which is faster.
       norm: x's norm is multiplied in its place, rounded to x's dtype. For few tokens a kernel makes
         it on the way, from x's moments.
       residual: (..., out) in x's dtype, added last, in float32.
@@ -60,6 +63,8 @@ def nm_matmul(
       save_preactivation: return what enters the activation as well.
       save_moments: return y's moments as well, for a `norm` of it; None where no kernel takes them.
       save_sums: return the sums of what is multiplied over its leading axes as well, float32 (in,).
+      save_first: return t = x @ l of the adapter as well, (..., rank); not together with a norm.
+      left_transposed: the adapter's l is (rank, in): on a way back, that is the r of the way there.
       sections: how many outputs each of several arrays has that y then comes in, as a tuple: of several
         projections in one matrix. The kernel writes them apart where all are multiples of 64; no
         preactivation and no moments are saved of them.
@@ -68,7 +73,7 @@ def nm_matmul(
       implementation: None for the best, or a name; `choose` tells which and why.
 
     Returns:
-      y (..., out), or a tuple of y, the preactivation, the moments and the sums, those that are
+      y (..., out), or a tuple of y, the preactivation, the moments, the sums and t, those that are
       saved.
 
     Raises:
@@ -103,14 +108,23 @@ def nm_matmul(
         save_moments=save_moments,
         through=name,
         save_sums=save_sums,
+        save_first=save_first,
+        left_transposed=left_transposed,
         sections=None if sections is None else _sections(sections),
     )
     epilogue.check(x, w.shape[1])
-    epilogue = epilogue.without_nothing()
+    given, epilogue = epilogue, epilogue.without_nothing()
     out_dtype = _written(out_dtype or x.dtype)
     choice = dispatch.choose(_query("nm_matmul", w, x, out_dtype), implementation)
     x = x if choice.implementation == "mosaic" else whole(x)
-    return _run(choice).nm_matmul(x, w, out_dtype, precision, epilogue)
+    run = functools.partial(_run(choice).nm_matmul, x, w, out_dtype, precision)
+    if not given.save_first or (choice.implementation == "mosaic" and epilogue.save_first):
+        return run(epilogue)
+    options = {"transposed": left_transposed, "precision": precision}
+    t = narrow_matmul(whole(x), given.adapter[0], **options, implementation=implementation)
+    result = run(given.with_first(t).without_nothing())
+    saved = save_preactivation or save_moments or save_sums
+    return (*result, t) if saved else (result, t)
 
 
 def nm_sddmm(

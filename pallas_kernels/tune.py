@@ -29,6 +29,7 @@ from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.files import write_atomically
 from pallas_kernels.mosaic import support
 from pallas_kernels.pattern import Pattern
+from pallas_kernels.products import narrow_matmul, nm_matmul
 from pallas_kernels.tuning import Entry
 
 DTYPE = jnp.bfloat16
@@ -37,6 +38,7 @@ THREADS = 16
 FEWEST = max(candidates.FEW_TOKENS)  # tokens at most that read a weight from memory
 BATCH = 8  # problems that are compiled together
 SIMILAR = 0.03  # times this close are the same: the rule's own choice wins
+MOST_RANKS = {1: 64, 2: 128}  # that a stage of tiles of so many blocks has room for
 SWITCH_SECONDS = 0.06  # less, after another kernel, flatters one that draws more power
 # BERT, GPT-2, OPT: qkv, out, up, down; LLaMA-3-8B and Mistral-7B; and their transposes, for dx.
 WIDTHS = (768, 1024, 1280, 1600, 2560, 4096, 5120, 7168, 9216)
@@ -111,7 +113,7 @@ class Tuner:
             if right:
                 try:
                     entry = fastest(problem, right, self._time(problem, right))
-                    if entry.sparse_us > entry.dense_us:
+                    if entry.sparse_us > entry.dense_us and problem.op != "with_first":
                         entry = dataclasses.replace(entry, xla_us=self._time_without(problem))
                 except RuntimeError as error:  # of one profile, which must not end the others
                     self.failed[str(problem)] = str(error)[:500]
@@ -168,7 +170,13 @@ def fault(problem: Problem, config: Config) -> str | None:
     try:
         for tokens, k, f, options in kernel.cases(config, problem.tokens):
             run = jax.jit(functools.partial(kernel.run, config, **options))
-            if problem.op == "nm_sddmm":
+            if problem.op == "with_first":
+                rank = MOST_RANKS[config["blocks"]]
+                gate.check_with_first(
+                    lambda x, w, left, right: run(x, w.values, w.metadata, left, right),  # noqa: B023
+                    *(tokens, k, f, rank),
+                )
+            elif problem.op == "nm_sddmm":
                 gate.check_sddmm(lambda x, dy, w: run(x, dy, w.metadata), tokens, k, f)  # noqa: B023
             else:
                 gate.check_matmul(lambda x, w: run(x, w.values, w.metadata), tokens, k, f)  # noqa: B023
@@ -252,7 +260,19 @@ def _operands(problem: Problem):
         ((x, w.sparse.values, w.sparse.metadata), (x, w.dense))
         for x, w in zip(xs, found, strict=True)
     ]
+    if problem.op == "with_first":
+        rank, scale = candidates.rank_of(k, f), jnp.asarray(k**-0.5, DTYPE)
+        (left,), (right,) = samples.normal(2, 1, (k, rank)), samples.normal(3, 1, (rank, f))
+        pairs = [((*sparse, left * scale, right * scale),) * 2 for sparse, _ in pairs]
+        return pairs, functools.partial(_apart, problem)
     return pairs, jnp.matmul
+
+
+def _apart(problem: Problem, x, values, metadata, left, right):
+    """What runs where the product's kernel does not make the adapter's first one as well."""
+    w = CompressedMatrix(values, metadata, PATTERN, 0, problem.size)
+    t = narrow_matmul(x, left)
+    return nm_matmul(x, w, low_rank=(t, right), implementation="mosaic")
 
 
 def _key(problem: Problem, config: Config) -> tuple:

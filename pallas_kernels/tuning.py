@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from pallas_kernels.mosaic.support import FEW_TOKENS
 
 FOLDER = Path(__file__).parent / "tuned"
-OPS = ("nm_matmul", "few_tokens", "nm_sddmm")
+OPS = ("nm_matmul", "few_tokens", "nm_sddmm", "with_first")
 DTYPE_CLASSES = {"bfloat16": "16-bit", "float16": "16-bit", "float32": "32-bit"}
 FIELDS = {
     "op": str,
@@ -166,7 +166,8 @@ def best(
     What was not measured on a device goes by another device of its compute capability.
 
     Args:
-      op: "nm_matmul", "few_tokens" (the same product, by the kernel for few tokens) or "nm_sddmm".
+      op: "nm_matmul", "few_tokens" (the same product, by the kernel for few tokens), "nm_sddmm", or
+        "with_first" (nm_matmul with an adapter, of which it makes both products).
       dtype: of x; bfloat16 and float16 share their entries.
       device_kind: as `jax.Device.device_kind`, such as "NVIDIA H100 80GB HBM3".
       capability: the device's compute capability, such as "9.0".

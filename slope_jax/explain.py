@@ -205,7 +205,8 @@ def _first_product(module, shape, x, kernel, product: Choice) -> Choice | None:
         return None
     if tokens <= MOST_FIRST:
         return Choice("mosaic", f"a kernel for up to {MOST_FIRST} tokens")
-    query = NarrowQuery((shape[0], module.adapter_rank), _dtype(module, x, kernel), tokens)
+    size, dtype = (shape[0], module.adapter_rank), _dtype(module, x, kernel)
+    query = NarrowQuery(size, dtype, tokens, outputs=shape[1])
     return choose_narrow(query, module.implementation)
 
 

@@ -205,28 +205,23 @@ def _handed_on(y, z, activation):
 
 def product(x, w, working, terms: Terms, activation, options, saved=NOTHING):
     """y, and z and x @ l where they are saved."""
-    precision, implementation = options.precision, options.implementation
-    adapter, low_rank, t = terms.adapter, None, None
-    if adapter is not None:
-        adapter = left, right = tuple(a.astype(x.dtype) for a in adapter)
-        if saved.first_product:
-            t = narrow_matmul(x, left, precision=precision, implementation=implementation)
-            low_rank, adapter = (t, right), None
+    first = saved.first_product and terms.adapter is not None
     y = nm_matmul(
         x,
         w.with_values(w.values.astype(x.dtype) if working.values is None else working.values),
         bias=terms.bias,
         activation=activation,
-        low_rank=low_rank,
-        adapter=adapter,
+        adapter=_cast(terms.adapter, x.dtype),
         residual=terms.residual,
         save_preactivation=saved.preactivation,
+        save_first=first,
         sections=options.sections,
-        precision=precision,
-        implementation=implementation,
+        precision=options.precision,
+        implementation=options.implementation,
     )
-    y, z = y if saved.preactivation else (y, None)
-    return y, z, t
+    y, *others = y if saved.preactivation or first else (y,)
+    t = others.pop() if first else None
+    return y, others.pop() if saved.preactivation else None, t
 
 
 def _forward(x, w, working, terms, activation, options):
@@ -251,25 +246,33 @@ def backward(activation, options, residuals, dy):
         dy = Sections(tuple(dy))
         if terms.adapter is not None or options.backward == EXACT:  # other products read it, too
             dy = dy.whole()
-    dz, dadapter, low_rank = outer_gradients(activation, options, x, terms, z, t, dy)
+    dz = gradient_of_product(activation, x, z, dy)
     if options.backward == EXACT:
-        dx, sums = _exact_dx(dz, w, x, terms, low_rank, options), sums_of(dz)
+        dt = None if terms.adapter is None else gradient_of_first(dz, terms.adapter, options)
+        dx, sums = _exact_dx(dz, dt, w, x, terms, options), sums_of(dz)
     else:
         if transpose is None:
             asked = for_transposes(implementation)
             transpose = nm_transpose(w, dtype=x.dtype, implementation=asked)
         through = options.through and (options.through, _source(x, terms))
-        biased = terms.bias is not None
+        biased, adapted = terms.bias is not None, terms.adapter is not None
         dx = nm_matmul(
             dz,
             transpose,
-            low_rank=low_rank,
+            adapter=_turned(_cast(terms.adapter, dz.dtype)),
+            left_transposed=adapted,
             through=through,
             save_sums=biased,
+            save_first=adapted,
             precision=precision,
             implementation=implementation,
         )
-        dx, sums = dx if biased else (dx, None)
+        dx, *others = dx if biased or adapted else (dx,)
+        dt = others.pop() if adapted else None
+        sums = others.pop() if biased else None
+    dadapter = None
+    if terms.adapter is not None:
+        dadapter = gradients_of_adapter(x, t, dz, dt, terms.adapter, options)
     dw = nm_sddmm(
         x, dz, w, out_dtype=options.dtype, precision=precision, implementation=implementation
     )
@@ -290,38 +293,23 @@ def _source(x, terms: Terms):
     return x if terms.source is None else terms.source
 
 
-def outer_gradients(activation, options: Options, x, terms: Terms, z, t, dy):
-    """What comes before the products with the weight.
-
-    Returns the gradient of the product in x's dtype, that of the adapter, and the factors of the
-    low-rank term of dx. The gradient of the bias is the first's sums, rounded as it is.
-    """
+def gradient_of_product(activation, x, z, dy):
+    """That of what enters the activation, in x's dtype. The gradient of the bias is its sums, rounded as it is."""
     dz = dy if activation is None else gradient_through(activation, z, dy)
-    dz = dz.astype(x.dtype)
-    dadapter, low_rank = None, None
-    if terms.adapter is not None:
-        dadapter, low_rank = _adapter_backward(x, t, dz, terms.adapter, options)
-    return dz, dadapter, low_rank
+    return dz.astype(x.dtype)
 
 
-def _exact_dx(dz, w, x, terms, low_rank, options):
-    """By a dense product."""
-    w = decompress(w.with_values(w.values.astype(dz.dtype)))
-    dx = jnp.matmul(dz, w.T, precision=options.precision)
-    if low_rank is not None:
-        dx = dx + jnp.matmul(*low_rank, precision=options.precision)
-    if options.through is None:
-        return dx
-    return gradient_through(options.through, _source(x, terms), dx).astype(x.dtype)
-
-
-def _adapter_backward(x, t, dz, adapter, options: Options):
-    """Gradients of l and r, and the low-rank term of dx."""
-    left, right = (a.astype(x.dtype) for a in adapter)
+def gradient_of_first(dz, adapter, options: Options):
+    """dz @ r.T, that of x @ l, where no other product makes it."""
+    _, right = _cast(adapter, dz.dtype)
     precision, implementation = options.precision, options.implementation
-    dt = narrow_matmul(
+    return narrow_matmul(
         dz, right, transposed=True, precision=precision, implementation=implementation
     )
+
+
+def gradients_of_adapter(x, t, dz, dt, adapter, options: Options):
+    """Those of l and r, in their dtypes."""
 
     def over_tokens(a, b, like):
         tokens = tuple(range(a.ndim - 1))
@@ -329,12 +317,33 @@ def _adapter_backward(x, t, dz, adapter, options: Options):
             a,
             b,
             ((tokens, tokens), ((), ())),
-            precision=precision,
+            precision=options.precision,
             preferred_element_type=jnp.float32,
         )
         return product.astype(like.dtype)
 
-    return (over_tokens(x, dt, adapter[0]), over_tokens(t, dz, adapter[1])), (dt, left.T)
+    return over_tokens(x, dt, adapter[0]), over_tokens(t, dz, adapter[1])
+
+
+def _exact_dx(dz, dt, w, x, terms, options):
+    """By a dense product."""
+    w = decompress(w.with_values(w.values.astype(dz.dtype)))
+    dx = jnp.matmul(dz, w.T, precision=options.precision)
+    if dt is not None:
+        left, _ = _cast(terms.adapter, dz.dtype)
+        dx = dx + jnp.matmul(dt, left.T, precision=options.precision)
+    if options.through is None:
+        return dx
+    return gradient_through(options.through, _source(x, terms), dx).astype(x.dtype)
+
+
+def _cast(adapter, dtype):
+    return None if adapter is None else tuple(a.astype(dtype) for a in adapter)
+
+
+def _turned(adapter):
+    """The adapter of dx: r, which is its l transposed, and l.T."""
+    return None if adapter is None else (adapter[1], adapter[0].T)
 
 
 # Where a layer is rematerialised, its first pass then runs `product` without the preactivation, but for

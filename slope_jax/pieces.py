@@ -29,17 +29,18 @@ def product(x, w, bias, adapter, activation, options: Options, saved: Saved):
 def gradients(activation, options: Options, residuals, dy):
     """dx, dw, dbias, dadapter; of a compressed w the residuals have its transpose as well."""
     x, w, transpose, bias, adapter, z, t = residuals
-    terms = Terms(bias, adapter)
     if isinstance(w, CompressedMatrix):
-        residuals = (x, w, transpose, terms, z, t)
+        residuals = (x, w, transpose, Terms(bias, adapter), z, t)
         dx, dw, _, terms = matmul.backward(activation, options, residuals, dy)
         return dx, dw.values, terms.bias, terms.adapter
     precision = options.precision
-    dz, dadapter, low_rank = matmul.outer_gradients(activation, options, x, terms, z, t, dy)
+    dz, dadapter = matmul.gradient_of_product(activation, x, z, dy), None
     dbias = None if bias is None else sums_of(dz).astype(bias.dtype)
     dx = jnp.matmul(dz, w.T, precision=precision)
-    if low_rank is not None:
-        dx = dx + jnp.matmul(*low_rank, precision=precision)
+    if adapter is not None:
+        dt = matmul.gradient_of_first(dz, adapter, options)
+        dx = dx + jnp.matmul(dt, adapter[0].astype(dz.dtype).T, precision=precision)
+        dadapter = matmul.gradients_of_adapter(x, t, dz, dt, adapter, options)
     tokens = tuple(range(x.ndim - 1))
     dw = jax.lax.dot_general(
         x, dz, ((tokens, tokens), ((), ())), precision, preferred_element_type=jnp.float32

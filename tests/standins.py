@@ -70,13 +70,23 @@ def _many(
     bias=None,
     activation=None,
     low_rank=None,
+    adapter=None,
+    transposed=False,
     joining=None,
+    through=None,
     save_preactivation=False,
+    save_sums=False,
+    sections=None,
     out_dtype=None,
     processors=132,
     **others,
 ):
     assert not any(others.values())
+    first = ()
+    if adapter is not None:
+        left, right = adapter
+        low_rank = (_narrow(x, left, None, transposed=transposed), right)
+        first = low_rank[:1]
     shape = 2 * values.shape[0], values.shape[1]
     w = compressed.CompressedMatrix(values, metadata, Pattern(2, 4), 0, shape)
     z = _float32(x, compressed.decompress(w))
@@ -85,10 +95,17 @@ def _many(
     if bias is not None:
         z += bias.astype(jnp.float32)[None]
     y = z if activation is None else epilogue.ACTIVATIONS[activation](z)
-    if joining is not None:
+    if through is not None:
+        y = epilogue.gradient_through(through, joining, y)
+    elif joining is not None:
         y += joining.astype(jnp.float32)
     dtype = out_dtype or x.dtype
-    return (y.astype(dtype), z.astype(dtype)) if save_preactivation else y.astype(dtype)
+    saved = (z.astype(dtype),) if save_preactivation else ()
+    saved += (x.astype(jnp.float32).sum(0, keepdims=True),) if save_sums else ()
+    y = y.astype(dtype)
+    y = (y,) if sections is None else epilogue.apart(y, sections)
+    found = (*y, *saved, *first)
+    return found if len(found) > 1 or sections is not None else y[0]
 
 
 def _first(x, left, cut, *, norm=None, form=None):

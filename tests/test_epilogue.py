@@ -1,5 +1,6 @@
 """Bias, activation and low-rank term of `nm_matmul` and `slope_matmul`, against plain formulas."""
 
+import functools
 import math
 
 import jax
@@ -59,6 +60,26 @@ def test_matmul_is_the_formula(activation):
     for low_rank in ({"low_rank": (x @ left, right)}, {"adapter": (left, right)}):
         y = nm_matmul(x, w, bias=bias, activation=activation, **low_rank)
         close(y, formula(activation, exact)[0])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_first_product_of_an_adapter_comes_last(transposed):
+    x, w, bias, left, right = problem()
+    t, y = x @ left, nm_matmul(x, w, bias=bias, low_rank=(x @ left, right))
+    given = {"adapter": (left.T if transposed else left, right), "left_transposed": transposed}
+    call = functools.partial(nm_matmul, x, w, bias=bias, **given)
+    for found, expected in [
+        (call(save_first=True), (y, t)),
+        (call(save_first=True, save_sums=True), (y, x.sum((0, 1)), t)),
+        (
+            call(save_first=True, activation="relu", save_preactivation=True),
+            (jnp.maximum(y, 0), y, t),
+        ),
+        (call(save_first=True, sections=(32, 16)), ((y[..., :32], y[..., 32:]), t)),
+        (call(), y),
+        (nm_matmul(x, w, adapter=(left[:, :0], right[:0]), save_first=True)[1], t[..., :0]),
+    ]:
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 @pytest.mark.parametrize("centred", [True, False])
@@ -207,6 +228,20 @@ def test_vmap_and_scan_over_layers_of_everything():
             "low_rank and adapter are both given",
         ),
         ({"save_preactivation": True}, "needs an activation"),
+        (
+            {"adapter": (jnp.ones((32, 4)), jnp.ones((4, 48))), "left_transposed": True},
+            r"adapter has shapes \(32, 4\).*\('rank', 32\)",
+        ),
+        ({"save_first": True}, r"save_first=True needs an adapter, \(l, r\)"),
+        ({"left_transposed": True}, "left_transposed=True needs an adapter"),
+        (
+            {
+                "adapter": (jnp.ones((32, 4)), jnp.ones((4, 48))),
+                "norm": Norm(jnp.ones(32)),
+                "save_first": True,
+            },
+            "save_first=True and a norm are both given; make the norm first",
+        ),
         ({"norm": Norm(jnp.ones(16))}, r"norm's scale has shape \(16,\).*\(32,\)"),
         ({"norm": Norm(jnp.ones(32), jnp.ones(48))}, r"norm's shift has shape \(48,\)"),
         (

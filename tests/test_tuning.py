@@ -293,10 +293,16 @@ def test_configurations_are_integers_and_their_cases_lower(op):
                 jax.ShapeDtypeStruct(second, jnp.bfloat16),
                 jax.ShapeDtypeStruct((k // 8, f), jnp.uint8),
             )
+            if op == "with_first":
+                operands += tuple(
+                    jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((k, 56), (56, f))
+                )
             traced = jax.jit(lambda *a, c=config, o=options: kernel.run(c, *a, **o)).trace(
                 *operands
             )
-            assert traced.out_info.shape == ((k // 2, f) if op == "nm_sddmm" else (n, f))
+            first, *others = jax.tree.leaves(traced.out_info)
+            assert first.shape == ((k // 2, f) if op == "nm_sddmm" else (n, f))
+            assert [each.shape for each in others] == ([(n, 56)] if op == "with_first" else [])
     traced.lower(lowering_platforms=("cuda",))
 
 
@@ -352,6 +358,52 @@ def test_the_gate_stops_wrong_products(run, message):
 def test_the_gate_stops_wrong_gradients(run, message):
     with pytest.raises(gate.WrongResult, match=message):
         gate.check_sddmm(run, *SHAPE)
+
+
+def xla_with_first(x, w, left, right):
+    return nm_matmul(x, w, adapter=(left, right), save_first=True, implementation="xla")
+
+
+def without_adapter(x, w, left, right):
+    return xla_matmul(x, w), xla_with_first(x, w, left, right)[1]
+
+
+def one_wrong(x, w, left, right):
+    y, t = xla_with_first(x, w, left, right)
+    return y, t.at[-1, -1].add(1)
+
+
+def nans_lost(x, w, left, right):
+    y, t = xla_with_first(x, w, left, right)
+    return y, jnp.nan_to_num(t)
+
+
+def flaky_with_first():
+    count = iter(range(100))
+
+    def run(*operands):
+        y, t = xla_with_first(*operands)
+        return y.at[0, 0].multiply(1 + 0.01 * (next(count) > 3)), t
+
+    return run
+
+
+def test_the_gate_lets_right_pairs_of_products_pass():
+    gate.check_with_first(jax.jit(xla_with_first), *SHAPE, 16)
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (one_wrong, "the first product of integers: 1 of 640 .* at \\(39, 15\\)"),
+        (without_adapter, "^integers"),
+        (nans_lost, "a NaN in x does not reach all"),
+        (flaky_with_first(), "repeated runs differ"),
+    ],
+)
+def test_the_gate_stops_wrong_pairs_of_products(run, message):
+    with pytest.raises(gate.WrongResult, match=message):
+        gate.check_with_first(run, *SHAPE, 16)
 
 
 def test_inputs_of_the_gate_are_adversarial():

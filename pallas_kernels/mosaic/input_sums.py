@@ -34,6 +34,9 @@ def store(x_ref, sums_ref, row, step) -> None:
             words = ptx.asm(
                 f"ld.shared.v4.b32 {{$0,$1,$2,$3}}, [$4+{128 * first}];", source, results="rrrr"
             )
+            if first + LANES > tokens:  # the others have read what comes behind x
+                known = ops.less(lane, tokens - first)
+                words = [ptx.select(known, word, ops.const(0)) for word in words]
             values = ptx.floats_of(words, ptx.dtype_of(x))
             total = values if total is None else ptx.add_floats(total, values)
         value = _of_all_lanes(lane, total)

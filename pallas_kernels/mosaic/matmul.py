@@ -13,7 +13,8 @@ Where that would leave most processors without a tile, the CTAs of a cluster sha
 (`exchange`), and have no other.
 
 A low-rank product t @ r joins the accumulator in further stages of 32 ranks: r (32 x rows) lies as
-values do, and t as x does, only that the instruction is the dense one. What joins the results, a
+values do, and t as x does, only that the instruction is the dense one; t = x @ l may be made here as well
+(`first_tiles`). What joins the results, a
 residual or the argument of an activation, comes through the ring as well, 64 outputs a stage, in the
 place of x: it arrives while the product's last stages are multiplied.
 """
@@ -24,13 +25,13 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.mosaic import exchange, frame, input_sums, launch, wgmma
+from pallas_kernels.mosaic import exchange, first_tiles, frame, launch, wgmma
 from pallas_kernels.mosaic.frame import CONSUMERS, STEP
 from pallas_kernels.mosaic.matmul_body import Kernel
-from pallas_kernels.mosaic.matmul_tiles import Tile, candidates, choose, suited
+from pallas_kernels.mosaic.matmul_tiles import Tile, candidates, choose, firsts, lead, suited
 from pallas_kernels.sections import Sections
 
-__all__ = ["Tile", "candidates", "choose", "nm_matmul", "suited"]
+__all__ = ["Tile", "candidates", "choose", "firsts", "lead", "nm_matmul", "suited"]
 
 SECTION = 64  # outputs of a section of the results are a multiple of so many
 
@@ -43,6 +44,7 @@ SECTION = 64  # outputs of a section of the results are a multiple of so many
     "save_sums",
     "sections",
     "out_dtype",
+    "transposed",
     "processors",
 )
 def nm_matmul(
@@ -54,6 +56,8 @@ def nm_matmul(
     bias: jax.Array | None = None,
     activation: str | None = None,
     low_rank: tuple[jax.Array, jax.Array] | None = None,
+    adapter: tuple[jax.Array, jax.Array] | None = None,
+    transposed: bool = False,
     joining: jax.Array | None = None,
     through: str | None = None,
     save_preactivation: bool = False,
@@ -69,6 +73,9 @@ def nm_matmul(
         are multiples of 64.
       values: (in / 2, out) in x's dtype, metadata: uint8 (in / 8, out); out a multiple of 8.
       bias: (out,). low_rank: t (tokens, rank), r (rank, out) in x's dtype, rank a multiple of 8.
+      adapter: l (in, rank) and r in the place of low_rank: the kernel makes t = x @ l as well, and returns
+        it last. Where `first_tiles.obstacle` has none.
+      transposed: l is (rank, in).
       joining: (tokens, out) in x's dtype, which the results then have as well.
       through: an activation, by whose derivative at `joining` the product is multiplied, in the place
         of the sum.
@@ -86,8 +93,12 @@ def nm_matmul(
         metadata = jnp.pad(metadata, ((0, 0), (0, 8)))
     out_type = jax.ShapeDtypeStruct((tokens, out), out_dtype or x.dtype)
     operands = frame.named("x", x) | {"w": values, "e": metadata}
+    rank, count = 0, 0
     if low_rank is not None:
         operands |= {"t": low_rank[0], "r": low_rank[1]}
+    if adapter is not None:
+        operands |= {"l": adapter[0], "r": adapter[1]}
+        rank, count = adapter[1].shape[0], tile.firsts(tokens)
     if bias is not None:
         operands["bias"] = jnp.pad(bias.astype(jnp.float32), (0, -out % (tile.rows * tile.down)))
     if through is not None and joining is None:
@@ -108,16 +119,18 @@ def nm_matmul(
             for number, size in enumerate(sections)
         }
     if save_sums:
-        if tile.tokens % input_sums.LANES:
-            raise ValueError(f"{tile}: sums need tokens that are a multiple of {input_sums.LANES}")
         tiles = tile.grid(tokens, out)[1] * tile.across
         results["sums"] = jax.ShapeDtypeStruct((tiles, k), jnp.float32)
-    schedule = tile.schedule(tokens, k, out, processors)
+    schedule = tile.schedule(tokens, k, out, processors, first=count > 0)
     if not tile.fits(schedule):
         raise ValueError(
             f"{tile}: needs at most {schedule.processors} tiles, of {tile.along} pairs of stages or more;"
             f" there are {schedule.tiles} of {schedule.steps}"
         )
+    if count:
+        if why := first_tiles.obstacle(tile, schedule, count, rank):
+            raise ValueError(why)
+        results["t"] = jax.ShapeDtypeStruct((tokens, rank), x.dtype)
     if schedule.slots:
         part = (schedule.slots * tile.cluster, CONSUMERS, tile.rows // CONSUMERS * tile.tokens)
         results["partial"] = jax.ShapeDtypeStruct(part, jnp.float32)
@@ -146,7 +159,7 @@ def nm_matmul(
     def body(*refs):
         names = (*operands, *results, *scratch)
         refs = dict(zip(names, refs, strict=True))
-        halves = Kernel(tile, schedule, activation, through, sections, refs)
+        halves = Kernel(tile, schedule, activation, through, sections, refs, count, transposed)
         if tile.along > 1:
             exchange.prepare(refs["exchange"], *tile.parts)
         frame.run(halves.produce, halves.consume)
@@ -162,11 +175,9 @@ def nm_matmul(
         name="nm_matmul",
     )
     found = dict(zip(results, kernel(*operands.values()), strict=True))
-    if sections is not None:
-        y = tuple(found[f"y{number}"] for number in range(len(sections)))
-        return (*y, found["sums"]) if save_sums else y
-    y, *saved = (found[name] for name in ("y", "z", "sums") if name in found)
-    return (y, *saved) if saved else y
+    names = ["y"] if sections is None else [f"y{number}" for number in range(len(sections))]
+    made = tuple(found[name] for name in (*names, "z", "sums", "t") if name in found)
+    return made if len(made) > 1 or sections is not None else made[0]
 
 
 def _check_sections(sections: tuple[int, ...], out: int) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic import exchange, frame, input_sums, parts, store, wgmma
+from pallas_kernels.mosaic.first_tiles import FirstTiles
 from pallas_kernels.mosaic.frame import CONSUMERS, STEP
 from pallas_kernels.mosaic.matmul_tiles import Tile
 from pallas_kernels.mosaic.schedule import Schedule
@@ -31,7 +32,10 @@ class Unit(NamedTuple):
 
 
 class Kernel:
-    """`refs` are the operands, results and scratch by name; the results, "z" and one or several "y"."""
+    """`refs` are the operands, results and scratch by name; the results, "z" and one or several "y".
+
+    With "l" among them, `firsts` tiles of the schedule are of t = x @ l; l may be transposed.
+    """
 
     def __init__(
         self,
@@ -41,6 +45,8 @@ class Kernel:
         through: str | None,
         sections: tuple[int, ...] | None,
         refs: dict,
+        firsts: int = 0,
+        transposed: bool = False,
     ):
         self.tile, self.schedule, self.refs = tile, schedule, refs
         self.activation, self.through = activation, through
@@ -58,9 +64,10 @@ class Kernel:
         self.rank_steps = pl.cdiv(refs["r"].shape[0], RANKS) if "r" in refs else 0
         self.joining_steps = tile.rows // 64 if "joining" in refs else 0
         self.ragged = k != self.steps * STEP or f % (tile.rows * tile.down) > 0
-        if schedule.slots:
-            flags = plgpu.SemaphoreType.REGULAR((CONSUMERS * schedule.slots * tile.cluster,))
-            refs["flags"] = pl.get_global(flags)
+        self.firsts = FirstTiles(self, firsts, transposed) if firsts else None
+        flags = schedule.slots * tile.cluster + (self.firsts.flags if firsts else 0)
+        if flags:
+            refs["flags"] = pl.get_global(plgpu.SemaphoreType.REGULAR((CONSUMERS * flags,)))
 
     def each_unit(self, body, init):
         """Calls body(unit, carry) -> carry for what this CTA is to do."""
@@ -68,7 +75,8 @@ class Kernel:
 
         def unit(number, carry):
             index, start, stop, slot, others = schedule.unit(processor, number)
-            row, column = plgpu.planar_snake(index, self.grid, tile.minor, tile.snake)
+            place = index - self.firsts.count if self.firsts else index
+            row, column = plgpu.planar_snake(place, self.grid, tile.minor, tile.snake)
             if self.multicast:
                 row = row * tile.down + lax.axis_index("down")
                 column = column * tile.across + lax.axis_index("across")
@@ -82,7 +90,15 @@ class Kernel:
             place = row * tile.rows, column * tile.tokens
             return body(Unit(index, *place, start, stop, slot, others), carry)
 
-        return lax.fori_loop(0, schedule.units(processor), unit, init)
+        first = self.firsts.of_processor(processor) if self.firsts else 0
+        return lax.fori_loop(first, schedule.units(processor), unit, init)
+
+    @property
+    def member(self):
+        """This CTA's number in its cluster."""
+        if not self.multicast:
+            return jnp.int32(0)
+        return lax.axis_index("down") * self.tile.across + lax.axis_index("across")
 
     def of_last(self, unit, steps: int):
         """Steps that belong to the unit that finishes a tile."""
@@ -107,13 +123,9 @@ class Kernel:
                 )
                 for b in range(tile.rows // 64)
             ]
-            groups = pl.ds(k * (STEP // 8), STEP // 8)
-            copies += [
-                (self.e.at[groups, pl.ds(row + 128 * b, 128)], refs["e_smem"].at[stage, b], None)
-                for b in range(tile.rows // 128)
-            ]
             for source, target, axis in copies:
                 copy(source, target, stage, axis)
+            self.load_metadata(copy, stage, row, k)
 
         def copy(source, target, stage, axis):
             shared = axis is not None and getattr(tile, axis) > 1
@@ -124,22 +136,24 @@ class Kernel:
         def load_tokens(stage, source, axis="down"):
             copy(source, refs["x_smem"].at[stage], stage, axis)
 
+        def load_inputs(stage, tokens, k, axis="down"):
+            def inputs(number, first):
+                load_tokens(stage, self.x[number].at[tokens, pl.ds(first, STEP)], axis)
+
+            frame.in_section(self.sizes, k * STEP, inputs)
+
+        def acquire(stage, count):
+            @pl.when(count >= tile.stages)
+            def _():
+                plgpu.barrier_wait(empty.at[stage])
+
         def unit(unit, carry):
             tokens = pl.ds(unit.column, tile.tokens)
-
-            def acquire(stage, count):
-                @pl.when(count >= tile.stages)
-                def _():
-                    plgpu.barrier_wait(empty.at[stage])
 
             def step(k, carry):
                 stage, count = carry
                 acquire(stage, count)
-
-                def inputs(number, first):
-                    load_tokens(stage, self.x[number].at[tokens, pl.ds(first, STEP)])
-
-                frame.in_section(self.sizes, k * STEP, inputs)
+                load_inputs(stage, tokens, k)
                 load(stage, unit.row, k, self.w, pl.ds(k * (STEP // 2), STEP // 2))
                 return self.next(stage), count + 1
 
@@ -162,19 +176,30 @@ class Kernel:
             carry = lax.fori_loop(unit.start, unit.stop, step, carry)
             if self.rank_steps:
                 ranks = self.of_last(unit, self.rank_steps)
+                if self.firsts:
+                    pl.when(ranks > 0)(lambda: self.firsts.wait(unit.column))
                 carry = lax.fori_loop(0, ranks, rank_step, carry)
             if self.joining_steps:
                 blocks = self.of_last(unit, self.joining_steps)
                 carry = lax.fori_loop(0, blocks, joining_step, carry)
             return carry
 
-        _, count = self.each_unit(unit, (jnp.int32(0), jnp.int32(0)))
+        carry = (jnp.int32(0), jnp.int32(0))
+        if self.firsts:
+            carry = self.firsts.produce(acquire, copy, load_inputs, carry)
+        _, count = self.each_unit(unit, carry)
         if self.multicast:  # outlive the last arrivals from the rest of the cluster
             for stage in range(tile.stages):
 
                 @pl.when(count > stage)
                 def _(stage=stage):
                     plgpu.barrier_wait(empty.at[stage])
+
+    def load_metadata(self, copy, stage, row, k):
+        groups = pl.ds(k * (STEP // 8), STEP // 8)
+        for b in range(self.tile.rows // 128):
+            source = self.e.at[groups, pl.ds(row + 128 * b, 128)]
+            copy(source, self.refs["e_smem"].at[stage, b], stage, None)
 
     def consume(self, wg):
         tile, refs = self.tile, self.refs
@@ -236,7 +261,10 @@ class Kernel:
                 stage = self.after(stage, self.of_last(unit, self.joining_steps))
             return stage
 
-        self.each_unit(unit, jnp.int32(0))
+        stage = jnp.int32(0)
+        if self.firsts:
+            stage = self.firsts.consume(wg, stage)
+        self.each_unit(unit, stage)
         plgpu.wait_smem_to_gmem(0)
 
     def add_up(self, x, unit, number):
@@ -259,9 +287,7 @@ class Kernel:
         if self.together:
             return self.bring_together(acc, bias, row, unit, stage, wg)
 
-        member = jnp.int32(0)
-        if cluster > 1:
-            member = lax.axis_index("down") * self.tile.across + lax.axis_index("across")
+        member = self.member
         held = wgmma.registers(acc)
 
         @pl.when(unit.slot >= 0)

@@ -44,13 +44,7 @@ def leave(mine, held: Registers, partial_ref, flag_ref, index) -> None:
                 *values[i : i + 4],
             )
         mutils.warpgroup_barrier()
-        thread = llvm.and_(mutils.thread_idx(), ops.const(127))
-        ops.asm(
-            "{ .reg .pred p; setp.eq.b32 p, $1, 0; @p st.release.gpu.global.b32 [$0], 1; }",
-            "l,r,~{memory}",
-            _flag_address(flag, index),
-            thread,
-        )
+        _raise(_flag_address(flag, index))
 
     body(mine, partial_ref, flag_ref, index)
 
@@ -64,13 +58,8 @@ def add(mine, held: Registers, partial_ref, flag_ref, index):
     )
     def body(ctx, mine, partial, flag, index):
         f32 = ir.F32Type.get()
-        ops.asm(
-            "{ .reg .pred p; .reg .b32 v; setp.ne.b32 p, $1, 0; @p bra DONE; "
-            "AGAIN: ld.acquire.gpu.global.b32 v, [$0]; setp.eq.b32 p, v, 0; @p bra AGAIN; DONE: }",
-            "l,r,~{memory}",
-            _flag_address(flag, index),
-            llvm.and_(mutils.thread_idx(), ops.const(127)),
-        )
+        thread = llvm.and_(mutils.thread_idx(), ops.const(127))
+        _await(_flag_address(flag, index), thread)
         mutils.warpgroup_barrier()
         values = held.values_of(mine)
         address = _partial_address(partial, index, len(values))
@@ -88,6 +77,53 @@ def add(mine, held: Registers, partial_ref, flag_ref, index):
         return held.from_values(added)
 
     return body(mine, partial_ref, flag_ref, index)
+
+
+def announce(flag_ref, index) -> None:
+    """Raises flag_ref[index] of this warpgroup, whose stores by TMA have been made."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT))
+    def body(ctx, flag, index):
+        ops.asm("fence.proxy.async;", "~{memory}")
+        mutils.warpgroup_barrier()
+        _raise(_flag_address(flag, index))
+
+    body(flag_ref, index)
+
+
+def await_all(flag_ref, index) -> None:
+    """Waits in a warp for flag_ref[index] of all warpgroups; loads by TMA may follow."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT))
+    def body(ctx, flag, index):
+        i64 = ir.IntegerType.get_signless(64)
+        base = llvm.ptrtoint(i64, mutils.memref_ptr(flag))
+        address = ops.add_reg(base, ops.wide_mul(index.registers.item(), 4 * CONSUMERS))
+        for consumer in range(CONSUMERS):
+            _await(ops.add(address, 4 * consumer), ops.const(0))
+        ops.asm("bar.warp.sync 0xffffffff; fence.proxy.async;", "~{memory}")
+
+    body(flag_ref, index)
+
+
+def _raise(address) -> None:
+    ops.asm(
+        "{ .reg .pred p; setp.eq.b32 p, $1, 0; @p st.release.gpu.global.b32 [$0], 1; }",
+        "l,r,~{memory}",
+        address,
+        llvm.and_(mutils.thread_idx(), ops.const(127)),
+    )
+
+
+def _await(address, thread) -> None:
+    """Until the flag is up, in threads that are 0."""
+    ops.asm(
+        "{ .reg .pred p; .reg .b32 v; setp.ne.b32 p, $1, 0; @p bra DONE; "
+        "AGAIN: ld.acquire.gpu.global.b32 v, [$0]; setp.eq.b32 p, v, 0; @p bra AGAIN; DONE: }",
+        "l,r,~{memory}",
+        address,
+        thread,
+    )
 
 
 def _partial_address(partial, index, values: int):

@@ -12,22 +12,25 @@ from pallas_kernels import batching, tuning
 from pallas_kernels.compressed import CompressedMatrix
 from pallas_kernels.device import current
 from pallas_kernels.epilogue import (
+    RANK_MULTIPLE,
     Epilogue,
     apart,
     finish,
+    first_product,
     moments,
     padded_rank,
     sums_of,
 )
 from pallas_kernels.mosaic import (
     few_tokens,
-    first_product,
+    first_tiles,
     matmul,
     narrow,
     normed,
     sddmm,
     transpose,
 )
+from pallas_kernels.mosaic import first_product as few_first
 from pallas_kernels.mosaic.frame import STEP
 from pallas_kernels.mosaic.support import narrow_obstacle, processors
 from pallas_kernels.mosaic.two_four import as_two_four, values_of
@@ -42,7 +45,7 @@ def nm_matmul(
         without = dataclasses.replace(epilogue, save_moments=False)
         result = nm_matmul(x, w, out_dtype, None, without)
         y, *saved = result if isinstance(result, tuple) else (result,)
-        place = len(saved) - epilogue.save_sums
+        place = len(saved) - epilogue.save_sums - epilogue.save_first
         return (y, *saved[:place], None, *saved[place:])
     run = functools.partial(_nm_matmul, out_dtype=out_dtype)
     if epilogue.save_sums:  # of every member's own rows
@@ -72,6 +75,17 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
     few = kernel_of("nm_matmul", tokens, k, f, x.dtype) == "few_tokens"
     if few or not _reads_apart(x, epilogue):
         x = whole(x)
+    if few and epilogue.left_transposed:
+        left = (epilogue.left, epilogue.adapter[1])
+        epilogue = dataclasses.replace(epilogue, adapter=left, left_transposed=False)
+    inside = None
+    if epilogue.adapter is not None:
+        inside = tile_with_first(tokens, k, f, epilogue.adapter[1].shape[0], x.dtype)
+    if epilogue.save_first and inside is None:
+        t = _first_product(x, epilogue)
+        result = _nm_matmul(x, w, epilogue.with_first(t), out_dtype=out_dtype)
+        saved = epilogue.save_preactivation or epilogue.save_moments or epilogue.save_sums
+        return (*result, t) if saved else (result, t)
     if tokens == 0:
         zeros = jnp.zeros((*x.shape[:-1], f), jnp.float32)
         x, epilogue = epilogue.normalised(x)
@@ -81,22 +95,26 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
     writes_apart = joins and not few and _writes_apart(epilogue, x.dtype, out_dtype)
     if epilogue.sections is not None and not writes_apart:
         result = _nm_matmul(x, w, dataclasses.replace(epilogue, sections=None), out_dtype=out_dtype)
-        y, *sums = result if epilogue.save_sums else (result,)
+        saved = epilogue.save_sums or epilogue.save_first
+        y, *saved = result if saved else (result,)
         y = apart(y, epilogue.sections)
-        return (y, *sums) if sums else y
+        return (y, *saved) if saved else y
     if not joins:
         return _joined_apart(x, w, epilogue, out_dtype)
     leading = x.shape[:-1]
     w, rows = as_two_four(w), _rows(x, tokens)
     module = few_tokens if few else matmul
     with_first = _with_first(rows, f, epilogue)
-    config = with_first or configuration("nm_matmul", tokens, k, f, x.dtype)
+    config = with_first or inside or configuration("nm_matmul", tokens, k, f, x.dtype)
     norm = _norm_options(rows, f, config, epilogue)
     if not norm:
         rows, epilogue = epilogue.normalised(rows)
     options = norm | _joining_options(module, tokens, f, epilogue) | _where(module)
     if with_first:
         options["adapter"] = _padded(epilogue.adapter)
+    elif inside:
+        transposed = epilogue.left_transposed
+        options |= {"adapter": _padded(epilogue.adapter, transposed), "transposed": transposed}
     else:
         options["low_rank"] = _low_rank(rows, epilogue, **norm)
     result = module.nm_matmul(
@@ -111,7 +129,10 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
         **options,
     )
     saved = jax.tree.leaves(result)
-    sums = ()
+    sums, first = (), ()
+    if inside:
+        t = saved.pop()[:, : epilogue.adapter[1].shape[0]]
+        first = (t.reshape(*leading, -1),) if epilogue.save_first else ()
     if epilogue.save_sums:
         sums = (sums_of(rows if module is few_tokens else saved.pop()),)
     y, *saved = (a.reshape(*leading, *a.shape[1:]) for a in saved)
@@ -122,7 +143,8 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
     y = jax.lax.optimization_barrier(y)
     if epilogue.save_moments and module is not few_tokens:
         saved.append(moments(y))
-    return (y, *saved, *sums) if (*saved, *sums) else y
+    saved += [*sums, *first]
+    return (y, *saved) if saved else y
 
 
 def _gives_moments(x, w, epilogue: Epilogue, out_dtype) -> bool:
@@ -166,10 +188,11 @@ def _joined_apart(x, w, epilogue: Epilogue, out_dtype):
     later = Epilogue(**{name: getattr(epilogue, name) for name in names})
     result = _nm_matmul(x, w, epilogue.without_joining(), out_dtype=jnp.float32)
     y, *saved = result if isinstance(result, tuple) else (result,)
-    sums = [saved.pop()] if epilogue.save_sums else []
+    last = len(saved) - epilogue.save_sums - epilogue.save_first
+    saved, others = saved[:last], saved[last:]
     y = finish(y, later, out_dtype)
     saved = [z.astype(out_dtype) for z in saved]
-    saved += [moments(y)] * epilogue.save_moments + sums
+    saved += [moments(y)] * epilogue.save_moments + others
     return (y, *saved) if saved else y
 
 
@@ -297,23 +320,50 @@ def _with_first(x, f: int, epilogue: Epilogue) -> few_tokens.Config | None:
     return few_tokens.choose_with_first(*x.shape, f, str(x.dtype), norms, rank)
 
 
-def _padded(adapter: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def tile_with_first(tokens: int, k: int, f: int, rank: int, dtype) -> matmul.Tile | None:
+    """How the kernel for many tokens is cut that makes an adapter's first product as well; None where that
+    was not measured to be faster than the first product apart, or joins the kernel for few tokens.
+
+    For other tokens than were measured it counts as so much faster or slower as the estimates say.
+    """
+    few = kernel_of("nm_matmul", tokens, k, f, dtype) == "few_tokens"
+    entry = None if few or not tokens else _measured("with_first", tokens, k, f, dtype)
+    if entry is None:
+        return None
+    tile, where = matmul.Tile(**entry.config), _where(matmul)
+    rank = -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
+    plan = tile.schedule(tokens, k, f, **where, first=True)
+    if first_tiles.obstacle(tile, plan, tile.firsts(tokens), rank):
+        return None
+    here, there = (
+        matmul.lead(tile, count, k, f, rank, **where) for count in (tokens, entry.tokens)
+    )
+    return tile if entry.dense_us * here > entry.sparse_us * there else None
+
+
+def _padded(adapter: tuple[jax.Array, jax.Array], transposed: bool = False):
     left, r = adapter
-    return padded_rank(left, -1), padded_rank(r, -2)
+    return padded_rank(left, -2 if transposed else -1), padded_rank(r, -2)
+
+
+def _first_product(x, epilogue: Epilogue) -> jax.Array:
+    """An adapter's, by the kernel for it or XLA."""
+    left, transposed = epilogue.adapter[0], epilogue.left_transposed
+    shape = left.shape[::-1] if transposed else left.shape
+    x = whole(x)
+    if narrow_obstacle(shape, str(x.dtype), math.prod(x.shape[:-1])):
+        return first_product(x, epilogue.left)
+    return _narrow_matmul(x, left, transposed=transposed)
 
 
 def _low_rank(x, epilogue: Epilogue, **norm):
     """t and r as the kernel takes them, or None; t of the norm of x, where the kernels make that."""
     if epilogue.adapter is not None and x.shape[0] <= few_tokens.MOST_FIRST:
         left, r = _padded(epilogue.adapter)
-        cut = first_product.choose(*left.shape)
-        return first_product.first_product(x, left, cut, **norm), r
+        cut = few_first.choose(*left.shape)
+        return few_first.first_product(x, left, cut, **norm), r
     if epilogue.adapter is not None:
-        left, r = epilogue.adapter
-        if narrow_obstacle(left.shape, str(x.dtype), x.shape[0]):
-            t, r = epilogue.multiplied(x).low_rank
-        else:
-            t = _narrow_matmul(x, left, transposed=False)
+        t, r = _first_product(x, epilogue), epilogue.adapter[1]
     elif epilogue.low_rank is not None:
         t, r = epilogue.low_rank
     else:

@@ -90,6 +90,27 @@ def multiply_dense(acc, a_ref, x_ref, dtype: str):
     return _group(acc, (a_ref, x_ref), 64 * blocks, tokens, 2, prepare)
 
 
+def multiply_first(acc, l_ref, x_ref, rank_blocks: int, dtype: str, transposed: bool):
+    """As `multiply_sparse`, acc (64 * rank_blocks, tokens) += l.T @ x.T over 64 inputs.
+
+    l_ref: (blocks, 32, 64), a pair of blocks for 64 columns of l: the first and last 32 inputs x columns; if
+    transposed, the first and last 32 columns x inputs.
+    """
+    tokens = x_ref.shape[0]
+
+    def prepare(left, x):
+        l_base, x_base = _descriptor(left), _descriptor(x)
+        step, kind = (32, "0, 0") if transposed else (2048, "1, 0")
+
+        def issue(registers, block, k, accumulate):
+            l_desc, x_desc = _at(l_base, 8192 * block + step * k), _at(x_base, 32 * k)
+            return _wgmma_dense(registers, l_desc, x_desc, tokens, kind, dtype, accumulate)
+
+        return issue
+
+    return _group(acc, (l_ref, x_ref), 64 * rank_blocks, tokens, STEP // 16, prepare)
+
+
 def multiply_transposed(acc, a_ref, b_ref, columns: int, dtype: str):
     """Issues and commits one group, acc += a.T @ b, both token-major (MN-major for wgmma).
 

@@ -1,0 +1,153 @@
+"""t = x @ l within `matmul`: tiles of t, which CTAs make before they turn to those of the product.
+
+Such a tile has as many tokens as one of the product, and all ranks; x comes through the ring as always, and l
+in the place of the weight. The accumulator is t.T, of which each warpgroup has half of the tokens. t leaves
+for memory, and a flag of each warpgroup says so; the producer of every CTA waits for those of its tokens
+before it loads t, which is at the end of a tile, when t has long been there. The CTAs that make t are the
+same in number as tiles are, and the others multiply by w meanwhile: to read x once more then takes little
+time of its own, where a kernel of its own would wait for memory.
+"""
+
+import functools
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.mosaic import parts, store, wgmma
+from pallas_kernels.mosaic.frame import CONSUMERS, STEP
+
+RANKS = 64  # of an accumulator's rows
+
+
+class FirstTiles:
+    """`kernel` is the `matmul_body.Kernel` they are made in; its refs have "l", and "t" as a result.
+
+    Args:
+      count: how many tiles the processors share; the schedule's first ones.
+      transposed: l is (rank, in).
+    """
+
+    def __init__(self, kernel, count: int, transposed: bool):
+        self.kernel, self.count, self.transposed = kernel, count, transposed
+        self.tile, self.refs = kernel.tile, kernel.refs
+        self.left = self.refs["l"]
+        self.steps = pl.cdiv(sum(kernel.sizes), STEP)
+        self.rank_blocks = pl.cdiv(self.left.shape[0 if transposed else 1], RANKS)
+        self.base = kernel.schedule.slots * self.tile.cluster  # of the flags
+        self.flags = count * self.tile.cluster
+
+    def of_processor(self, processor):
+        """How many of them a processor makes."""
+        every = self.kernel.schedule.processors
+        return lax.div(jnp.int32(self.count + every - 1) - processor, jnp.int32(every))
+
+    def each(self, body, init):
+        """Calls body(block, carry) -> carry; the block's tokens are tile.tokens * block and so on."""
+        processor, every = lax.axis_index("grid"), self.kernel.schedule.processors
+
+        def one(number, carry):
+            index = number * every + processor
+            return body(index * self.tile.cluster + self.kernel.member, carry)
+
+        return lax.fori_loop(0, self.of_processor(processor), one, init)
+
+    def wait(self, column) -> None:
+        """In the producer: until t of a tile's tokens is in memory."""
+        block = lax.div(column, jnp.int32(self.tile.tokens))
+        parts.await_all(self.refs["flags"], self.base + block)
+
+    def produce(self, acquire, copy, load_inputs, carry):
+        """Loads all of this CTA's; `acquire`, `copy` and `load_inputs` as the kernel's own tiles do."""
+        tile = self.tile
+        together = "down" if tile.down > 1 else "across"  # l is the same for the whole cluster
+
+        def load_left(stage, k, zero):
+            for b in range(tile.rows // 64):
+                ranks, half = RANKS * (b // 2), 32 * (b % 2)
+                place = pl.ds(k * STEP + half, 32), pl.ds(zero + ranks, RANKS)
+                if self.transposed:
+                    place = pl.ds(zero + ranks + half, 32), pl.ds(k * STEP, STEP)
+                copy(self.left.at[place], self.refs["w_smem"].at[stage, b], stage, together)
+
+        def block(block, carry):
+            zero = block - block  # TMA may read beyond the ends, and constants may not
+
+            def step(k, carry):
+                stage, count = carry
+                acquire(stage, count)
+                load_inputs(stage, pl.ds(block * tile.tokens, tile.tokens), k, None)
+                load_left(stage, k, zero)
+                self.kernel.load_metadata(
+                    copy, stage, zero, 0
+                )  # unused: each stage has as many arrivals
+                return self.kernel.next(stage), count + 1
+
+            return lax.fori_loop(0, self.steps, step, carry)
+
+        return self.each(block, carry)
+
+    def consume(self, wg, stage):
+        """Multiplies and stores them; the stage that comes after."""
+        full, empty = self.refs["full"], self.refs["empty"]
+        half = self.tile.tokens // CONSUMERS
+
+        def issue(acc, stage, previous):
+            plgpu.barrier_wait(full.at[stage])
+            left = self.refs["w_smem"].at[stage]
+            x = self.refs["x_smem"].at[stage, pl.ds(wg * half, half)]
+            dtype, transposed = self.kernel.dtype, self.transposed
+            acc = wgmma.multiply_first(acc, left, x, self.rank_blocks, dtype, transposed)
+            wgmma.wait(1)
+            if previous is not None:
+                plgpu.barrier_arrive(empty.at[previous])
+            return acc
+
+        def again(_, state):
+            acc, previous = state
+            here = self.kernel.next(previous)
+            return issue(acc, here, previous), here
+
+        def block(block, stage):
+            first = issue(None, stage, None), stage
+            acc, last = lax.fori_loop(1, self.steps, again, first)
+            acc = wgmma.drain(acc)
+            plgpu.barrier_arrive(empty.at[last])
+            self.store(acc, block, wg)
+            return self.kernel.next(last)
+
+        return self.each(block, stage)
+
+    def store(self, acc, block, wg) -> None:
+        tile, refs = self.tile, self.refs
+        half = tile.tokens // CONSUMERS
+        zero = block - block
+        leave = functools.partial(store.store_transposed, acc, None)
+        places = [
+            (rows, first)
+            for rows in range(self.rank_blocks)
+            for first in range(0, half, tile.slot_tokens)
+        ]
+        for count, (rows, first) in enumerate(places):
+            slot = refs["out_smem"].at[wg, count % tile.slots]
+            plgpu.wait_smem_to_gmem(tile.slots - 1, wait_read_only=True)
+            leave(slot, rows, first, self.kernel.dtype, None)
+            plgpu.commit_smem()
+            tokens = pl.ds(block * tile.tokens + wg * half + first, tile.slot_tokens)
+            plgpu.copy_smem_to_gmem(slot, refs["t"].at[tokens, pl.ds(zero + RANKS * rows, RANKS)])
+        plgpu.wait_smem_to_gmem(0)
+        parts.announce(refs["flags"], self.base + block)
+
+
+def obstacle(tile, schedule, count: int, rank: int) -> str | None:
+    """Why a product that is cut so cannot make t, in `count` tiles of its schedule's, or None."""
+    if tile.along > 1:
+        return f"{tile}: CTAs that share tiles along the inputs make no t"
+    if 2 * pl.cdiv(rank, RANKS) > tile.rows // 64:
+        return f"{tile}: a stage has room for a rank of {RANKS * (tile.rows // 128)}, not {rank}"
+    if (tile.tokens // CONSUMERS) % tile.slot_tokens:
+        return f"{tile}: half of its tokens are no multiple of its slots' tokens"
+    if schedule.slots and schedule.waves * schedule.processors < count:
+        return f"{tile}: {schedule.tiles} tiles are no whole wave, and others than whole ones make no t"
+    return None

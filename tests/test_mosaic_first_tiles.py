@@ -1,0 +1,398 @@
+"""Both products of an adapter in the kernel for many tokens: its tiles, the way to it, and what it computes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import standins
+from compiled import compress, decompress
+from hopper import lowered, needs_gpu, needs_jax
+
+from pallas_kernels import NarrowQuery, choose_narrow, nm_matmul, tuning
+from pallas_kernels.epilogue import gradient_through
+from pallas_kernels.mosaic import support
+from slope_jax import SparseDense, explain, slope_matmul
+
+TOKENS, K, F, RANK = 2048, 1600, 1536, 16
+FASTER, SLOWER = (80.0, 100.0), (100.0, 80.0)
+
+
+def shape_of(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def integers(seed, shape, most, dtype=jnp.bfloat16):
+    values = np.random.default_rng(seed).integers(-most, most + 1, shape)
+    return jnp.asarray(values.astype(np.float32), dtype)
+
+
+def left_of(k, rank, dtype=jnp.bfloat16):
+    """Of which every 23rd row is not zero, so that x @ l of integers is exact in 16 bits."""
+    return integers(1, (k, rank), 1, dtype) * (jnp.arange(k) % 23 == 5).astype(dtype)[:, None]
+
+
+def float32(x):
+    return np.asarray(x, np.float32)
+
+
+@pytest.fixture
+def tile():
+    from pallas_kernels.mosaic import matmul
+
+    return matmul.Tile(blocks=1, tokens=128, slot_tokens=64, stages=6)
+
+
+@pytest.fixture
+def measure(monkeypatch, tile):
+    """Makes it a measured fact that one kernel takes so long, and two so long; for all shapes."""
+    from pallas_kernels.mosaic import products
+
+    def measure(sparse_us, dense_us):
+        def measured(op, tokens, k, f, dtype):
+            config = dataclasses.asdict(tile)
+            entry = tuning.Entry(op, "16-bit", tokens, (k, f), config, sparse_us, dense_us)
+            return entry if op == "with_first" else None
+
+        monkeypatch.setattr(products, "_measured", measured)
+
+    return measure
+
+
+def tiles():
+    if support.version_obstacle():
+        return []
+    from pallas_kernels.mosaic import matmul_tiles
+
+    halves = [size for size in matmul_tiles.SIZES if size.tokens // 2 % size.slot_tokens == 0]
+    assert len(halves) >= 14
+    return halves
+
+
+@needs_jax
+@pytest.mark.parametrize("size", tiles(), ids=str)
+def test_every_tile_lowers_for_cuda(size, strict_dtypes):
+    """Alone and with all else; where JAX has 64 bits as well."""
+    from pallas_kernels.mosaic import matmul
+
+    rank = 16 if size.rows == 128 else 80
+    x, values, metadata = shape_of(4000, 776), shape_of(388, 520), shape_of(97, 520, dtype="uint8")
+    right, joining = shape_of(rank, 520), shape_of(4000, 520)
+
+    def run(transposed, x, values, metadata, left, right, joining):
+        options = {"joining": joining, "save_sums": True} if transposed else {}
+        adapter = {"adapter": (left, right), "transposed": transposed}
+        return matmul.nm_matmul(x, values, metadata, size, **adapter, **options)
+
+    for transposed in (False, True):
+        left = shape_of(rank, 776) if transposed else shape_of(776, rank)
+        program = functools.partial(run, transposed)
+        with jax.enable_x64(transposed):
+            assert "nm_matmul" in lowered(program, x, values, metadata, left, right, joining)
+
+
+@needs_jax
+def test_tiles_that_can_make_no_first_product_are_named(tile):
+    from pallas_kernels.mosaic import matmul
+
+    x, values, metadata = shape_of(200, 776), shape_of(388, 520), shape_of(97, 520, dtype="uint8")
+
+    def run(tile, rank):
+        adapter = shape_of(776, rank), shape_of(rank, 520)
+        call = functools.partial(matmul.nm_matmul, tile=tile)
+        jax.eval_shape(lambda x, v, e, a: call(x, v, e, adapter=a), x, values, metadata, adapter)
+
+    for changed, rank, message in [
+        ({"tokens": 64, "slot_tokens": 32, "along": 2}, 16, "share tiles along the inputs"),
+        ({}, 72, "room for a rank of 64, not 72"),
+        ({"slot_tokens": 128, "slots": 1, "stages": 5}, 16, "no multiple of its slots' tokens"),
+        ({"splits": 8}, 16, "12 tiles are no whole wave"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(dataclasses.replace(tile, **changed), rank)
+    run(tile, 64)
+
+
+@needs_jax
+@pytest.mark.parametrize("tokens", [65, 512, 2048, 65536])
+@pytest.mark.parametrize("size", [(768, 768), (4096, 14336), (72, 40)])
+def test_every_tile_of_t_and_of_y_is_made_once_and_t_waits_for_nothing(tokens, size):
+    """By the schedule alone: the tiles of t are the first ones of their processors."""
+    from pallas_kernels.mosaic import matmul
+
+    for tile in matmul.firsts(tokens, *size, 40):
+        plan, count = tile.schedule(tokens, *size, 132, first=True), tile.firsts(tokens)
+        assert count * tile.cluster * tile.tokens >= tokens
+        down, across = tile.grid(tokens, size[1])
+        assert plan.tiles == count + down * across
+        processors = np.arange(plan.processors)
+        firsts = -(-(count - processors) // plan.processors)  # as `FirstTiles.of_processor` has it
+        units = np.broadcast_to(plan.units(jnp.asarray(processors)), processors.shape)
+        number = np.arange(units.max())[:, None]
+        found = [np.asarray(each) for each in jax.jit(plan.unit)(processors[None], number)]
+        index, *whole = (np.broadcast_to(each, (len(number), len(processors))) for each in found)
+        mine = number < units
+        assert ((index < count) == (number < firsts))[mine].all()
+        for values, value in zip(whole, (0, plan.steps, -1, 0), strict=True):
+            assert (values[mine] == value).all()
+        assert sorted(index[mine]) == list(range(plan.tiles))
+
+
+@needs_jax
+def test_products_and_gradients_take_it_where_it_was_faster(monkeypatch, measure):
+    monkeypatch.setattr(support, "device_obstacle", lambda: None)
+
+    def layer(x, w, adapter):
+        return slope_matmul(x, w, adapter=adapter, implementation="mosaic")
+
+    def program(rank, *, gradients=False):
+        w = jax.eval_shape(lambda w: compress(w, "2:4"), shape_of(K, F))
+        arguments = shape_of(TOKENS, K), w, (shape_of(K, rank), shape_of(rank, F))
+
+        def loss(*arguments):  # anew, since JAX keeps what it has traced of a function
+            return layer(*arguments).astype(jnp.float32).sum()
+
+        return lowered(jax.grad(loss, argnums=(0, 2)) if gradients else loss, *arguments)
+
+    measure(*FASTER)
+    for rank in (16, 20):  # padded to 24
+        assert "narrow_product" not in program(rank)
+        text = program(rank, gradients=True)
+        assert "narrow_product" not in text
+        assert text.count("call @nm_matmul") == 2
+        # Gradients of l and r, over the tokens, are all that XLA multiplies.
+        assert text.count("stablehlo.dot_general") == 2
+    assert "narrow_product" in program(72)  # no room for it
+    measure(*SLOWER)
+    assert program(16).count("call @narrow_product") == 1
+    assert program(16, gradients=True).count("call @narrow_product") == 2
+
+
+@needs_jax
+def test_other_tokens_than_were_measured_go_by_the_estimates(monkeypatch):
+    """2300 tokens of 5120 x 15360, measured to be even with 2048, whose tiles fill five waves without t's."""
+    from pallas_kernels.mosaic import matmul, products
+
+    config = dataclasses.asdict(matmul.Tile(down=2))
+
+    def takes(tokens, measured, microseconds):
+        entry = tuning.Entry("with_first", "16-bit", measured, (5120, 15360), config, *microseconds)
+        monkeypatch.setattr(products, "_measured", lambda *_: entry)
+        return products.tile_with_first(tokens, 5120, 15360, 80, "bfloat16") is not None
+
+    even = (100.0, 100.0)
+    assert takes(2300, 2048, even)
+    assert not takes(2048, 2048, even)
+    assert not takes(2048, 2300, even)
+    assert takes(2048, 2048, FASTER)
+    assert takes(2048, 2300, FASTER)
+    assert not takes(2300, 2048, SLOWER)
+
+
+@needs_jax
+def test_it_is_told_what_makes_the_first_product(monkeypatch, measure):
+    monkeypatch.setattr(support, "device_obstacle", lambda: None)
+    layer = SparseDense(F, adapter_rank=RANK, dtype=jnp.bfloat16, implementation="mosaic")
+    x = shape_of(TOKENS, K)
+    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+    measure(*FASTER)
+    assert explain(layer, variables, x).rows[0].reason == (
+        "asked for; x @ l mosaic: by the kernel of the product that it joins"
+    )
+    alone = choose_narrow(NarrowQuery((K, RANK), "bfloat16", TOKENS))
+    assert alone == ("mosaic", "measured to be the faster one")
+    measure(*SLOWER)
+    reason = explain(layer, variables, x).rows[0].reason
+    assert reason == "asked for; x @ l mosaic: measured to be the faster one"
+
+
+def terms(tokens, dtype):
+    residual, source = integers(5, (tokens, F), 4, dtype), integers(6, (tokens, F), 4, dtype)
+    yield {}
+    yield {"bias": integers(4, (F,), 4, jnp.float32), "activation": "relu"}
+    yield {"activation": "relu", "save_preactivation": True}
+    yield {"residual": residual, "save_sums": True}
+    yield {"through": ("relu", source), "save_sums": True}
+    yield {"sections": (512, 1024), "save_sums": True}
+    yield {"sections": (520, 1016)}  # which the kernel cannot write apart
+    yield {"residual": residual, "out_dtype": jnp.float32}
+
+
+def expected(x, w, t, right, *, bias=0, activation=None, residual=0, through=None, **others):
+    """By the definition, in float32, where all of it is exact; rounded once."""
+    z = float32(x) @ float32(decompress(w)) + t @ float32(right) + float32(bias)
+    y = np.maximum(z, 0) if activation else z
+    y = y + float32(residual)
+    if through is not None:
+        y = np.asarray(gradient_through(*through, jnp.asarray(y)))
+    sizes = others.get("sections")
+    y = [y] if sizes is None else np.split(y, np.cumsum(sizes)[:-1], axis=-1)
+    saved = [z] if others.get("save_preactivation") else []
+    sums = [float32(x).sum(0)] if others.get("save_sums") else []
+    return [*y, *saved], sums
+
+
+def compare(found, wanted, t, dtype):
+    rounded, sums = wanted
+    *found, found_t = jax.tree.leaves(found)
+    np.testing.assert_array_equal(float32(found_t), t)
+    for array, exact in zip(found, [*rounded, *sums], strict=True):
+        kind = jnp.float32 if any(exact is each for each in sums) else dtype
+        np.testing.assert_array_equal(
+            float32(array), float32(jnp.asarray(exact, jnp.float32).astype(kind))
+        )
+
+
+@needs_jax
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_way_to_the_kernel_and_back(monkeypatch, measure, transposed):
+    """With plain JAX in the kernels' place: padded ranks, batches, and all that may join."""
+    ran, tokens = standins.install(monkeypatch), 130
+    measure(*FASTER)
+    w = compress(integers(3, (K, F), 2), "2:4")
+    x, right = integers(0, (tokens, K), 2), integers(2, (20, F), 1)
+    left = left_of(K, 20)
+    t = float32(x) @ float32(left)
+    adapter = {"adapter": (left.T if transposed else left, right), "left_transposed": transposed}
+    call = functools.partial(nm_matmul, w=w, save_first=True, implementation="mosaic", **adapter)
+    for joined in terms(tokens, x.dtype):
+        dtype = joined.get("out_dtype", x.dtype)
+        compare(call(x, **joined), expected(x, w, t, right, **joined), t, dtype)
+    y, found = jax.vmap(lambda x: call(x))(x.reshape(2, 65, K))
+    compare((y.reshape(tokens, F), found.reshape(tokens, 20)), expected(x, w, t, right), t, x.dtype)
+    assert set(ran) == {"many"}
+    y, found = call(x[:0])
+    assert (y.shape, found.shape) == ((0, F), (0, 20))
+    y, found = call(x[:4])
+    np.testing.assert_array_equal(float32(found), t[:4])
+    assert "few" in ran
+
+
+@needs_gpu
+@pytest.mark.parametrize("processors", [132, 6])
+@pytest.mark.parametrize("splits", [1, 8])
+def test_every_tile_is_exact_on_ragged_sizes(splits, processors):
+    """With few CTAs several tiles of t for each; repeats are equal."""
+    from pallas_kernels.mosaic import first_tiles, matmul, matmul_tiles
+
+    tokens, k, f, ran = 2100, 1416, 1096, 0
+    x, w = integers(0, (tokens, k), 2), compress(integers(3, (k, f), 2), "2:4")
+    bias = integers(4, (f,), 4, jnp.float32)
+    for size in matmul_tiles.SIZES:
+        tile, rank = dataclasses.replace(size, splits=splits), 40 if size.rows == 128 else 104
+        if tile.cluster > processors:
+            continue
+        plan = tile.schedule(tokens, k, f, processors, first=True)
+        if first_tiles.obstacle(tile, plan, tile.firsts(tokens), rank):
+            continue
+        left, right = left_of(k, rank), integers(2, (rank, f), 1)
+        t, transposed = float32(x) @ float32(left), splits == 8
+        (exact,), _ = expected(x, w, t, right, bias=bias)
+        options = {"transposed": transposed, "processors": processors, "bias": bias}
+        run = jax.jit(functools.partial(matmul.nm_matmul, tile=tile, **options))
+        adapter = (left.T if transposed else left, right)
+        for _ in range(3):
+            y, found = run(x, w.values, w.metadata, adapter=adapter)
+            np.testing.assert_array_equal(float32(found), t, str(tile))
+            np.testing.assert_array_equal(y, exact.astype(jnp.bfloat16), str(tile))
+        ran += 1
+    assert ran >= 4
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_all_that_joins_is_exact(measure, transposed, dtype):
+    measure(*FASTER)
+    tokens = 1000
+    w = compress(integers(3, (K, F), 1, dtype), "2:4")
+    x, right, left = integers(0, (tokens, K), 1, dtype), integers(2, (20, F), 1, dtype), None
+    left = left_of(K, 20, dtype)
+    t = float32(x) @ float32(left)
+    adapter = {"adapter": (left.T if transposed else left, right), "left_transposed": transposed}
+    for joined in terms(tokens, dtype):
+
+        def call(x, w, adapter=adapter, joined=joined):
+            return nm_matmul(x, w, save_first=True, implementation="mosaic", **adapter, **joined)
+
+        assert "narrow_product" not in lowered(call, x, w)
+        found = jax.jit(call)(x, w)
+        compare(found, expected(x, w, t, right, **joined), t, joined.get("out_dtype", dtype))
+
+
+@needs_gpu
+def test_layers_of_a_scan_wait_for_their_own_first_products(tile):
+    """Flags begin at zero in every layer, and in every call."""
+    from pallas_kernels.mosaic import matmul
+
+    tokens, k, f, rank = 1100, 776, 1032, 24
+    x = integers(0, (tokens, k), 2)
+    ws = [compress(integers(seed, (k, f), 2), "2:4") for seed in range(3, 7)]
+    lefts = [left_of(k, rank) * sign for sign in (1, -1, 1, -1)]
+    right = integers(2, (rank, f), 1)
+    stacks = [jnp.stack([getattr(w, name) for w in ws]) for name in ("values", "metadata")]
+
+    @jax.jit
+    def run(values, metadata, lefts):
+        def step(_, layer):
+            v, e, left = layer
+            return None, matmul.nm_matmul(x, v, e, tile, adapter=(left, right))
+
+        return jax.lax.scan(step, None, (values, metadata, lefts))[1]
+
+    for _ in range(3):
+        for y, t, w, left in zip(*run(*stacks, jnp.stack(lefts)), ws, lefts, strict=True):
+            exact_t = float32(x) @ float32(left)
+            np.testing.assert_array_equal(float32(t), exact_t)
+            (exact,), _ = expected(x, w, exact_t, right)
+            np.testing.assert_array_equal(y, exact.astype(jnp.bfloat16))
+
+
+@needs_gpu
+def test_not_a_number_stays_in_its_row(tile):
+    from pallas_kernels.mosaic import matmul
+
+    x, w = integers(0, (1000, 776), 2), compress(integers(3, (776, 520), 2), "2:4")
+    left, right = left_of(776, 24), integers(2, (24, 520), 1)
+    t = float32(x) @ float32(left)
+    (exact,), _ = expected(x, w, t, right)
+    y, found = matmul.nm_matmul(
+        x.at[7, 5].set(jnp.nan), w.values, w.metadata, tile, adapter=(left, right)
+    )
+    assert np.isnan(float32(found)[7]).all()
+    assert np.isnan(float32(y)[7]).all()
+    np.testing.assert_array_equal(np.delete(float32(found), 7, 0), np.delete(t, 7, 0))
+    rounded = float32(exact.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(np.delete(float32(y), 7, 0), np.delete(rounded, 7, 0))
+
+
+@needs_gpu
+def test_gradients_of_a_layer_are_those_of_the_way_apart(measure):
+    """On integers, all exact; the kernels that ran are seen in the programs."""
+    tokens, k, f, rank = 1536, 512, 768, 16
+    w = compress(integers(3, (k, f), 1), "2:4")
+    x, dy = integers(0, (tokens, k), 1), integers(7, (tokens, f), 1)
+    keep = (jnp.arange(f) % 23 == 5).astype(jnp.bfloat16)  # so that dy @ r.T is exact
+    adapter = (left_of(k, rank), integers(2, (rank, f), 1) * keep[None])
+
+    def both():
+        def call(x, w, adapter):
+            return slope_matmul(x, w, adapter=adapter, implementation="mosaic")
+
+        def pullback(x, w, adapter, dy):
+            y, back = jax.vjp(call, x, w, adapter)
+            dx, dw, dadapter = back(dy)
+            return y, dx, dw.values, dadapter
+
+        text = lowered(pullback, x, w, adapter, dy)
+        return jax.jit(pullback)(x, w, adapter, dy), text
+
+    measure(*FASTER)
+    found, text = both()
+    assert text.count("stablehlo.dot_general") == 2
+    measure(*SLOWER)
+    wanted, text = both()
+    assert text.count("stablehlo.dot_general") + text.count("call @narrow_product") == 4
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
