@@ -114,6 +114,10 @@ SIZES = {
     Tile(blocks=1, tokens=256, slot_tokens=64): Pace(0.565, 0.40, 0.7),
     Tile(blocks=1, tokens=256, slot_tokens=64, down=2): Pace(0.500, 0.40, 0.7),
     Tile(blocks=1, stages=5): Pace(0.420, 0.321, 0.7),
+    (THIRD := Tile(blocks=1, tokens=176, slot_tokens=176, slots=1, stages=5)): Pace(
+        0.400, 0.300, 0.7
+    ),
+    dataclasses.replace(THIRD, down=2): Pace(0.395, 0.300, 0.7),
     Tile(blocks=1, tokens=160, slot_tokens=80, stages=5): Pace(0.385, 0.285, 0.6),
     Tile(blocks=1, tokens=128, slot_tokens=64, stages=6): Pace(0.350, 0.237, 0.5),
     Tile(blocks=1, tokens=96, slot_tokens=48, stages=6): Pace(0.290, 0.208, 0.5),
@@ -162,8 +166,10 @@ def candidates(tokens: int, k: int, f: int, *, processors: int = 132) -> list[Ti
 
 
 def _is_tried(tile: Tile, tokens: int) -> bool:
-    """256 x 64 of one row of tiles alone: of more tokens it was the best nowhere by more than 1 %."""
-    return tokens <= tile.tokens or dataclasses.replace(tile, splits=1) != HALF
+    """256 x 64 of one row of tiles alone, and 128 x 176 of up to three: of more tokens these were not the
+    best by more than 1 %, or not timed."""
+    rows = {HALF: 1, THIRD: 3}.get(dataclasses.replace(tile, splits=1, down=1))
+    return rows is None or tokens <= rows * tile.tokens
 
 
 def suited(
