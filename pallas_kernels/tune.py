@@ -3,7 +3,8 @@
 Writes the fastest of each shape into ``pallas_kernels/tuned/<device>.json``, beside the time of the
 dense product; shapes that are there already are replaced, others stay. A configuration that is
 wrong on inputs made to break kernels (`gate`) is left out, and named at the end. With ``--minutes``
-it stops in time; what it has by then is written.
+it stops in time; what it has by then is written. An adapter's first product in the kernel (with_first) is timed
+beside the way apart as the table has it: after nm_matmul is tuned, in another run.
 """
 
 import argparse
