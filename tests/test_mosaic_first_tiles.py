@@ -172,7 +172,7 @@ def test_products_and_gradients_take_it_where_it_was_faster(monkeypatch, measure
 
 @needs_jax
 def test_other_tokens_than_were_measured_go_by_the_estimates(monkeypatch):
-    """2300 tokens of 5120 x 15360, measured to be even with 2048, whose tiles fill five waves without t's."""
+    """Those near them, or many: 2048 of 5120 x 15360 fill five waves of tiles, without those of t."""
     from pallas_kernels.mosaic import matmul, products
 
     config = dataclasses.asdict(matmul.Tile(down=2))
@@ -183,12 +183,15 @@ def test_other_tokens_than_were_measured_go_by_the_estimates(monkeypatch):
         return products.tile_with_first(tokens, 5120, 15360, 80, "bfloat16") is not None
 
     even = (100.0, 100.0)
-    assert takes(2300, 2048, even)
+    assert takes(2120, 2048, even)
     assert not takes(2048, 2048, even)
-    assert not takes(2048, 2300, even)
-    assert takes(2048, 2048, FASTER)
-    assert takes(2048, 2300, FASTER)
-    assert not takes(2300, 2048, SLOWER)
+    assert not takes(2048, 2120, even)
+    assert takes(2048, 2120, FASTER)
+    assert not takes(2120, 2048, SLOWER)
+    for tokens, taken in ((2176, True), (2177, False), (1920, True), (1919, False), (4096, False)):
+        assert takes(tokens, 2048, FASTER) == taken
+    for tokens, taken in ((16383, False), (16384, True), (65536, True), (4096, False)):
+        assert takes(tokens, 8192, FASTER) == taken
 
 
 @needs_jax

@@ -36,6 +36,10 @@ from pallas_kernels.mosaic.support import narrow_obstacle, processors
 from pallas_kernels.mosaic.two_four import as_two_four, values_of
 from pallas_kernels.sections import Sections, fit, whole
 
+# Of a time of both of an adapter's products in one kernel: to which share of its tokens it holds for others, and
+# from how many on for any more.
+NEAR, MANY = 1 / 16, 8192
+
 
 def nm_matmul(
     x: jax.Array | Sections, w: CompressedMatrix, out_dtype, precision, epilogue: Epilogue
@@ -324,11 +328,15 @@ def tile_with_first(tokens: int, k: int, f: int, rank: int, dtype) -> matmul.Til
     """How the kernel for many tokens is cut that makes an adapter's first product as well; None where that
     was not measured to be faster than the first product apart, or joins the kernel for few tokens.
 
-    For other tokens than were measured it counts as so much faster or slower as the estimates say.
+    Other tokens than were measured go by its times if they are near, or more than were measured and many, corrected
+    as the estimates say: how tiles fill their waves changes with every one where waves are few.
     """
     few = kernel_of("nm_matmul", tokens, k, f, dtype) == "few_tokens"
     entry = None if few or not tokens else _measured("with_first", tokens, k, f, dtype)
     if entry is None:
+        return None
+    near = abs(tokens - entry.tokens) <= NEAR * entry.tokens
+    if not near and not tokens >= 2 * entry.tokens >= 2 * MANY:
         return None
     tile, where = matmul.Tile(**entry.config), _where(matmul)
     rank = -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
