@@ -573,6 +573,12 @@ def test_no_document_was_held_out_where_there_was_no_run(served, monkeypatch, ca
         "error: gpt2-nano of folders/gpt2 comes from no run of ours, and nothing was held out; leave out"
         in said
     )
+    monkeypatch.setattr("train.serving.load", mock.Mock(side_effect=AssertionError))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    assert main([f"--checkpoint={folder}", "--data=text:none", "--held-out"]) == 2
+    assert f"error: {folder} comes from no run of ours" in capsys.readouterr().err
 
 
 def test_windows_longer_than_what_was_trained_are_warned_of(served, monkeypatch, capsys, tmp_path):

@@ -117,10 +117,12 @@ def _run(arguments: argparse.Namespace) -> None:
     from train import serving
 
     _check(arguments)
+    if arguments.held_out and serving.is_imported(arguments.checkpoint.expanduser()):
+        raise _nothing_held_out(arguments.checkpoint)  # before weights are read
     served = serving.load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype)
     check_decoder(served)
-    if arguments.held_out:
-        _check_held_out(served)
+    if arguments.held_out and "imported" in served.about:
+        raise _nothing_held_out(served.title)
     if arguments.tasks is not None:
         from train.harness import evaluate_tasks
 
@@ -238,12 +240,10 @@ def _text(served: "Served", arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def _check_held_out(served: "Served") -> None:
-    """Raises a ValueError unless there is a run, which kept documents from its training."""
-    if "imported" in served.about:
-        raise ValueError(
-            f"{served.title} comes from no run of ours, and nothing was held out; leave out --held-out"
-        )
+def _nothing_held_out(name: object) -> ValueError:
+    return ValueError(
+        f"{name} comes from no run of ours, and nothing was held out; leave out --held-out"
+    )
 
 
 def _held_out(texts: Iterable[str], fraction: float) -> Iterable[str]:
