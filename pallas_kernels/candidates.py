@@ -128,12 +128,12 @@ def _with_first() -> Kernel:
         return next(iter(tiles(tokens, k, f)), None)
 
     def run(config: Config, x, values, metadata, left, right, **options):
-        tile = matmul.Tile(**config)
+        tile, left = matmul.Tile(**config), left.T if options.get("transposed") else left
         return matmul.nm_matmul(x, values, metadata, tile, adapter=(left, right), **options)
 
     def cases(config: Config, tokens: int):
-        # partial tiles in every direction, many for each of 4 CTAs; few of them, and ranks beyond a stage's
-        return [(776, 200, 520, {"processors": 4}), (512, 328, 768, {})]
+        # partial tiles in every direction, many for each of 4 CTAs; few of them, and l as on a way back
+        return [(776, 200, 520, {"processors": 4}), (512, 328, 768, {"transposed": True})]
 
     return Kernel(MANY_TOKENS, matmul.Tile, configs, choose, run, cases)
 

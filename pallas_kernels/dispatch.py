@@ -57,6 +57,8 @@ class NarrowQuery:
     def __post_init__(self):
         object.__setattr__(self, "shape", _matrix(self.shape))
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
+        if self.outputs is not None and not (type(self.outputs) is int and self.outputs > 0):
+            raise ValueError(f"outputs is {self.outputs!r}; it must be a positive integer, or None")
 
 
 def _matrix(shape: Any) -> tuple[int, int]:

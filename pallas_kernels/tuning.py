@@ -39,7 +39,8 @@ OPTIONAL = {"xla_us"}
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """The fastest configuration for x (tokens, in) and an (in, out) matrix; microseconds.
+    """The fastest configuration for x (tokens, in) and an (in, out) matrix; microseconds. Of "with_first",
+    `dense_us` is of no dense product, but of nm_matmul with an adapter's first product apart.
 
     `xla_us` is what runs where the kernel does not: the dense product, and the way from compressed
     to dense or back. Only measured where the kernel is slower than a dense product alone. `device`
@@ -224,6 +225,12 @@ def load(device_kind: str, folder: Path = FOLDER) -> Table | None:
       ValueError: it holds something else; names the file and the entry.
     """
     return _load(folder / f"{slug(device_kind)}.json")
+
+
+def forget() -> None:
+    """Tables are read anew."""
+    _load.cache_clear()
+    _known.cache_clear()
 
 
 def slug(device_kind: str) -> str:

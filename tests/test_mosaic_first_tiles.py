@@ -113,6 +113,19 @@ def test_tiles_that_can_make_no_first_product_are_named(tile):
         with pytest.raises(ValueError, match=message):
             run(dataclasses.replace(tile, **changed), rank)
     run(tile, 64)
+    pair = {"adapter": (shape_of(776, 16), shape_of(16, 520))}
+    both = pair | {"low_rank": (shape_of(200, 16), shape_of(16, 520))}
+    for given, message in [(both, "are both given"), ({"transposed": True}, "there is no adapter")]:
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(
+                functools.partial(
+                    matmul.nm_matmul, tile=tile, transposed=given.pop("transposed", False)
+                ),
+                x,
+                values,
+                metadata,
+                **given,
+            )
 
 
 @needs_jax
@@ -120,24 +133,31 @@ def test_tiles_that_can_make_no_first_product_are_named(tile):
 @pytest.mark.parametrize("size", [(768, 768), (4096, 14336), (72, 40)])
 def test_every_tile_of_t_and_of_y_is_made_once_and_t_waits_for_nothing(tokens, size):
     """By the schedule alone: the tiles of t are the first ones of their processors."""
-    from pallas_kernels.mosaic import matmul
+    from pallas_kernels.mosaic import first_tiles, matmul
 
-    for tile in matmul.firsts(tokens, *size, 40):
+    shared = [dataclasses.replace(tile, splits=8) for tile in matmul.firsts(tokens, *size, 40)]
+    for tile in (*matmul.firsts(tokens, *size, 40), *shared):
         plan, count = tile.schedule(tokens, *size, 132, first=True), tile.firsts(tokens)
+        if first_tiles.obstacle(tile, plan, count, 40):
+            continue
         assert count * tile.cluster * tile.tokens >= tokens
         down, across = tile.grid(tokens, size[1])
         assert plan.tiles == count + down * across
         processors = np.arange(plan.processors)
-        firsts = -(-(count - processors) // plan.processors)  # as `FirstTiles.of_processor` has it
+        firsts = np.asarray(first_tiles.share(count, plan.processors, jnp.asarray(processors)))
+        assert int(firsts.sum()) == count
         units = np.broadcast_to(plan.units(jnp.asarray(processors)), processors.shape)
         number = np.arange(units.max())[:, None]
         found = [np.asarray(each) for each in jax.jit(plan.unit)(processors[None], number)]
         index, *whole = (np.broadcast_to(each, (len(number), len(processors))) for each in found)
         mine = number < units
         assert ((index < count) == (number < firsts))[mine].all()
+        of_t = mine & (index < count)
         for values, value in zip(whole, (0, plan.steps, -1, 0), strict=True):
-            assert (values[mine] == value).all()
-        assert sorted(index[mine]) == list(range(plan.tiles))
+            assert (values[of_t] == value).all()
+            assert tile.splits > 1 or (values[mine] == value).all()
+        finished = mine & (whole[2] < 0)
+        assert sorted(index[finished]) == list(range(plan.tiles))
 
 
 @needs_jax
@@ -171,27 +191,25 @@ def test_products_and_gradients_take_it_where_it_was_faster(monkeypatch, measure
 
 
 @needs_jax
-def test_other_tokens_than_were_measured_go_by_the_estimates(monkeypatch):
-    """Those near them, or many: 2048 of 5120 x 15360 fill five waves of tiles, without those of t."""
+def test_times_hold_for_tokens_near_those_they_were_taken_with_and_for_many(monkeypatch):
     from pallas_kernels.mosaic import matmul, products
 
-    config = dataclasses.asdict(matmul.Tile(down=2))
+    config = dataclasses.asdict(matmul.Tile(down=2, snake=8))  # of any order
 
-    def takes(tokens, measured, microseconds):
+    def takes(tokens, measured, microseconds=FASTER, rank=80, dtype="bfloat16"):
         entry = tuning.Entry("with_first", "16-bit", measured, (5120, 15360), config, *microseconds)
         monkeypatch.setattr(products, "_measured", lambda *_: entry)
-        return products.tile_with_first(tokens, 5120, 15360, 80, "bfloat16") is not None
+        return products.tile_with_first(tokens, 5120, 15360, rank, dtype) is not None
 
-    even = (100.0, 100.0)
-    assert takes(2120, 2048, even)
-    assert not takes(2048, 2048, even)
-    assert not takes(2048, 2120, even)
-    assert takes(2048, 2120, FASTER)
-    assert not takes(2120, 2048, SLOWER)
     for tokens, taken in ((2176, True), (2177, False), (1920, True), (1919, False), (4096, False)):
-        assert takes(tokens, 2048, FASTER) == taken
+        assert takes(tokens, 2048) == taken
     for tokens, taken in ((16383, False), (16384, True), (65536, True), (4096, False)):
-        assert takes(tokens, 8192, FASTER) == taken
+        assert takes(tokens, 8192) == taken
+    assert not takes(2048, 2048, SLOWER)
+    assert not takes(2048, 2048, (100.0, 100.0))
+    assert not takes(2048, 2048, rank=136)
+    assert not takes(2048, 2048, rank=0)
+    assert not takes(2048, 2048, dtype="float64")
 
 
 @needs_jax
@@ -206,6 +224,10 @@ def test_it_is_told_what_makes_the_first_product(monkeypatch, measure):
     )
     alone = choose_narrow(NarrowQuery((K, RANK), "bfloat16", TOKENS))
     assert alone == ("mosaic", "measured to be the faster one")
+    other = choose_narrow(NarrowQuery((K, RANK), "float64", TOKENS, outputs=F))
+    assert other == ("xla", "x @ l has a kernel for bfloat16 or float16, not float64")
+    with pytest.raises(ValueError, match="outputs is -5; it must be a positive integer, or None"):
+        NarrowQuery((K, RANK), "bfloat16", TOKENS, outputs=-5)
     measure(*SLOWER)
     reason = explain(layer, variables, x).rows[0].reason
     assert reason == "asked for; x @ l mosaic: measured to be the faster one"
@@ -268,8 +290,13 @@ def test_the_way_to_the_kernel_and_back(monkeypatch, measure, transposed):
     assert set(ran) == {"many"}
     y, found = call(x[:0])
     assert (y.shape, found.shape) == ((0, F), (0, 20))
-    y, found = call(x[:4])
-    np.testing.assert_array_equal(float32(found), t[:4])
+    for rows, moments in ((4, True), (40, True), (tokens, False)):  # None of many
+        y, known, found = call(x[:rows], save_moments=True)
+        assert (known is not None) == moments
+        compare((y, found), expected(x[:rows], w, t[:rows], right), t[:rows], x.dtype)
+        alone = call(x[:rows], save_moments=True, save_first=False)
+        jax.tree.map(np.testing.assert_array_equal, alone, (y, known))
+        np.testing.assert_array_equal(call(x[:rows], save_first=False), y)
     assert "few" in ran
 
 
@@ -291,7 +318,7 @@ def test_every_tile_is_exact_on_ragged_sizes(splits, processors):
         if first_tiles.obstacle(tile, plan, tile.firsts(tokens), rank):
             continue
         left, right = left_of(k, rank), integers(2, (rank, f), 1)
-        t, transposed = float32(x) @ float32(left), splits == 8
+        t, transposed = float32(x) @ float32(left), (splits == 8) == (processors == 6)
         (exact,), _ = expected(x, w, t, right, bias=bias)
         options = {"transposed": transposed, "processors": processors, "bias": bias}
         run = jax.jit(functools.partial(matmul.nm_matmul, tile=tile, **options))

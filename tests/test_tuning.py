@@ -274,6 +274,10 @@ def test_problems_come_with_the_most_telling_tokens_first():
     assert [p.tokens for p in found][:4] == [8192, 8192, 16, 16]
     assert {p.tokens for p in found} == {*candidates.FEW_TOKENS, *candidates.MANY_TOKENS}
     assert [p.tokens for p in tune.ordered(["nm_sddmm"], [512], [(8, 8)])] == [512]
+    assert [p.op for p in tune.ordered(["with_first", "nm_matmul"], [512, 8192], [(8, 8)])] == [
+        *2 * ["nm_matmul"],
+        *2 * ["with_first"],
+    ]
 
 
 @needs_jax

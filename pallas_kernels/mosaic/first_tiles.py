@@ -6,6 +6,10 @@ for memory, and a flag of each warpgroup says so; the producer of every CTA wait
 before it loads t, which is at the end of a tile, when t has long been there. The CTAs that make t are the
 same in number as tiles are, and the others multiply by w meanwhile: to read x once more then takes little
 time of its own, where a kernel of its own would wait for memory.
+
+CTAs wait for others here, so all of a launch must come to run. Where t has no more tiles than there are CTAs,
+those that make it are the first ones to start; else CTAs wait for later ones as well, which need a place
+beside them: there is one for each (`frame.clusters`), unless others keep the processors forever.
 """
 
 import functools
@@ -40,8 +44,7 @@ class FirstTiles:
 
     def of_processor(self, processor):
         """How many of them a processor makes."""
-        every = self.kernel.schedule.processors
-        return lax.div(jnp.int32(self.count + every - 1) - processor, jnp.int32(every))
+        return share(self.count, self.kernel.schedule.processors, processor)
 
     def each(self, body, init):
         """Calls body(block, carry) -> carry; the block's tokens are tile.tokens * block and so on."""
@@ -138,6 +141,11 @@ class FirstTiles:
             plgpu.copy_smem_to_gmem(slot, refs["t"].at[tokens, pl.ds(zero + RANKS * rows, RANKS)])
         plgpu.wait_smem_to_gmem(0)
         parts.announce(refs["flags"], self.base + block)
+
+
+def share(count: int, processors: int, processor):
+    """How many of `count` tiles a processor makes, if these are dealt out in turn."""
+    return lax.div(jnp.int32(count + processors - 1) - processor, jnp.int32(processors))
 
 
 def obstacle(tile, schedule, count: int, rank: int) -> str | None:

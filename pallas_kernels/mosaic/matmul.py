@@ -28,10 +28,10 @@ import jax.numpy as jnp
 from pallas_kernels.mosaic import exchange, first_tiles, frame, launch, wgmma
 from pallas_kernels.mosaic.frame import CONSUMERS, STEP
 from pallas_kernels.mosaic.matmul_body import Kernel
-from pallas_kernels.mosaic.matmul_tiles import Tile, candidates, choose, firsts, lead, suited
+from pallas_kernels.mosaic.matmul_tiles import Tile, candidates, choose, firsts, suited
 from pallas_kernels.sections import Sections
 
-__all__ = ["Tile", "candidates", "choose", "firsts", "lead", "nm_matmul", "suited"]
+__all__ = ["Tile", "candidates", "choose", "firsts", "nm_matmul", "suited"]
 
 SECTION = 64  # outputs of a section of the results are a multiple of so many
 
@@ -86,13 +86,17 @@ def nm_matmul(
       processors: of the device; a CTA is put on each.
 
     Raises:
-      ValueError: the tile does not fit the product, or what joins does not go with the rest.
+      ValueError: the tile does not fit the product, it cannot make t, or what joins does not go with the rest.
     """
     (tokens, k), out = x.shape, values.shape[1]
     if out % 16:  # the rows of an array for TMA are multiples of 16 bytes
         metadata = jnp.pad(metadata, ((0, 0), (0, 8)))
     out_type = jax.ShapeDtypeStruct((tokens, out), out_dtype or x.dtype)
     operands = frame.named("x", x) | {"w": values, "e": metadata}
+    if low_rank is not None and adapter is not None:
+        raise ValueError("low_rank and adapter are both given; leave out one, they are the same")
+    if transposed and adapter is None:
+        raise ValueError("transposed=True is of an adapter's l, and there is no adapter")
     rank, count = 0, 0
     if low_rank is not None:
         operands |= {"t": low_rank[0], "r": low_rank[1]}

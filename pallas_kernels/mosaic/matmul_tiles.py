@@ -225,20 +225,6 @@ def firsts(tokens: int, k: int, f: int, rank: int, *, processors: int = 132) -> 
     )
 
 
-def lead(tile: Tile, tokens: int, k: int, f: int, rank: int, *, processors: int = 132) -> float:
-    """By estimate, how many times as long the product alone takes as with an adapter's first one in its kernel.
-
-    >>> [round(lead(Tile(down=2), tokens, 5120, 15360, 80), 2) for tokens in (2048, 2300)]
-    [0.91, 0.97]
-
-    2048 tokens are five whole waves of tiles, without those of t.
-    """
-    alone = choose(tokens, k, f, processors=processors)
-    plan = alone.schedule(tokens, k, f, processors)
-    without = estimate(alone, plan, pl.cdiv(k, STEP))
-    return without / _estimate_with_first(tile, tokens, k, f, rank, processors)
-
-
 def _estimate_with_first(tile: Tile, tokens, k: int, f: int, rank: int, processors: int) -> float:
     """Tiles of t taken for tiles of y. Where t comes later than the first of these end, they wait."""
     plan, stages = tile.schedule(tokens, k, f, processors, first=True), pl.cdiv(k, STEP)

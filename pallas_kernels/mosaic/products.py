@@ -32,7 +32,7 @@ from pallas_kernels.mosaic import (
 )
 from pallas_kernels.mosaic import first_product as few_first
 from pallas_kernels.mosaic.frame import STEP
-from pallas_kernels.mosaic.support import narrow_obstacle, processors
+from pallas_kernels.mosaic.support import DTYPES, narrow_obstacle, processors
 from pallas_kernels.mosaic.two_four import as_two_four, values_of
 from pallas_kernels.sections import Sections, fit, whole
 
@@ -144,7 +144,7 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
         y, saved = (y, *saved), []
     # In a scan that stacks y, XLA lets the kernel write into the stack, and for y's other users
     # runs it a second time. The barrier makes it copy y instead.
-    y = jax.lax.optimization_barrier(y)
+    y, *first = jax.lax.optimization_barrier((y, *first))
     if epilogue.save_moments and module is not few_tokens:
         saved.append(moments(y))
     saved += [*sums, *first]
@@ -328,25 +328,21 @@ def tile_with_first(tokens: int, k: int, f: int, rank: int, dtype) -> matmul.Til
     """How the kernel for many tokens is cut that makes an adapter's first product as well; None where that
     was not measured to be faster than the first product apart, or joins the kernel for few tokens.
 
-    Other tokens than were measured go by its times if they are near, or more than were measured and many, corrected
-    as the estimates say: how tiles fill their waves changes with every one where waves are few.
+    Other tokens than were measured go by its times if they are near, or more than were measured and many: how
+    tiles fill their waves changes with every one where waves are few.
     """
+    if not tokens or not rank or str(dtype) not in DTYPES:
+        return None
     few = kernel_of("nm_matmul", tokens, k, f, dtype) == "few_tokens"
-    entry = None if few or not tokens else _measured("with_first", tokens, k, f, dtype)
-    if entry is None:
+    entry = None if few else _measured("with_first", tokens, k, f, dtype)
+    if entry is None or entry.sparse_us >= entry.dense_us:
         return None
     near = abs(tokens - entry.tokens) <= NEAR * entry.tokens
     if not near and not tokens >= 2 * entry.tokens >= 2 * MANY:
         return None
-    tile, where = matmul.Tile(**entry.config), _where(matmul)
-    rank = -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
-    plan = tile.schedule(tokens, k, f, **where, first=True)
-    if first_tiles.obstacle(tile, plan, tile.firsts(tokens), rank):
-        return None
-    here, there = (
-        matmul.lead(tile, count, k, f, rank, **where) for count in (tokens, entry.tokens)
-    )
-    return tile if entry.dense_us * here > entry.sparse_us * there else None
+    tile, rank = matmul.Tile(**entry.config), -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
+    plan = tile.schedule(tokens, k, f, processors(), first=True)
+    return None if first_tiles.obstacle(tile, plan, tile.firsts(tokens), rank) else tile
 
 
 def _padded(adapter: tuple[jax.Array, jax.Array], transposed: bool = False):
