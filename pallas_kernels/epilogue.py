@@ -97,6 +97,11 @@ class Epilogue:
         """What has y's shape: residual and source, of which at least one is None."""
         return self.residual, self.source
 
+    @property
+    def saves(self) -> bool:
+        """Whether more comes back than y, and t."""
+        return self.save_preactivation or self.save_moments or self.save_sums
+
     def without_joining(self) -> "Epilogue":
         """The same without what has y's shape, and moments, which are of both together."""
         nothing = {"residual": None, "source": None, "through": None, "save_moments": False}

@@ -123,8 +123,7 @@ def nm_matmul(
     options = {"transposed": left_transposed, "precision": precision}
     t = narrow_matmul(whole(x), given.adapter[0], **options, implementation=implementation)
     result = run(given.with_first(t).without_nothing())
-    saved = save_preactivation or save_moments or save_sums
-    return (*result, t) if saved else (result, t)
+    return (*result, t) if given.saves else (result, t)
 
 
 def nm_sddmm(

@@ -88,8 +88,7 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
     if epilogue.save_first and inside is None:
         t = _first_product(x, epilogue)
         result = _nm_matmul(x, w, epilogue.with_first(t), out_dtype=out_dtype)
-        saved = epilogue.save_preactivation or epilogue.save_moments or epilogue.save_sums
-        return (*result, t) if saved else (result, t)
+        return (*result, t) if epilogue.saves else (result, t)
     if tokens == 0:
         zeros = jnp.zeros((*x.shape[:-1], f), jnp.float32)
         x, epilogue = epilogue.normalised(x)
@@ -99,8 +98,7 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
     writes_apart = joins and not few and _writes_apart(epilogue, x.dtype, out_dtype)
     if epilogue.sections is not None and not writes_apart:
         result = _nm_matmul(x, w, dataclasses.replace(epilogue, sections=None), out_dtype=out_dtype)
-        saved = epilogue.save_sums or epilogue.save_first
-        y, *saved = result if saved else (result,)
+        y, *saved = result if epilogue.saves or epilogue.save_first else (result,)
         y = apart(y, epilogue.sections)
         return (y, *saved) if saved else y
     if not joins:
