@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from benchmarks import hlo, shapes, steps, traffic
+from benchmarks import hlo, steps, traffic
 from benchmarks.record import RESULTS, make_record, write_record
+from pallas_kernels.samples import adapter_rank
 from slope_jax import models
 from slope_jax.sharding import BATCH, FSDP, batch_spec, shardings, size_of
 from train.config import Config
@@ -106,7 +107,7 @@ def cases(model: str, mesh: str, arguments: argparse.Namespace) -> list[Case]:
     """Dense first, then sparse, and with adapters where `fsdp` alone cuts."""
     chosen = steps.setting(model)
     length, sequences = arguments.length or chosen.length, arguments.sequences or chosen.sequences
-    rank = shapes.adapter_rank(models.variant_config(model).hidden_size)
+    rank = adapter_rank(models.variant_config(model).hidden_size)
     make = functools.partial(
         Case, model, mesh, sequences=sequences, length=length, remat=arguments.remat
     )

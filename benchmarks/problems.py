@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from benchmarks import shapes
 from pallas_kernels import Pattern, Query, decompress, nm_matmul, nm_sddmm, nm_transpose
 from pallas_kernels.epilogue import ACTIVATIONS
-from pallas_kernels.samples import CUBLAS, MOST_COPIES, copies, normal, weights
+from pallas_kernels.samples import CUBLAS, MOST_COPIES, adapter_rank, copies, normal, weights
 
 KINDS = ("matmul", "epilogue", "adapters", "sddmm", "transpose", "few")
 OPS = {"sddmm": "nm_sddmm", "transpose": "nm_transpose"}  # nm_matmul for the others
@@ -103,7 +103,7 @@ def listed(kind: str, models: Iterable[str], tokens: Sequence[int]) -> list[Prob
     elif kind == "adapters":
         forward = shapes.unique(models, dx=False)
         # the model's width is the smaller side of each of its matrices
-        found = [(shape, {"rank": shapes.adapter_rank(min(shape.size))}) for shape in forward]
+        found = [(shape, {"rank": adapter_rank(min(shape.size))}) for shape in forward]
     else:
         found = [(shape, {}) for shape in shapes.unique(models, dx=False)]
     return [

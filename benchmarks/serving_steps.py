@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from benchmarks import shapes, steps
-from pallas_kernels.samples import CACHE_BYTES
+from benchmarks import steps
+from pallas_kernels.samples import CACHE_BYTES, adapter_rank
 from slope_jax import explain, find_layers, models
 from slope_jax.generate import inference_variables
 from slope_jax.models.cache import CACHE, cache_slots, init_cache
@@ -77,7 +77,7 @@ class Cut:
     def columns(self) -> int:
         """The rank as a number."""
         width = models.variant_config(self.model).hidden_size
-        return shapes.adapter_rank(width, self.rank) if 0 < self.rank < 1 else int(self.rank)
+        return adapter_rank(width, self.rank) if 0 < self.rank < 1 else int(self.rank)
 
     @functools.cached_property
     def ready(self) -> tuple[Any, dict[str, Any]]:

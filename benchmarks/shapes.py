@@ -1,7 +1,6 @@
 """The linear layers of known models, from their public configurations: (in, out) and names."""
 
 import dataclasses
-import math
 from collections.abc import Iterable
 
 
@@ -105,12 +104,3 @@ def epilogues(models: Iterable[str] = MODELS) -> list[tuple[Shape, str]]:
                 names.setdefault((size, epilogue), []).append(f"{model} {linear}")
     order = sorted(names, key=lambda key: (key[0][0] * key[0][1], key))
     return [(Shape(key[0], tuple(names[key])), key[1]) for key in order]
-
-
-def adapter_rank(width: int, share: float = 0.0156) -> int:
-    """1.56 % (or another share) of the width, rounded up to a multiple of 8.
-
-    >>> adapter_rank(768), adapter_rank(4096)
-    (16, 64)
-    """
-    return 8 * math.ceil(share * width / 8)

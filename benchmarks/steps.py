@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks import shapes
 from pallas_kernels import Pattern, compress
-from pallas_kernels.samples import CUBLAS
+from pallas_kernels.samples import CUBLAS, adapter_rank
 from slope_jax import TrainState, explain, find_layers, models
 from slope_jax.sharding import BATCH, batch_spec, shardings
 from train.config import Config
@@ -131,7 +130,7 @@ class Case:
     def build(self, **overrides):
         """The model; `overrides` of its configuration."""
         width = models.variant_config(self.model).hidden_size
-        rank = shapes.adapter_rank(width, self.rank) if 0 < self.rank < 1 else int(self.rank)
+        rank = adapter_rank(width, self.rank) if 0 < self.rank < 1 else int(self.rank)
         options = {
             "num_layers": self.depth,
             "sparsity": self.sparsity,

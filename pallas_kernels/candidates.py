@@ -4,11 +4,12 @@ Kernels are imported when they are asked for: older JAX lacks what they need.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+
+from pallas_kernels.samples import adapter_rank
 
 Config = dict[str, int]
 FEW_TOKENS = (1, 4, 16, 64)  # classes of tokens: each stands for half to twice as many
@@ -22,7 +23,6 @@ class Kernel:
     * `tokens`: the classes of tokens that are tuned.
     * `make(**config)`: the kernel's own form of a configuration; ValueError if it cannot be.
     * `configs(tokens, k, f)`: configurations that fit, the likeliest first.
-    * `choose(tokens, k, f)`: the one that runs where none is measured.
     * `run(config, *operands, **options)`: x, values, metadata, or x, dy, metadata for nm_sddmm, or x, values,
       metadata and an adapter's two matrices for with_first.
       `processors` may be among the options where the kernel takes it.
@@ -34,7 +34,6 @@ class Kernel:
     tokens: tuple[int, ...]
     make: Callable[..., Any]
     configs: Callable[[int, int, int], list[Config]]
-    choose: Callable[[int, int, int], Any]
     run: Callable[..., jax.Array]
     cases: Callable[[Config, int], list[tuple[int, int, int, dict[str, Any]]]]
 
@@ -70,7 +69,7 @@ def _nm_matmul() -> Kernel:
             (512, 320, 768, {}),
         ]
 
-    return Kernel((max(FEW_TOKENS), *MANY_TOKENS), matmul.Tile, configs, matmul.choose, run, cases)
+    return Kernel((max(FEW_TOKENS), *MANY_TOKENS), matmul.Tile, configs, run, cases)
 
 
 def _few_tokens() -> Kernel:
@@ -91,7 +90,7 @@ def _few_tokens() -> Kernel:
             (most, 1024, 520, {}),
         ]
 
-    return Kernel(FEW_TOKENS, few_tokens.Config, configs, few_tokens.choose, run, cases)
+    return Kernel(FEW_TOKENS, few_tokens.Config, configs, run, cases)
 
 
 def _nm_sddmm() -> Kernel:
@@ -111,21 +110,16 @@ def _nm_sddmm() -> Kernel:
             (257, 136, 520, {}),
         ]
 
-    return Kernel(MANY_TOKENS, sddmm.Tile, configs, sddmm.choose, run, cases)
+    return Kernel(MANY_TOKENS, sddmm.Tile, configs, run, cases)
 
 
 def _with_first() -> Kernel:
     """nm_matmul with an adapter, both of whose products it makes."""
     from pallas_kernels.mosaic import matmul
 
-    def tiles(tokens: int, k: int, f: int) -> list[Any]:
-        return matmul.firsts(tokens, k, f, rank_of(k, f))
-
     def configs(tokens: int, k: int, f: int) -> list[Config]:
-        return [dataclasses.asdict(tile) for tile in tiles(tokens, k, f)]
-
-    def choose(tokens: int, k: int, f: int):
-        return next(iter(tiles(tokens, k, f)), None)
+        tiles = matmul.firsts(tokens, k, f, adapter_rank(min(k, f)))
+        return [dataclasses.asdict(tile) for tile in tiles]
 
     def run(config: Config, x, values, metadata, left, right, **options):
         tile, left = matmul.Tile(**config), left.T if options.get("transposed") else left
@@ -135,12 +129,7 @@ def _with_first() -> Kernel:
         # partial tiles in every direction, many for each of 4 CTAs; few of them, and l as on a way back
         return [(776, 200, 520, {"processors": 4}), (512, 328, 768, {"transposed": True})]
 
-    return Kernel(MANY_TOKENS, matmul.Tile, configs, choose, run, cases)
-
-
-def rank_of(k: int, f: int) -> int:
-    """Of the adapters that are tuned for: 1.56 % of the smaller side, to the next multiple of 8."""
-    return 8 * math.ceil(min(k, f) / 512)
+    return Kernel(MANY_TOKENS, matmul.Tile, configs, run, cases)
 
 
 KERNELS: dict[str, Callable[[], Kernel]] = {

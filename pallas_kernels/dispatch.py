@@ -137,15 +137,14 @@ def choose_narrow(query: NarrowQuery, implementation: str | None = None) -> Choi
         return Choice("xla", "asked for")
     if implementation == "triton":
         return Choice("xla", "x @ l has no Triton kernel")
-    if query.outputs and support.device_obstacle() is None:
+    missing = support.device_obstacle()
+    if query.outputs and missing is None:
         from pallas_kernels.mosaic import products  # needs a newer JAX than the package does
 
         (k, rank), tokens = query.shape, query.tokens
         if products.tile_with_first(tokens, k, query.outputs, rank, query.dtype):
             return Choice("mosaic", "by the kernel of the product that it joins")
-    obstacle = support.device_obstacle() or support.narrow_obstacle(
-        query.shape, query.dtype, query.tokens
-    )
+    obstacle = missing or support.narrow_obstacle(query.shape, query.dtype, query.tokens)
     return (
         Choice("xla", obstacle) if obstacle else Choice("mosaic", "measured to be the faster one")
     )

@@ -52,8 +52,8 @@ def nm_matmul(
         of more than 64 tokens the kernels may err by 3e-4 of its argument's size: less than bfloat16's
         rounding where the result is near the argument, more where it is near 0, at negative ones.
       low_rank: t (..., rank) and r (rank, out) in x's dtype, as of adapters: t = x @ adapter_l.
-      adapter: l (in, rank) and r in x's dtype, in the place of `low_rank`, with t = x @ l. Where
-        tokens are few, or many, the kernels multiply it themselves, which is faster.
+      adapter: l (in, rank) and r in x's dtype, in the place of `low_rank`, with t = x @ l. The
+        kernels multiply it themselves where tokens are few, and for many where that was timed to be faster.
       norm: x's norm is multiplied in its place, rounded to x's dtype. For few tokens a kernel makes
         it on the way, from x's moments.
       residual: (..., out) in x's dtype, added last, in float32.

@@ -33,6 +33,15 @@ def copies(nbytes: float, *, cache: float = CACHE_BYTES, most: int = 8) -> int:
     return max(2, min(most, math.ceil(2 * cache / nbytes)))
 
 
+def adapter_rank(width: int, share: float = 0.0156) -> int:
+    """1.56 % (or another share) of the width, rounded up to a multiple of 8.
+
+    >>> adapter_rank(768), adapter_rank(4096)
+    (16, 64)
+    """
+    return 8 * math.ceil(share * width / 8)
+
+
 def normal(seed: int, count: int, shape: tuple[int, ...], dtype=jnp.bfloat16) -> list[jax.Array]:
     """`count` arrays of random normal numbers, cut from one block that repeats.
 

@@ -39,7 +39,6 @@ THREADS = 16
 FEWEST = max(candidates.FEW_TOKENS)  # tokens at most that read a weight from memory
 BATCH = 8  # problems that are compiled together
 SIMILAR = 0.03  # times this close are the same: the rule's own choice wins
-MOST_RANKS = {1: 64, 2: 128}  # that a stage of tiles of so many blocks has room for
 SWITCH_SECONDS = 0.06  # less, after another kernel, flatters one that draws more power
 # BERT, GPT-2, OPT: qkv, out, up, down; LLaMA-3-8B and Mistral-7B; and their transposes, for dx.
 WIDTHS = (768, 1024, 1280, 1600, 2560, 4096, 5120, 7168, 9216)
@@ -173,7 +172,7 @@ def fault(problem: Problem, config: Config) -> str | None:
         for tokens, k, f, options in kernel.cases(config, problem.tokens):
             run = jax.jit(functools.partial(kernel.run, config, **options))
             if problem.op == "with_first":
-                rank = MOST_RANKS[config["blocks"]]
+                rank = kernel.make(**config).most_rank
                 gate.check_with_first(
                     lambda x, w, left, right: run(x, w.values, w.metadata, left, right),  # noqa: B023
                     *(tokens, k, f, rank),
@@ -263,7 +262,7 @@ def _operands(problem: Problem):
         for x, w in zip(xs, found, strict=True)
     ]
     if problem.op == "with_first":
-        rank, scale = candidates.rank_of(k, f), jnp.asarray(k**-0.5, DTYPE)
+        rank, scale = samples.adapter_rank(min(k, f)), jnp.asarray(k**-0.5, DTYPE)
         (left,), (right,) = samples.normal(2, 1, (k, rank)), samples.normal(3, 1, (rank, f))
         pairs = [((*sparse, left * scale, right * scale),) * 2 for sparse, _ in pairs]
         return pairs, functools.partial(_apart, problem)

@@ -260,6 +260,10 @@ def test_the_tile_for_few_tokens_is_tried_with_few_alone():
         found = matmul_tiles.candidates(tokens, 5120, 20480)
         assert any((tile.rows, tile.tokens) == (256, 64) for tile in found) == tried
     assert matmul_tiles.choose(64, 5120, 20480) == matmul_tiles.HALF  # as it was measured
+    for tokens, tried in ((65, True), (512, True), (528, True), (529, False), (2048, False)):
+        found = matmul_tiles.candidates(tokens, 5120, 5120)
+        assert {tile.down for tile in found if tile.tokens == 176} == ({1, 2} if tried else set())
+    assert matmul_tiles.choose(512, 5120, 5120).tokens == 176
 
 
 @needs_jax

@@ -12,8 +12,6 @@ those that make it are the first ones to start; else CTAs wait for later ones as
 beside them: there is one for each (`frame.clusters`), unless others keep the processors forever.
 """
 
-import functools
-
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -82,9 +80,8 @@ class FirstTiles:
                 acquire(stage, count)
                 load_inputs(stage, pl.ds(block * tile.tokens, tile.tokens), k, None)
                 load_left(stage, k, zero)
-                self.kernel.load_metadata(
-                    copy, stage, zero, 0
-                )  # unused: each stage has as many arrivals
+                # Unused, so that each stage has as many arrivals.
+                self.kernel.load_metadata(copy, stage, zero, 0)
                 return self.kernel.next(stage), count + 1
 
             return lax.fori_loop(0, self.steps, step, carry)
@@ -126,7 +123,6 @@ class FirstTiles:
         tile, refs = self.tile, self.refs
         half = tile.tokens // CONSUMERS
         zero = block - block
-        leave = functools.partial(store.store_transposed, acc, None)
         places = [
             (rows, first)
             for rows in range(self.rank_blocks)
@@ -135,7 +131,7 @@ class FirstTiles:
         for count, (rows, first) in enumerate(places):
             slot = refs["out_smem"].at[wg, count % tile.slots]
             plgpu.wait_smem_to_gmem(tile.slots - 1, wait_read_only=True)
-            leave(slot, rows, first, self.kernel.dtype, None)
+            store.store_transposed(acc, None, slot, rows, first, self.kernel.dtype, None)
             plgpu.commit_smem()
             tokens = pl.ds(block * tile.tokens + wg * half + first, tile.slot_tokens)
             plgpu.copy_smem_to_gmem(slot, refs["t"].at[tokens, pl.ds(zero + RANKS * rows, RANKS)])
@@ -152,8 +148,8 @@ def obstacle(tile, schedule, count: int, rank: int) -> str | None:
     """Why a product that is cut so cannot make t, in `count` tiles of its schedule's, or None."""
     if tile.along > 1:
         return f"{tile}: CTAs that share tiles along the inputs make no t"
-    if 2 * pl.cdiv(rank, RANKS) > tile.rows // 64:
-        return f"{tile}: a stage has room for a rank of {RANKS * (tile.rows // 128)}, not {rank}"
+    if rank > tile.most_rank:
+        return f"{tile}: a stage has room for a rank of {tile.most_rank}, not {rank}"
     if (tile.tokens // CONSUMERS) % tile.slot_tokens:
         return f"{tile}: half of its tokens are no multiple of its slots' tokens"
     if schedule.slots and schedule.waves * schedule.processors < count:

@@ -64,6 +64,11 @@ class Tile:
         return self.along - 1, self.rows * self.tokens
 
     @property
+    def most_rank(self) -> int:
+        """Of an adapter whose l fits into a stage, in the place of the weight."""
+        return first_tiles.RANKS * self.rows // 128
+
+    @property
     def loads(self) -> int:
         """Copies that fill a stage."""
         return 1 + self.rows // 64 + self.rows // 128
