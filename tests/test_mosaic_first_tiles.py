@@ -85,6 +85,27 @@ def test_every_tile_lowers_for_cuda(size, strict_dtypes):
 
 
 @needs_jax
+def test_what_loads_t_waits_for_what_stores_it():
+    """Results would rarely show a kernel that does not: t has mostly long been there."""
+    from pallas_kernels.mosaic import matmul
+
+    x, values, metadata = shape_of(4000, 776), shape_of(388, 520), shape_of(97, 520, dtype="uint8")
+    right = shape_of(16, 520)
+
+    def program(name, left):
+        def run(x, values, metadata, pair):
+            return matmul.nm_matmul(x, values, metadata, small_tile(), **{name: pair})
+
+        return lowered(run, x, values, metadata, (left, right))
+
+    inside = program("adapter", shape_of(776, 16))
+    apart = program("low_rank", shape_of(4000, 16))
+    for instruction in ("st.release.gpu", "ld.acquire.gpu", "fence.proxy.async"):
+        assert instruction in inside
+        assert instruction not in apart
+
+
+@needs_jax
 def test_tiles_that_can_make_no_first_product_are_named():
     from pallas_kernels.mosaic import matmul
 
