@@ -1,9 +1,10 @@
 """t = x @ l within `matmul`: tiles of t, which CTAs make before they turn to those of the product.
 
-Such a tile has as many tokens as one of the product, and all ranks; x comes through the ring as always, and l
-in the place of the weight. The accumulator is t.T, of which each warpgroup has half of the tokens. t leaves
-for memory, and a flag of each warpgroup says so; the producer of every CTA waits for those of its tokens
-before it loads t, which is at the end of a tile, when t has long been there. The CTAs that make t are the
+Such a tile has as many tokens as one of the product, and as many ranks as a stage has room for; x comes through
+the ring as always, and l in the place of the weight. The accumulator is t.T, of which each warpgroup has half of
+the tokens, rounded up to what is stored at a time: a few in the middle may be made twice. t leaves for memory,
+and a flag of each warpgroup says so; the producer of every CTA waits for those of its tokens before it loads t,
+which is at the end of a tile, when t has long been there. The CTAs that make t are the
 same in number as tiles are, and the others multiply by w meanwhile: to read x once more then takes little
 time of its own, where a kernel of its own would wait for memory.
 
@@ -21,6 +22,7 @@ from pallas_kernels.mosaic import parts, store, wgmma
 from pallas_kernels.mosaic.frame import CONSUMERS, STEP
 
 RANKS = 64  # of an accumulator's rows
+STORED = 16  # tokens, at a time
 
 
 class FirstTiles:
@@ -36,7 +38,10 @@ class FirstTiles:
         self.tile, self.refs = kernel.tile, kernel.refs
         self.left = self.refs["l"]
         self.steps = pl.cdiv(sum(kernel.sizes), STEP)
-        self.rank_blocks = pl.cdiv(self.left.shape[0 if transposed else 1], RANKS)
+        rank = self.left.shape[0 if transposed else 1]
+        self.parts = parts_of_rank(self.tile, rank)
+        self.rank_blocks = pl.cdiv(pl.cdiv(rank, RANKS), self.parts)  # of a tile
+        self.half = half_of(self.tile)
         self.base = kernel.schedule.slots * self.tile.cluster  # of the flags
         self.flags = count * self.tile.cluster
 
@@ -45,41 +50,51 @@ class FirstTiles:
         return share(self.count, self.kernel.schedule.processors, processor)
 
     def each(self, body, init):
-        """Calls body(block, carry) -> carry; the block's tokens are tile.tokens * block and so on."""
+        """Calls body(block, part, carry) -> carry; the block's tokens are tile.tokens * block and so on."""
         processor, every = lax.axis_index("grid"), self.kernel.schedule.processors
 
         def one(number, carry):
             index = number * every + processor
-            return body(index * self.tile.cluster + self.kernel.member, carry)
+            column, part = (op(index, jnp.int32(self.parts)) for op in (lax.div, lax.rem))
+            return body(column * self.tile.cluster + self.kernel.member, part, carry)
 
         return lax.fori_loop(0, self.of_processor(processor), one, init)
+
+    def flag(self, block, part):
+        return self.base + block * self.parts + part
+
+    def tokens_of(self, wg):
+        """The first token of a warpgroup's in a tile."""
+        return wg * (self.tile.tokens - self.half)
 
     def wait(self, column) -> None:
         """In the producer: until t of a tile's tokens is in memory."""
         block = lax.div(column, jnp.int32(self.tile.tokens))
-        parts.await_all(self.refs["flags"], self.base + block)
+        for part in range(self.parts):
+            parts.await_all(self.refs["flags"], self.flag(block, part))
 
     def produce(self, acquire, copy, load_inputs, carry):
         """Loads all of this CTA's; `acquire`, `copy` and `load_inputs` as the kernel's own tiles do."""
         tile = self.tile
         together = "down" if tile.down > 1 else "across"  # l is the same for the whole cluster
 
-        def load_left(stage, k, zero):
+        def load_left(stage, k, first):
             for b in range(tile.rows // 64):
                 ranks, half = RANKS * (b // 2), 32 * (b % 2)
-                place = pl.ds(k * STEP + half, 32), pl.ds(zero + ranks, RANKS)
+                place = pl.ds(k * STEP + half, 32), pl.ds(first + ranks, RANKS)
                 if self.transposed:
-                    place = pl.ds(zero + ranks + half, 32), pl.ds(k * STEP, STEP)
+                    place = pl.ds(first + ranks + half, 32), pl.ds(k * STEP, STEP)
                 copy(self.left.at[place], self.refs["w_smem"].at[stage, b], stage, together)
 
-        def block(block, carry):
+        def block(block, part, carry):
             zero = block - block  # TMA may read beyond the ends, and constants may not
+            first = part * (RANKS * self.rank_blocks)
 
             def step(k, carry):
                 stage, count = carry
                 acquire(stage, count)
                 load_inputs(stage, pl.ds(block * tile.tokens, tile.tokens), k, None)
-                load_left(stage, k, zero)
+                load_left(stage, k, first)
                 # Unused, so that each stage has as many arrivals.
                 self.kernel.load_metadata(copy, stage, zero, 0)
                 return self.kernel.next(stage), count + 1
@@ -91,12 +106,11 @@ class FirstTiles:
     def consume(self, wg, stage):
         """Multiplies and stores them; the stage that comes after."""
         full, empty = self.refs["full"], self.refs["empty"]
-        half = self.tile.tokens // CONSUMERS
 
         def issue(acc, stage, previous):
             plgpu.barrier_wait(full.at[stage])
             left = self.refs["w_smem"].at[stage]
-            x = self.refs["x_smem"].at[stage, pl.ds(wg * half, half)]
+            x = self.refs["x_smem"].at[stage, pl.ds(self.tokens_of(wg), self.half)]
             dtype, transposed = self.kernel.dtype, self.transposed
             acc = wgmma.multiply_first(acc, left, x, self.rank_blocks, dtype, transposed)
             wgmma.wait(1)
@@ -109,34 +123,42 @@ class FirstTiles:
             here = self.kernel.next(previous)
             return issue(acc, here, previous), here
 
-        def block(block, stage):
+        def block(block, part, stage):
             first = issue(None, stage, None), stage
             acc, last = lax.fori_loop(1, self.steps, again, first)
             acc = wgmma.drain(acc)
             plgpu.barrier_arrive(empty.at[last])
-            self.store(acc, block, wg)
+            self.store(acc, block, part, wg)
             return self.kernel.next(last)
 
         return self.each(block, stage)
 
-    def store(self, acc, block, wg) -> None:
+    def store(self, acc, block, part, wg) -> None:
         tile, refs = self.tile, self.refs
-        half = tile.tokens // CONSUMERS
-        zero = block - block
+        size = min(tile.slot_tokens, self.half)
         places = [
-            (rows, first)
-            for rows in range(self.rank_blocks)
-            for first in range(0, half, tile.slot_tokens)
+            (rows, first) for rows in range(self.rank_blocks) for first in range(0, self.half, size)
         ]
         for count, (rows, first) in enumerate(places):
-            slot = refs["out_smem"].at[wg, count % tile.slots]
+            slot = refs["out_smem"].at[wg, count % tile.slots, pl.ds(0, size)]
             plgpu.wait_smem_to_gmem(tile.slots - 1, wait_read_only=True)
             store.store_transposed(acc, None, slot, rows, first, self.kernel.dtype, None)
             plgpu.commit_smem()
-            tokens = pl.ds(block * tile.tokens + wg * half + first, tile.slot_tokens)
-            plgpu.copy_smem_to_gmem(slot, refs["t"].at[tokens, pl.ds(zero + RANKS * rows, RANKS)])
+            tokens = pl.ds(block * tile.tokens + self.tokens_of(wg) + first, size)
+            ranks = pl.ds(RANKS * (part * self.rank_blocks + rows), RANKS)
+            plgpu.copy_smem_to_gmem(slot, refs["t"].at[tokens, ranks])
         plgpu.wait_smem_to_gmem(0)
-        parts.announce(refs["flags"], self.base + block)
+        parts.announce(refs["flags"], self.flag(block, part))
+
+
+def parts_of_rank(tile, rank: int) -> int:
+    """Tiles that the ranks of one tile's tokens take; l is in a stage in the place of the weight."""
+    return pl.cdiv(rank, RANKS * tile.rows // 128)
+
+
+def half_of(tile) -> int:
+    """Tokens of a warpgroup."""
+    return STORED * pl.cdiv(tile.tokens, CONSUMERS * STORED)
 
 
 def share(count: int, processors: int, processor):
@@ -144,14 +166,12 @@ def share(count: int, processors: int, processor):
     return lax.div(jnp.int32(count + processors - 1) - processor, jnp.int32(processors))
 
 
-def obstacle(tile, schedule, count: int, rank: int) -> str | None:
+def obstacle(tile, schedule, count: int) -> str | None:
     """Why a product that is cut so cannot make t, in `count` tiles of its schedule's, or None."""
     if tile.along > 1:
         return f"{tile}: CTAs that share tiles along the inputs make no t"
-    if rank > tile.most_rank:
-        return f"{tile}: a stage has room for a rank of {tile.most_rank}, not {rank}"
-    if (tile.tokens // CONSUMERS) % tile.slot_tokens:
-        return f"{tile}: half of its tokens are no multiple of its slots' tokens"
+    if (half := half_of(tile)) % min(half, tile.slot_tokens):
+        return f"{tile}: a warpgroup's {half} tokens are no multiple of its slots' tokens"
     if schedule.slots and schedule.waves * schedule.processors < count:
         return f"{tile}: {schedule.tiles} tiles are no whole wave, and others than whole ones make no t"
     return None

@@ -97,12 +97,13 @@ def nm_matmul(
         raise ValueError("low_rank and adapter are both given; leave out one, they are the same")
     if transposed and adapter is None:
         raise ValueError("transposed=True is of an adapter's l, and there is no adapter")
-    rank, count = 0, 0
+    rank, count = 0, 0  # of what the kernel makes of an adapter
     if low_rank is not None:
         operands |= {"t": low_rank[0], "r": low_rank[1]}
     if adapter is not None:
         operands |= {"l": adapter[0], "r": adapter[1]}
-        rank, count = adapter[1].shape[0], tile.firsts(tokens)
+        rank = adapter[1].shape[0]
+        count = tile.firsts(tokens, rank)
     if bias is not None:
         operands["bias"] = jnp.pad(bias.astype(jnp.float32), (0, -out % (tile.rows * tile.down)))
     if through is not None and joining is None:
@@ -125,14 +126,14 @@ def nm_matmul(
     if save_sums:
         tiles = tile.grid(tokens, out)[1] * tile.across
         results["sums"] = jax.ShapeDtypeStruct((tiles, k), jnp.float32)
-    schedule = tile.schedule(tokens, k, out, processors, first=count > 0)
+    schedule = tile.schedule(tokens, k, out, processors, first_rank=rank)
     if not tile.fits(schedule):
         raise ValueError(
             f"{tile}: needs at most {schedule.processors} tiles, of {tile.along} pairs of stages or more;"
             f" there are {schedule.tiles} of {schedule.steps}"
         )
     if count:
-        if why := first_tiles.obstacle(tile, schedule, count, rank):
+        if why := first_tiles.obstacle(tile, schedule, count):
             raise ValueError(why)
         results["t"] = jax.ShapeDtypeStruct((tokens, rank), x.dtype)
     if schedule.slots:

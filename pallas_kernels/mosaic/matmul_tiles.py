@@ -64,11 +64,6 @@ class Tile:
         return self.along - 1, self.rows * self.tokens
 
     @property
-    def most_rank(self) -> int:
-        """Of an adapter whose l fits into a stage, in the place of the weight."""
-        return first_tiles.RANKS * self.rows // 128
-
-    @property
     def loads(self) -> int:
         """Copies that fill a stage."""
         return 1 + self.rows // 64 + self.rows // 128
@@ -77,16 +72,18 @@ class Tile:
         """Clusters of output tiles along the outputs and the tokens."""
         return pl.cdiv(f, self.rows * self.down), pl.cdiv(tokens, self.tokens * self.across)
 
-    def firsts(self, tokens: int) -> int:
+    def firsts(self, tokens: int, rank: int) -> int:
         """Tiles of an adapter's first product, one for each CTA of a cluster at a time."""
-        return pl.cdiv(tokens, self.tokens * self.cluster)
+        parts = first_tiles.parts_of_rank(self, rank)
+        return parts * pl.cdiv(tokens, self.tokens * self.cluster)
 
     def schedule(
-        self, tokens: int, k: int, f: int, processors: int, *, first: bool = False
+        self, tokens: int, k: int, f: int, processors: int, *, first_rank: int = 0
     ) -> Schedule:
-        """Of pairs of stages, since the loop is unrolled by two; with the tiles of the first product or not."""
+        """Of pairs of stages, since the loop is unrolled by two; with the tiles of a first product of that
+        rank."""
         tiles, steps = math.prod(self.grid(tokens, f)), pl.cdiv(k, 2 * STEP)
-        tiles += self.firsts(tokens) if first else 0
+        tiles += self.firsts(tokens, first_rank)
         return Schedule(tiles, steps, self.splits, frame.clusters(processors, self.cluster))
 
     def fits(self, plan: Schedule) -> bool:
@@ -217,8 +214,8 @@ def firsts(tokens: int, k: int, f: int, rank: int, *, processors: int = 132) -> 
     """
 
     def fits(tile: Tile) -> bool:
-        plan = tile.schedule(tokens, k, f, processors, first=True)
-        return first_tiles.obstacle(tile, plan, tile.firsts(tokens), rank) is None
+        plan = tile.schedule(tokens, k, f, processors, first_rank=rank)
+        return first_tiles.obstacle(tile, plan, tile.firsts(tokens, rank)) is None
 
     possible = (
         tile
@@ -232,8 +229,9 @@ def firsts(tokens: int, k: int, f: int, rank: int, *, processors: int = 132) -> 
 
 def _estimate_with_first(tile: Tile, tokens, k: int, f: int, rank: int, processors: int) -> float:
     """Tiles of t taken for tiles of y. Where t comes later than the first of these end, they wait."""
-    plan, stages = tile.schedule(tokens, k, f, processors, first=True), pl.cdiv(k, STEP)
-    loaded = STEP * 2 * (tile.tokens + first_tiles.RANKS * pl.cdiv(rank, first_tiles.RANKS))
+    plan, stages = tile.schedule(tokens, k, f, processors, first_rank=rank), pl.cdiv(k, STEP)
+    ranks = min(tile.rows // 2, first_tiles.RANKS * pl.cdiv(rank, first_tiles.RANKS))
+    loaded = STEP * 2 * (tile.tokens + ranks)
     late = stages * max(0, loaded / LOADS - PACES[tile].stage)
     return estimate(tile, plan, stages) + late
 

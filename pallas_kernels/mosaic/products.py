@@ -12,7 +12,6 @@ from pallas_kernels import batching, tuning
 from pallas_kernels.compressed import CompressedMatrix
 from pallas_kernels.device import current
 from pallas_kernels.epilogue import (
-    RANK_MULTIPLE,
     Epilogue,
     apart,
     finish,
@@ -34,6 +33,7 @@ from pallas_kernels.mosaic import first_product as few_first
 from pallas_kernels.mosaic.frame import STEP
 from pallas_kernels.mosaic.support import DTYPES, narrow_obstacle, processors
 from pallas_kernels.mosaic.two_four import as_two_four, values_of
+from pallas_kernels.samples import adapter_rank
 from pallas_kernels.sections import Sections, fit, whole
 
 # Of a time of both of an adapter's products in one kernel: to which share of its tokens it holds for others, and
@@ -338,9 +338,12 @@ def tile_with_first(tokens: int, k: int, f: int, rank: int, dtype) -> matmul.Til
     near = abs(tokens - entry.tokens) <= NEAR * entry.tokens
     if not near and not tokens >= 2 * entry.tokens >= 2 * MANY:
         return None
-    tile, rank = matmul.Tile(**entry.config), -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
-    plan = tile.schedule(tokens, k, f, processors(), first=True)
-    return None if first_tiles.obstacle(tile, plan, tile.firsts(tokens), rank) else tile
+    tile = matmul.Tile(**entry.config)
+    count = tile.firsts(tokens, rank)
+    if count > tile.firsts(tokens, adapter_rank(min(k, f))):  # which was timed
+        return None
+    plan = tile.schedule(tokens, k, f, processors(), first_rank=rank)
+    return None if first_tiles.obstacle(tile, plan, count) else tile
 
 
 def _padded(adapter: tuple[jax.Array, jax.Array], transposed: bool = False):
