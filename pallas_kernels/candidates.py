@@ -126,8 +126,8 @@ def _with_first() -> Kernel:
         return matmul.nm_matmul(x, values, metadata, tile, adapter=(left, right), **options)
 
     def cases(config: Config, tokens: int):
-        # partial tiles in every direction, many for each of 4 CTAs; few of them, and l as on a way back
-        return [(776, 200, 520, {"processors": 4}), (512, 328, 768, {"transposed": True})]
+        # partial tiles in every direction, many for each of 4 CTAs; few, of many inputs, and l as on a way back
+        return [(776, 200, 520, {"processors": 4}), (512, 2056, 768, {"transposed": True})]
 
     return Kernel(MANY_TOKENS, matmul.Tile, configs, run, cases)
 

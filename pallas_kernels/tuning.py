@@ -40,7 +40,8 @@ OPTIONAL = {"xla_us"}
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """The fastest configuration for x (tokens, in) and an (in, out) matrix; microseconds. Of "with_first",
-    `dense_us` is of no dense product, but of nm_matmul with an adapter's first product apart.
+    `dense_us` is of no dense product, but of nm_matmul with an adapter's first product apart, and both are of
+    a busy device or of one that rests between, whichever of these leaves it less to gain.
 
     `xla_us` is what runs where the kernel does not: the dense product, and the way from compressed
     to dense or back. Only measured where the kernel is slower than a dense product alone. `device`

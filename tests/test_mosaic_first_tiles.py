@@ -168,7 +168,7 @@ def test_every_tile_of_t_and_of_y_is_made_once_and_t_waits_for_nothing(tokens, s
     shared = [dataclasses.replace(tile, splits=8) for tile in matmul.firsts(tokens, *size, rank)]
     for tile in (*matmul.firsts(tokens, *size, rank), *shared):
         plan = tile.schedule(tokens, *size, 132, first_rank=rank)
-        count = tile.firsts(tokens, rank)
+        count = tile.firsts(tokens, size[0], rank)
         if first_tiles.obstacle(tile, plan, count):
             continue
         # l has as many bytes for an input as half as many outputs of the weight.
@@ -196,11 +196,13 @@ def test_every_tile_of_t_and_of_y_is_made_once_and_t_waits_for_nothing(tokens, s
 @pytest.mark.parametrize("processors", [132, 6])
 @pytest.mark.parametrize("splits", [1, 8])
 @pytest.mark.parametrize("ranks", [{128: 40, 256: 104}, {128: 80, 256: 168}], ids=["one", "two"])
-def test_every_tile_is_exact_on_ragged_sizes(ranks, splits, processors):
-    """With ranks in one or two tiles, and with few CTAs several tiles of t for each; repeats are equal."""
+@pytest.mark.parametrize("k", [1416, 2120])
+def test_every_tile_is_exact_on_ragged_sizes(k, ranks, splits, processors):
+    """With ranks in one or two tiles, inputs in one or two, and with few CTAs several tiles of t for each;
+    repeats are equal."""
     from pallas_kernels.mosaic import first_tiles, matmul, matmul_tiles
 
-    tokens, k, f, ran = 2100, 1416, 1096, 0
+    tokens, f, ran = 2100, 1096, 0
     x, w = integers(0, (tokens, k), 2), compress(integers(3, (k, f), 2), "2:4")
     bias = integers(4, (f,), 4, jnp.float32)
     for size in matmul_tiles.SIZES:
@@ -208,7 +210,7 @@ def test_every_tile_is_exact_on_ragged_sizes(ranks, splits, processors):
         if tile.cluster > processors:
             continue
         plan = tile.schedule(tokens, k, f, processors, first_rank=rank)
-        if first_tiles.obstacle(tile, plan, tile.firsts(tokens, rank)):
+        if first_tiles.obstacle(tile, plan, tile.firsts(tokens, k, rank)):
             continue
         left, right = left_of(k, rank), integers(2, (rank, f), 1)
         t, transposed = float32(x) @ float32(left), (splits == 8) == (processors == 6)
@@ -229,7 +231,7 @@ def test_layers_of_a_scan_wait_for_their_own_first_products():
     """Flags begin at zero in every layer, and in every call."""
     from pallas_kernels.mosaic import matmul
 
-    tokens, k, f, rank = 1100, 776, 1032, 24
+    tokens, k, f, rank = 1100, 2056, 1032, 24
     x = integers(0, (tokens, k), 2)
     ws = [compress(integers(seed, (k, f), 2), "2:4") for seed in range(3, 7)]
     lefts = [left_of(k, rank) * sign for sign in (1, -1, 1, -1)]

@@ -103,7 +103,7 @@ def nm_matmul(
     if adapter is not None:
         operands |= {"l": adapter[0], "r": adapter[1]}
         rank = adapter[1].shape[0]
-        count = tile.firsts(tokens, rank)
+        count = tile.firsts(tokens, k, rank)
     if bias is not None:
         operands["bias"] = jnp.pad(bias.astype(jnp.float32), (0, -out % (tile.rows * tile.down)))
     if through is not None and joining is None:
@@ -136,6 +136,14 @@ def nm_matmul(
         if why := first_tiles.obstacle(tile, schedule, count):
             raise ValueError(why)
         results["t"] = jax.ShapeDtypeStruct((tokens, rank), x.dtype)
+        cut = first_tiles.Cut.of(tile, k, rank)
+        if others := count // cut.slices * (cut.slices - 1):
+            part = (
+                others * tile.cluster,
+                CONSUMERS,
+                first_tiles.RANKS * cut.rank_blocks * cut.half,
+            )
+            results["t_parts"] = jax.ShapeDtypeStruct(part, jnp.float32)
     if schedule.slots:
         part = (schedule.slots * tile.cluster, CONSUMERS, tile.rows // CONSUMERS * tile.tokens)
         results["partial"] = jax.ShapeDtypeStruct(part, jnp.float32)

@@ -72,10 +72,10 @@ class Tile:
         """Clusters of output tiles along the outputs and the tokens."""
         return pl.cdiv(f, self.rows * self.down), pl.cdiv(tokens, self.tokens * self.across)
 
-    def firsts(self, tokens: int, rank: int) -> int:
+    def firsts(self, tokens: int, k: int, rank: int) -> int:
         """Tiles of an adapter's first product, one for each CTA of a cluster at a time."""
-        parts = first_tiles.parts_of_rank(self, rank)
-        return parts * pl.cdiv(tokens, self.tokens * self.cluster)
+        cut = first_tiles.Cut.of(self, k, rank)
+        return cut.parts * cut.slices * pl.cdiv(tokens, self.tokens * self.cluster)
 
     def schedule(
         self, tokens: int, k: int, f: int, processors: int, *, first_rank: int = 0
@@ -83,7 +83,7 @@ class Tile:
         """Of pairs of stages, since the loop is unrolled by two; with the tiles of a first product of that
         rank."""
         tiles, steps = math.prod(self.grid(tokens, f)), pl.cdiv(k, 2 * STEP)
-        tiles += self.firsts(tokens, first_rank)
+        tiles += self.firsts(tokens, k, first_rank)
         return Schedule(tiles, steps, self.splits, frame.clusters(processors, self.cluster))
 
     def fits(self, plan: Schedule) -> bool:
@@ -209,13 +209,13 @@ def firsts(tokens: int, k: int, f: int, rank: int, *, processors: int = 132) -> 
     """All tiles for a product that makes an adapter's first one as well, the shortest estimate first. None of
     them shares those of the last wave, which gained nothing.
 
-    >>> [tile.rows for tile in firsts(8192, 5120, 5120, 80)][:2]
-    [256, 256]
+    >>> firsts(512, 5120, 5120, 80)[0].tokens
+    176
     """
 
     def fits(tile: Tile) -> bool:
         plan = tile.schedule(tokens, k, f, processors, first_rank=rank)
-        return first_tiles.obstacle(tile, plan, tile.firsts(tokens, rank)) is None
+        return first_tiles.obstacle(tile, plan, tile.firsts(tokens, k, rank)) is None
 
     possible = (
         tile
@@ -230,9 +230,9 @@ def firsts(tokens: int, k: int, f: int, rank: int, *, processors: int = 132) -> 
 def _estimate_with_first(tile: Tile, tokens, k: int, f: int, rank: int, processors: int) -> float:
     """Tiles of t taken for tiles of y. Where t comes later than the first of these end, they wait."""
     plan, stages = tile.schedule(tokens, k, f, processors, first_rank=rank), pl.cdiv(k, STEP)
-    ranks = min(tile.rows // 2, first_tiles.RANKS * pl.cdiv(rank, first_tiles.RANKS))
-    loaded = STEP * 2 * (tile.tokens + ranks)
-    late = stages * max(0, loaded / LOADS - PACES[tile].stage)
+    cut = first_tiles.Cut.of(tile, k, rank)
+    loaded = STEP * 2 * (tile.tokens + first_tiles.RANKS * cut.rank_blocks)
+    late = stages * max(0, loaded / LOADS / cut.slices - PACES[tile].stage)
     return estimate(tile, plan, stages) + late
 
 

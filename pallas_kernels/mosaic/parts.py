@@ -29,11 +29,11 @@ class Registers:
     from_values: Callable
 
 
-def leave(mine, held: Registers, partial_ref, flag_ref, index) -> None:
-    """Leaves `mine` in partial_ref[index] and raises flag_ref[index]."""
+def leave(mine, held: Registers, partial_ref, flag_ref, index, number=None) -> None:
+    """Leaves `mine` in partial_ref[index] and raises flag_ref[number]; None: of the index."""
 
-    @plgpu.inline_mgpu(arg_types=(held.layout, plgpu.RefType(), plgpu.RefType(), SPLAT))
-    def body(ctx, mine, partial, flag, index):
+    @plgpu.inline_mgpu(arg_types=(held.layout, plgpu.RefType(), plgpu.RefType(), SPLAT, SPLAT))
+    def body(ctx, mine, partial, flag, index, number):
         values = held.values_of(mine)
         address = _partial_address(partial, index, len(values))
         for i in range(0, len(values), 4):
@@ -44,22 +44,22 @@ def leave(mine, held: Registers, partial_ref, flag_ref, index) -> None:
                 *values[i : i + 4],
             )
         mutils.warpgroup_barrier()
-        _raise(_flag_address(flag, index))
+        _raise(_flag_address(flag, number))
 
-    body(mine, partial_ref, flag_ref, index)
+    body(mine, partial_ref, flag_ref, index, index if number is None else number)
 
 
-def add(mine, held: Registers, partial_ref, flag_ref, index):
-    """mine + partial_ref[index], once its flag is up."""
+def add(mine, held: Registers, partial_ref, flag_ref, index, number=None):
+    """mine + partial_ref[index], once its flag is up, which is that of `leave`."""
 
     @plgpu.inline_mgpu(
-        arg_types=(held.layout, plgpu.RefType(), plgpu.RefType(), SPLAT),
+        arg_types=(held.layout, plgpu.RefType(), plgpu.RefType(), SPLAT, SPLAT),
         return_type=held.type,
     )
-    def body(ctx, mine, partial, flag, index):
+    def body(ctx, mine, partial, flag, index, number):
         f32 = ir.F32Type.get()
         thread = llvm.and_(mutils.thread_idx(), ops.const(127))
-        _await(_flag_address(flag, index), thread)
+        _await(_flag_address(flag, number), thread)
         mutils.warpgroup_barrier()
         values = held.values_of(mine)
         address = _partial_address(partial, index, len(values))
@@ -76,7 +76,7 @@ def add(mine, held: Registers, partial_ref, flag_ref, index):
             added += [llvm.fadd(value, llvm.extractvalue(f32, theirs, [e])) for e, value in pairs]
         return held.from_values(added)
 
-    return body(mine, partial_ref, flag_ref, index)
+    return body(mine, partial_ref, flag_ref, index, index if number is None else number)
 
 
 def announce(flag_ref, index) -> None:

@@ -339,8 +339,8 @@ def tile_with_first(tokens: int, k: int, f: int, rank: int, dtype) -> matmul.Til
     if not near and not tokens >= 2 * entry.tokens >= 2 * MANY:
         return None
     tile = matmul.Tile(**entry.config)
-    count = tile.firsts(tokens, rank)
-    if count > tile.firsts(tokens, adapter_rank(min(k, f))):  # which was timed
+    count = tile.firsts(tokens, k, rank)
+    if count > tile.firsts(tokens, k, adapter_rank(min(k, f))):  # which was timed
         return None
     plan = tile.schedule(tokens, k, f, processors(), first_rank=rank)
     return None if first_tiles.obstacle(tile, plan, count) else tile
