@@ -25,6 +25,7 @@ from pallas_kernels.mosaic.support import MOST_RANK
 ROWS = 64  # tokens of a warpgroup
 TOKENS = ROWS * CONSUMERS
 COLUMNS = 8  # completed by one CTA
+SHARES = (1, 2, 3, 4)
 UNIT_BYTES = 16 * 128 * CONSUMERS  # four float32 numbers of each thread
 HEAD = 128  # bytes for the barrier
 REF, SPLAT = plgpu.RefType(), plgpu.Layout.WG_SPLAT
@@ -38,8 +39,8 @@ class Cut:
     stages: int = 4
 
     def __post_init__(self):
-        if self.share not in (1, 2, 4):
-            raise ValueError(f"{self}: share must be 1, 2 or 4, the CTAs of a cluster")
+        if self.share not in SHARES:
+            raise ValueError(f"{self}: share must be 1 to {SHARES[-1]}, the CTAs of a cluster")
         if self.stages < 2:
             raise ValueError(f"{self}: a ring has at least 2 stages")
 
@@ -51,13 +52,19 @@ class Cut:
             raise ValueError(
                 f"rank is {rank}; this kernel takes multiples of {COLUMNS} up to {MOST_RANK}"
             )
+        if (sums := self.sums(rank)) > self.stages * stage_bytes(rank):
+            raise ValueError(f"{self}: sums of {sums} bytes need more stages")
         needed = self.stages * stage_bytes(rank) + HEAD
         if needed > frame.SHARED_MEMORY:
             raise ValueError(f"{self}: needs {needed} bytes of {frame.SHARED_MEMORY}")
 
     def units(self, rank: int) -> int:
-        """Of `COLUMNS` columns, that a CTA completes at most. Two stages have room for their sums."""
+        """Of `COLUMNS` columns, that a CTA completes at most."""
         return pl.cdiv(rank // COLUMNS, self.share)
+
+    def sums(self, rank: int) -> int:
+        """Bytes in the ring, of what all CTAs of a cluster send to one."""
+        return self.share * self.units(rank) * UNIT_BYTES if self.share > 1 else 0
 
 
 def stage_bytes(rank: int) -> int:
@@ -73,11 +80,13 @@ def choose(tokens: int, k: int, rank: int, *, processors: int = 132) -> Cut:
     (Cut(share=4, stages=7), Cut(share=2, stages=9))
     """
     tiles, steps = pl.cdiv(tokens, TOKENS), pl.cdiv(k, STEP)
-    share = 1
-    while share < 4 and 2 * share <= steps and tiles <= frame.clusters(processors, 2 * share):
-        share *= 2
+    share = max(
+        share
+        for share in SHARES
+        if share == 1 or (share <= steps and tiles <= frame.clusters(processors, share))
+    )
     most = (frame.SHARED_MEMORY - HEAD) // stage_bytes(rank)
-    return Cut(share, min(most, max(2, pl.cdiv(steps, share))))
+    return Cut(share, min(most, max(3, pl.cdiv(steps, share))))
 
 
 @launch.once("cut", "transposed")
