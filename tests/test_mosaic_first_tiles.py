@@ -66,7 +66,7 @@ def test_every_tile_lowers_for_cuda(size, strict_dtypes):
     """Alone and with all else; where JAX has 64 bits as well."""
     from pallas_kernels.mosaic import matmul
 
-    rank = size.rows // 2 + 16  # in two tiles
+    rank, size = size.rows // 2 + 16, dataclasses.replace(size, slices=2)  # in two tiles each way
     x, values, metadata = shape_of(4000, 776), shape_of(388, 520), shape_of(97, 520, dtype="uint8")
     right, joining = shape_of(rank, 520), shape_of(4000, 520)
 
@@ -196,17 +196,17 @@ def test_every_tile_of_t_and_of_y_is_made_once_and_t_waits_for_nothing(tokens, s
 @pytest.mark.parametrize("processors", [132, 6])
 @pytest.mark.parametrize("splits", [1, 8])
 @pytest.mark.parametrize("ranks", [{128: 40, 256: 104}, {128: 80, 256: 168}], ids=["one", "two"])
-@pytest.mark.parametrize("k", [1416, 2120])
-def test_every_tile_is_exact_on_ragged_sizes(k, ranks, splits, processors):
+@pytest.mark.parametrize("slices", [1, 2])
+def test_every_tile_is_exact_on_ragged_sizes(slices, ranks, splits, processors):
     """With ranks in one or two tiles, inputs in one or two, and with few CTAs several tiles of t for each;
     repeats are equal."""
     from pallas_kernels.mosaic import first_tiles, matmul, matmul_tiles
 
-    tokens, f, ran = 2100, 1096, 0
+    tokens, k, f, ran = 2100, 1416, 1096, 0
     x, w = integers(0, (tokens, k), 2), compress(integers(3, (k, f), 2), "2:4")
     bias = integers(4, (f,), 4, jnp.float32)
     for size in matmul_tiles.SIZES:
-        tile, rank = dataclasses.replace(size, splits=splits), ranks[size.rows]
+        tile, rank = dataclasses.replace(size, splits=splits, slices=slices), ranks[size.rows]
         if tile.cluster > processors:
             continue
         plan = tile.schedule(tokens, k, f, processors, first_rank=rank)
@@ -231,18 +231,19 @@ def test_layers_of_a_scan_wait_for_their_own_first_products():
     """Flags begin at zero in every layer, and in every call."""
     from pallas_kernels.mosaic import matmul
 
-    tokens, k, f, rank = 1100, 2056, 1032, 24
+    tokens, k, f, rank = 1100, 776, 1032, 24
     x = integers(0, (tokens, k), 2)
     ws = [compress(integers(seed, (k, f), 2), "2:4") for seed in range(3, 7)]
     lefts = [left_of(k, rank) * sign for sign in (1, -1, 1, -1)]
     right = integers(2, (rank, f), 1)
     stacks = [jnp.stack([getattr(w, name) for w in ws]) for name in ("values", "metadata")]
+    tile = dataclasses.replace(small_tile(), slices=2)
 
     @jax.jit
     def run(values, metadata, lefts):
         def step(_, layer):
             v, e, left = layer
-            return None, matmul.nm_matmul(x, v, e, small_tile(), adapter=(left, right))
+            return None, matmul.nm_matmul(x, v, e, tile, adapter=(left, right))
 
         return jax.lax.scan(step, None, (values, metadata, lefts))[1]
 

@@ -4,8 +4,8 @@ Such a tile has as many tokens as one of the product, and as many ranks as a sta
 the ring as always, and l in the place of the weight. The accumulator is t.T, of which each warpgroup has half of
 the tokens, rounded up to what is stored at a time: a few in the middle may be made twice. t leaves for memory,
 and a flag of each warpgroup says so; the producer of every CTA waits for those of its tokens before it loads t,
-which is at the end of a tile. Nobody then waits long if t takes no longer than one of the first tiles: where the
-inputs are many, they are cut in two, and the CTA with the last ones adds what the other has left it. The CTAs that make t are the
+which is at the end of a tile. Nobody then waits long if t takes no longer than one of the first tiles: so its
+inputs may be cut in two (`slices`), and the CTA with the last ones adds what the other has left it. The CTAs that make t are the
 same in number as tiles are, and the others multiply by w meanwhile: to read x once more then takes little
 time of its own, where a kernel of its own would wait for memory.
 
@@ -27,7 +27,6 @@ from pallas_kernels.mosaic.frame import CONSUMERS, STEP
 
 RANKS = 64  # of an accumulator's rows
 STORED = 16  # tokens, at a time
-MANY = 32  # stages of inputs, which are cut in two
 
 
 class Unit(NamedTuple):
@@ -55,7 +54,7 @@ class Cut(NamedTuple):
         parts = pl.cdiv(rank, tile.rows // 2)
         rank_blocks = pl.cdiv(pl.cdiv(rank, RANKS), parts) if parts else 0
         half = STORED * pl.cdiv(tile.tokens, CONSUMERS * STORED)
-        return cls(parts, rank_blocks, 2 if pl.cdiv(k, STEP) >= MANY else 1, half)
+        return cls(parts, rank_blocks, max(1, min(tile.slices, pl.cdiv(k, STEP))), half)
 
 
 class FirstTiles:

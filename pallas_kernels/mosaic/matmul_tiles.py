@@ -19,7 +19,8 @@ class Tile:
     tiles are visited in snakes `snake` wide along the outputs (0) or the tokens (1). A cluster of
     CTAs, `down` along the outputs and `across` along the tokens, loads together what its CTAs share.
     At most `splits` clusters share a tile of the last wave; 0 for an even share for all (`Schedule`).
-    Or the CTAs of a cluster, `along` the inputs, share one tile, and have no other.
+    Or the CTAs of a cluster, `along` the inputs, share one tile, and have no other. Tiles of an adapter's
+    first product (`first_tiles`) are cut into `slices` along the inputs.
     """
 
     blocks: int = 2
@@ -33,6 +34,7 @@ class Tile:
     across: int = 1
     splits: int = 1
     along: int = 1
+    slices: int = 1
 
     def __post_init__(self):
         if self.tokens % 8 or not 8 <= self.tokens <= 256:
@@ -46,9 +48,16 @@ class Tile:
             raise ValueError(f"{self}: slots must divide the {stores} times that a tile fills one")
         if min(self.down, self.across, self.along) < 1 or self.cluster > 8:
             raise ValueError(f"{self}: a cluster has 1 to 8 CTAs")
+        if self.slices < 1:
+            raise ValueError(f"{self}: tiles of a first product have at least one slice")
         if self.along > 1 and (self.down, self.across, self.splits) != (1, 1, 1):
             raise ValueError(f"{self}: who shares tiles along the inputs shares nothing else")
         frame.check_shared_memory(self)
+
+    @property
+    def size(self) -> "Tile":
+        """Without what does not change how long a stage takes."""
+        return dataclasses.replace(self, splits=1, slices=1)
 
     @property
     def rows(self) -> int:
@@ -170,7 +179,7 @@ def candidates(tokens: int, k: int, f: int, *, processors: int = 132) -> list[Ti
 def _is_tried(tile: Tile, tokens: int) -> bool:
     """256 x 64 of one row of tiles alone, and 128 x 176 of up to three: of more tokens these were not the
     best by more than 1 %, or not timed."""
-    rows = {HALF: 1, THIRD: 3}.get(dataclasses.replace(tile, splits=1, down=1))
+    rows = {HALF: 1, THIRD: 3}.get(dataclasses.replace(tile.size, down=1))
     return rows is None or tokens <= rows * tile.tokens
 
 
@@ -191,7 +200,7 @@ def suited(
     other = choose(tokens, k, f, processors=processors)
     if not tile.fits(tile.schedule(tokens, k, f, processors)):
         return other
-    if dataclasses.replace(tile, splits=1) not in PACES:
+    if tile.size not in PACES:
         return tile
 
     def ratio(tokens: int) -> float:
@@ -219,7 +228,8 @@ def firsts(tokens: int, k: int, f: int, rank: int, *, processors: int = 132) -> 
 
     possible = (
         tile
-        for tile in SIZES
+        for size in SIZES
+        for tile in (size, dataclasses.replace(size, slices=2))
         if tile.cluster <= processors and _is_tried(tile, tokens) and fits(tile)
     )
     return sorted(
@@ -232,13 +242,13 @@ def _estimate_with_first(tile: Tile, tokens, k: int, f: int, rank: int, processo
     plan, stages = tile.schedule(tokens, k, f, processors, first_rank=rank), pl.cdiv(k, STEP)
     cut = first_tiles.Cut.of(tile, k, rank)
     loaded = STEP * 2 * (tile.tokens + first_tiles.RANKS * cut.rank_blocks)
-    late = stages * max(0, loaded / LOADS / cut.slices - PACES[tile].stage)
+    late = stages * max(0, loaded / LOADS / cut.slices - PACES[tile.size].stage)
     return estimate(tile, plan, stages) + late
 
 
 def estimate(tile: Tile, plan: Schedule, stages: int) -> float:
     """Microseconds of a product of so many stages a tile, to rank tiles by."""
-    pace, area = PACES[dataclasses.replace(tile, splits=1)], tile.rows * tile.tokens / 128**2
+    pace, area = PACES[tile.size], tile.rows * tile.tokens / 128**2
     launch, part, sent = (once + each * area for once, each in (LAUNCH, PART, SENT))
     work = plan.tiles / plan.processors
     longest = plan.waves + (plan.share / plan.steps if plan.left else 0)
