@@ -308,6 +308,22 @@ def test_configurations_are_integers_and_their_cases_lower(op):
     traced.lower(lowering_platforms=("cuda",))
 
 
+@needs_jax
+def test_both_ways_to_cut_a_first_product_come_with_the_tile_of_the_product_alone_first(
+    monkeypatch,
+):
+    from pallas_kernels.mosaic import matmul, products
+
+    alone = matmul.Tile(blocks=1, tokens=64, slot_tokens=32, stages=8)
+    monkeypatch.setattr(products, "configuration", lambda *_: dataclasses.replace(alone, splits=8))
+    configs = candidates.kernel("with_first").configs(8192, 5120, 5120)
+    found = [matmul.Tile(**config) for config in configs]
+    assert {tile.size for tile in found[:2]} == {alone}
+    assert {tile.slices for tile in found[:2]} == {1, 2}
+    assert len(set(found)) == len(found)
+    assert candidates.kernel("with_first").configs(64, 5120, 5120)  # few have a kernel of their own
+
+
 def kernels(count, start=1000.0, name="k", duration=50.0):
     return [Kernel(name, start + 100 * i, duration) for i in range(count)]
 
