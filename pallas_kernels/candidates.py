@@ -119,10 +119,9 @@ def _with_first() -> Kernel:
 
     def configs(tokens: int, k: int, f: int) -> list[Config]:
         tiles = matmul.firsts(tokens, k, f, adapter_rank(min(k, f)))
-        alone = products.configuration(
-            "nm_matmul", tokens, k, f, "bfloat16"
-        )  # few tokens have no tile
-        likely = sorted(tiles, key=lambda tile: tile.size != getattr(alone, "size", None))
+        alone = products.configuration("nm_matmul", tokens, k, f, "bfloat16")
+        size = getattr(alone, "size", None)  # few tokens have no tile
+        likely = sorted(tiles, key=lambda tile: tile.size != size)
         return [dataclasses.asdict(tile) for tile in likely]
 
     def run(config: Config, x, values, metadata, left, right, **options):

@@ -224,6 +224,7 @@ def test_every_tile_lowers_and_bad_ones_are_named():
         ({"slots": 3}, "divide the 4 times"),
         ({"slots": 0}, "at least one slot"),
         ({"along": 0}, "1 to 8 CTAs"),
+        ({"slices": 0}, "at least one slice"),
         ({"down": 3, "across": 3}, "1 to 8 CTAs"),
         ({"along": 2, "splits": 8, "stages": 2}, "shares nothing else"),
         ({"stages": 6}, "bytes"),

@@ -4,10 +4,10 @@ Such a tile has as many tokens as one of the product, and as many ranks as a sta
 the ring as always, and l in the place of the weight. The accumulator is t.T, of which each warpgroup has half of
 the tokens, rounded up to what is stored at a time: a few in the middle may be made twice. t leaves for memory,
 and a flag of each warpgroup says so; the producer of every CTA waits for those of its tokens before it loads t,
-which is at the end of a tile. Nobody then waits long if t takes no longer than one of the first tiles: so its
-inputs may be cut in two (`slices`), and the CTA with the last ones adds what the other has left it. The CTAs that make t are the
-same in number as tiles are, and the others multiply by w meanwhile: to read x once more then takes little
-time of its own, where a kernel of its own would wait for memory.
+which is at the end of a tile. The CTAs that make t are the same in number as tiles are, and the others multiply
+by w meanwhile: to read x once more then takes little time of its own, where a kernel of its own would wait for
+memory. Nobody waits long if t takes no longer than one of the first tiles: so its inputs may be cut in two
+(`slices`), and the CTA with the last ones adds what the other has left it.
 
 CTAs wait for others here, so all of a launch must come to run. Where t has no more tiles than there are CTAs,
 those that make it are the first ones to start; else CTAs wait for later ones as well, which need a place
