@@ -153,7 +153,7 @@ FAR_SHORTER = 0.9
 # takes on its way through global memory, and through a cluster. Flags take as long for any number of parts.
 LAUNCH, PART, SENT = (1.7, 0.4), (0.15, 0.65), (0.2, 0.3)
 FLAGS, EXCHANGE = 3.5, 1.4
-LOADS = 55e3  # bytes in a microsecond that a CTA gets for a tile of t
+LOADS = 65e3  # bytes in a microsecond that a CTA gets for a tile of t
 
 
 def choose(tokens: int, k: int, f: int, *, processors: int = 132) -> Tile:
