@@ -138,19 +138,18 @@ class Tuner:
             lambda config: samples.compile_for(functools.partial(run, config), *operands[0][0]),
             configs,
         )
-        options = None if problem.op == "with_first" else samples.CUBLAS
+        first = problem.op == "with_first"
+        options = None if first else samples.CUBLAS
         product = samples.compile_for(dense, *operands[0][1], options=options)
         calls = {"dense": [functools.partial(product, *each) for _, each in operands]}
-        if problem.tokens <= FEWEST:  # of which XLA has kernels that are often faster
+        if problem.tokens <= FEWEST and not first:  # of which XLA has kernels that are often faster
             product = samples.compile_for(dense, *operands[0][1])
             calls["dense_xla"] = [functools.partial(product, *each) for _, each in operands]
         for number, compiled in enumerate(sparse):
             calls[str(number)] = [functools.partial(compiled, *each) for each, _ in operands]
         times = device_time.measure(calls, rounds=self.rounds, preheating=SWITCH_SECONDS)
         found = {name: each.microseconds for name, each in times.items()}
-        if (
-            problem.op == "with_first"
-        ):  # in a model, between others, a card is cooler than under these alone
+        if first:  # in a model, between others, a card is cooler than under these alone
             times = device_time.cool(calls, rounds=COOL_ROUNDS, pause=COOL_SECONDS)
             return surest(found, {name: each.microseconds for name, each in times.items()})
         return found | {"dense": min(found["dense"], found.pop("dense_xla", math.inf))}
@@ -217,7 +216,7 @@ def surest(*regimes: Mapping[str, float]) -> dict[str, float]:
 def fastest(problem: Problem, configs: Sequence[Config], times: Mapping[str, float]) -> Entry:
     """The entry of a problem from the times of "dense" and of configurations "0", "1", ...
 
-    Of configurations as fast as the fastest, within `SIMILAR`, the first wins.
+    Of configurations as fast as the fastest, within `SIMILAR`, the first wins; one without a time never.
     """
     least = min(times[str(number)] for number in range(len(configs)))
     number = next(

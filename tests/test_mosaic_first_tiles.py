@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -105,17 +107,27 @@ def test_what_loads_t_waits_for_what_stores_it():
 @needs_jax
 @pytest.mark.parametrize(("rank", "count"), [(16, 1), (64, 1), (72, 2), (136, 3)])
 def test_what_loads_t_waits_for_all_ranks(monkeypatch, rank, count):
-    from pallas_kernels.mosaic import matmul, parts
+    from pallas_kernels.mosaic import first_tiles, matmul
 
-    waited, wait = [], parts.await_all
-    monkeypatch.setattr(parts, "await_all", lambda *flag: (waited.append(flag), wait(*flag)))
+    waited, flag, wait = [], first_tiles.FirstTiles.flag, first_tiles.FirstTiles.wait
+
+    def noted(self, block, part):
+        waited.append(part)
+        return flag(self, block, part)
+
+    def waiting(self, column):
+        with monkeypatch.context() as patch:
+            patch.setattr(first_tiles.FirstTiles, "flag", noted)
+            wait(self, column)
+
+    monkeypatch.setattr(first_tiles.FirstTiles, "wait", waiting)
 
     def run(x, values, metadata, pair):
         return matmul.nm_matmul(x, values, metadata, small_tile(), adapter=pair)
 
     x, values, metadata = shape_of(3000, 776), shape_of(388, 520), shape_of(97, 520, dtype="uint8")
     lowered(run, x, values, metadata, (shape_of(776, rank), shape_of(rank, 520)))
-    assert len(waited) == count
+    assert waited == list(range(count))
 
 
 @needs_jax
@@ -172,7 +184,8 @@ def test_every_tile_of_t_and_of_y_is_made_once_and_t_waits_for_nothing(tokens, s
         if first_tiles.obstacle(tile, plan, count):
             continue
         # l has as many bytes for an input as half as many outputs of the weight.
-        assert count * (tile.cluster * tile.tokens) * (tile.rows // 2) >= tokens * rank
+        whole = count * tile.cluster // first_tiles.Cut.of(tile, size[0], rank).slices
+        assert whole * tile.tokens * (tile.rows // 2) >= tokens * rank
         down, across = tile.grid(tokens, size[1])
         assert plan.tiles == count + down * across
         processors = np.arange(plan.processors)
@@ -190,6 +203,44 @@ def test_every_tile_of_t_and_of_y_is_made_once_and_t_waits_for_nothing(tokens, s
             assert tile.splits > 1 or (values[mine] == value).all()
         finished = mine & (whole[2] < 0)
         assert sorted(index[finished]) == list(range(plan.tiles))
+
+
+@needs_jax
+@pytest.mark.parametrize("k", [8, 136, 1416])
+@pytest.mark.parametrize(("tokens", "rank"), [(1, 8), (177, 64), (512, 72), (2100, 200)])
+def test_every_part_of_t_is_made_once_and_has_a_flag_and_a_place_of_its_own(tokens, k, rank):
+    from pallas_kernels.mosaic import first_tiles, matmul_tiles
+
+    f, left = 520, shape_of(k, rank)
+    tiles = [dataclasses.replace(t, slices=n) for t in matmul_tiles.SIZES for n in (1, 2, 3)]
+    for tile, splits in itertools.product(tiles, (1, 8)):
+        tile = dataclasses.replace(tile, splits=splits)
+        plan = tile.schedule(tokens, k, f, 132, first_rank=rank)
+        kernel = types.SimpleNamespace(
+            tile=tile, refs={"l": left}, sizes=[k], schedule=plan, member=0
+        )
+        made = first_tiles.FirstTiles(kernel, tile.firsts(tokens, k, rank), False)
+        slices, steps, spans, flags = made.cut.slices, -(-k // 64), {}, []
+        for kernel.member in range(tile.cluster):
+            units = first_tiles.Unit(*map(np.asarray, made.unit(jnp.arange(made.count))))
+            for i, unit in enumerate(zip(*units, strict=True)):
+                unit = first_tiles.Unit(*map(int, unit))
+                spans.setdefault((unit.block, unit.part), []).append((unit.start, unit.stop))
+                assert unit.slice == i % slices  # it waits for those ahead of it, which have come
+                last = unit.slice == slices - 1
+                place = None if last else made.place_left(unit, unit.slice)
+                assert last or place < made.count // slices * (slices - 1) * tile.cluster
+                flags.append(made.flag(unit.block, unit.part) if last else made.base + place)
+        assert sorted(flags) == list(range(made.base, made.base + made.flags))
+        for span in spans.values():
+            starts, stops = zip(*span, strict=True)
+            assert (starts[0], stops[-1]) == (0, steps)
+            assert starts[1:] == stops[:-1]
+            assert all(start < stop for start, stop in span)
+        blocks = range(-(-tokens // tile.tokens))
+        assert {(block, part) for block in blocks for part in range(made.cut.parts)} <= set(spans)
+        assert made.cut.parts * made.cut.rank_blocks * 64 >= rank
+        assert made.tokens_of(1) + made.cut.half == tile.tokens <= 2 * made.cut.half
 
 
 @needs_gpu

@@ -82,10 +82,27 @@ def test_times_hold_for_tokens_near_those_they_were_taken_with_and_for_many(monk
     for tokens, taken in ((16383, False), (16384, True), (65536, True), (4096, False)):
         assert takes(tokens, 8192) == taken
     assert not takes(2048, 2048, SLOWER)
-    assert not takes(2048, 2048, (100.0, 100.0))
+    assert not takes(2048, 2048, (100.0, 100.5))  # the same, as far as can be told
+    assert takes(2048, 2048, (100.0, 101.0))
     assert not takes(2048, 2048, rank=136)
     assert not takes(2048, 2048, rank=0)
     assert not takes(2048, 2048, dtype="float64")
+
+
+@needs_jax
+def test_times_hold_for_no_wave_of_tiles_more(monkeypatch):
+    from pallas_kernels.mosaic import matmul_tiles, products
+
+    tile = dataclasses.replace(matmul_tiles.THIRD, slices=2)
+    plan = tile.schedule(512, 5120, 5120, 132, first_rank=80)
+    assert (plan.tiles, plan.processors) == (132, 132)
+    entry = tuning.Entry(
+        "with_first", "16-bit", 512, (5120, 5120), dataclasses.asdict(tile), *FASTER
+    )
+    monkeypatch.setattr(products, "_measured", lambda *_: entry)
+    monkeypatch.setattr(products, "processors", lambda: 132)
+    for tokens, taken in ((480, tile), (528, tile), (529, None), (544, None)):
+        assert products.tile_with_first(tokens, 5120, 5120, 80, "bfloat16") == taken
 
 
 @needs_jax

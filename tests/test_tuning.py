@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -322,6 +323,27 @@ def test_both_ways_to_cut_a_first_product_come_with_the_tile_of_the_product_alon
     assert {tile.slices for tile in found[:2]} == {1, 2}
     assert len(set(found)) == len(found)
     assert candidates.kernel("with_first").configs(64, 5120, 5120)  # few have a kernel of their own
+
+
+@needs_jax
+def test_a_first_product_is_timed_beside_the_way_apart_alone(monkeypatch):
+    """Whatever the tokens; XLA's own dense product, of few, is none of a first product's."""
+    timed = []
+
+    def measure(calls, **_):
+        timed.append(sorted(calls))
+        return {name: device_time.Time(10.0 + len(name), ()) for name in calls}
+
+    monkeypatch.setattr(tune, "_operands", lambda problem: ([((1,), (1,))] * 2, None))
+    monkeypatch.setattr(tune.samples, "compile_for", lambda *_, **__: print)
+    monkeypatch.setattr(tune.device_time, "measure", measure)
+    monkeypatch.setattr(tune.device_time, "cool", measure)
+    problem = tune.Problem("with_first", 16, (64, 64))
+    found = tune.Tuner(2, 1)._time(problem, [{}, {}])
+    assert timed == 2 * [["0", "1", "dense"]]
+    assert found == {"dense": 15.0, "0": 11.0, "1": math.inf}
+    entry = tune.fastest(problem, [{"a": 1}, {"a": 2}], found)
+    assert (entry.config, entry.sparse_us, entry.dense_us) == ({"a": 1}, 11.0, 15.0)
 
 
 def kernels(count, start=1000.0, name="k", duration=50.0):

@@ -81,20 +81,27 @@ class FirstTiles:
     def each(self, body, init):
         """Calls body(unit, carry) -> carry."""
         processor, every = lax.axis_index("grid"), self.kernel.schedule.processors
-        parts, slices = jnp.int32(self.cut.parts), jnp.int32(self.cut.slices)
 
         def one(number, carry):
-            index = number * every + processor
-            group, slice_ = lax.div(index, slices), lax.rem(index, slices)
-            block = lax.div(group, parts) * self.tile.cluster + self.kernel.member
-            steps = (lax.div((slice_ + i) * self.steps, slices) for i in (0, 1))
-            return body(Unit(block, lax.rem(group, parts), slice_, *steps), carry)
+            return body(self.unit(number * every + processor), carry)
 
         return lax.fori_loop(0, self.of_processor(processor), one, init)
+
+    def unit(self, index) -> Unit:
+        """What a processor makes as the tile of this index. The last slice alone waits, for those ahead of it."""
+        parts, slices = jnp.int32(self.cut.parts), jnp.int32(self.cut.slices)
+        group, slice_ = lax.div(index, slices), lax.rem(index, slices)
+        block = lax.div(group, parts) * self.tile.cluster + self.kernel.member
+        steps = (lax.div((slice_ + i) * self.steps, slices) for i in (0, 1))
+        return Unit(block, lax.rem(group, parts), slice_, *steps)
 
     def place(self, block, part):
         """Among the tiles of t."""
         return block * self.cut.parts + part
+
+    def place_left(self, unit, slice_):
+        """In `t_parts`, of what a slice leaves for the last one; and behind `base`, of its flag."""
+        return self.place(unit.block, unit.part) * (self.cut.slices - 1) + slice_
 
     def flag(self, block, part):
         """Of a tile of t that is there; behind those of what others have left."""
@@ -177,20 +184,18 @@ class FirstTiles:
         if not others:
             return self.store(acc, unit, wg)
         held, flags, left = wgmma.registers(acc), self.refs["flags"], self.refs["t_parts"]
-        first = self.place(unit.block, unit.part) * others
 
         @pl.when(unit.slice < others)
         def _():
-            place = first + unit.slice
+            place = self.place_left(unit, unit.slice)
             parts.leave(acc, held, left, flags, place, self.base + place)
 
         @pl.when(unit.slice == others)
         def _():
             added = acc
             for other in range(others):
-                added = parts.add(
-                    added, held, left, flags, first + other, self.base + first + other
-                )
+                place = self.place_left(unit, other)
+                added = parts.add(added, held, left, flags, place, self.base + place)
             self.store(added, unit, wg)
 
     def store(self, acc, unit, wg) -> None:

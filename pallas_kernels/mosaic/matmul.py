@@ -74,7 +74,7 @@ def nm_matmul(
       values: (in / 2, out) in x's dtype, metadata: uint8 (in / 8, out); out a multiple of 8.
       bias: (out,). low_rank: t (tokens, rank), r (rank, out) in x's dtype, rank a multiple of 8.
       adapter: l (in, rank) and r in the place of low_rank: the kernel makes t = x @ l as well, and returns
-        it last. Where `first_tiles.obstacle` has none.
+        it last, unless the rank is 0. Where `first_tiles.obstacle` has none.
       transposed: l is (rank, in).
       joining: (tokens, out) in x's dtype, which the results then have as well.
       through: an activation, by whose derivative at `joining` the product is multiplied, in the place

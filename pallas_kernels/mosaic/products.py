@@ -39,6 +39,7 @@ from pallas_kernels.sections import Sections, fit, whole
 # Of a time of both of an adapter's products in one kernel: to which share of its tokens it holds for others, and
 # from how many on for any more.
 NEAR, MANY = 1 / 16, 8192
+GAIN = 1.01  # at least, of such a time
 
 
 def nm_matmul(
@@ -326,23 +327,26 @@ def tile_with_first(tokens: int, k: int, f: int, rank: int, dtype) -> matmul.Til
     """How the kernel for many tokens is cut that makes an adapter's first product as well; None where that
     was not measured to be faster than the first product apart, or joins the kernel for few tokens.
 
-    Other tokens than were measured go by its times if they are near, or more than were measured and many: how
-    tiles fill their waves changes with every one where waves are few.
+    Other tokens than were measured go by its times if they are near and take no wave of tiles more, or more than
+    were measured and many: how tiles fill their waves changes with every one where waves are few.
     """
     if not tokens or not rank or str(dtype) not in DTYPES:
         return None
     few = kernel_of("nm_matmul", tokens, k, f, dtype) == "few_tokens"
     entry = None if few else _measured("with_first", tokens, k, f, dtype)
-    if entry is None or entry.sparse_us >= entry.dense_us:
-        return None
-    near = abs(tokens - entry.tokens) <= NEAR * entry.tokens
-    if not near and not tokens >= 2 * entry.tokens >= 2 * MANY:
+    if entry is None or entry.dense_us < GAIN * entry.sparse_us:
         return None
     tile = matmul.Tile(**entry.config)
-    count = tile.firsts(tokens, k, rank)
-    if count > tile.firsts(tokens, k, adapter_rank(min(k, f))):  # which was timed
+    plan, timed = (
+        tile.schedule(n, k, f, processors(), first_rank=rank) for n in (tokens, entry.tokens)
+    )
+    waves = [each.waves + bool(each.left) for each in (plan, timed)]
+    near = abs(tokens - entry.tokens) <= NEAR * entry.tokens and waves[0] <= waves[1]
+    if not near and not tokens >= 2 * entry.tokens >= 2 * MANY:
         return None
-    plan = tile.schedule(tokens, k, f, processors(), first_rank=rank)
+    count = tile.firsts(tokens, k, rank)
+    if count > tile.firsts(tokens, k, adapter_rank(min(k, f))):  # of the rank that was timed
+        return None
     return None if first_tiles.obstacle(tile, plan, count) else tile
 
 

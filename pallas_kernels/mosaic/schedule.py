@@ -17,7 +17,7 @@ class Schedule:
 
     A unit of work is the steps [start, stop) of a tile. One that starts at 0 ends in the output,
     after the parts of the others have been added; each of these leaves its part in a slot.
-    Those who wait are the last processors, and those they wait for never wait themselves.
+    Those who wait are the last processors, and those they wait for never wait for a slot themselves.
     """
 
     tiles: int
