@@ -6,7 +6,7 @@ Kinds of product (``--ops``):
 
 * matmul: x @ w, for every linear layer of ``--models``, forward and dx;
 * epilogue: with bias and activation, what enters it saved where training needs it; dense is what
-  XLA fuses of `activation(jnp.matmul(x, w) + b)`;
+  XLA fuses of `activation(jnp.matmul(x, w) + b)`; for gate_up the gate, `silu(gate) * up`;
 * adapters: with a low-rank product of rank 1.56 % of the hidden size, beside the bare product;
 * sddmm: the kept x.T @ dy; dense is the bfloat16 x.T @ dy;
 * transpose: the double-pruned transpose, beside a copy of as many bytes;

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from benchmarks import shapes
 from pallas_kernels import Pattern, Query, decompress, nm_matmul, nm_sddmm, nm_transpose
-from pallas_kernels.epilogue import ACTIVATIONS
+from pallas_kernels.epilogue import ACTIVATIONS, Epilogue, activated
 from pallas_kernels.samples import CUBLAS, MOST_COPIES, adapter_rank, copies, normal, weights
 
 KINDS = ("matmul", "epilogue", "adapters", "sddmm", "transpose", "few")
@@ -43,6 +43,10 @@ class Problem:
     @property
     def activation(self) -> str | None:
         return self.epilogue.partition("+")[2] or None
+
+    @property
+    def gated(self) -> bool:
+        return self.epilogue.startswith("gate")
 
     @property
     def query(self) -> Query:
@@ -137,7 +141,34 @@ def _matmul(problem: Problem, implementation: str) -> Case:
     return Case(variants, _error_of_rows, (xs[0], found[0].dense))
 
 
+def _gate(problem: Problem, implementation: str) -> Case:
+    """As where nothing is trained, so that the halves of the product are not needed later."""
+    tokens, (k, f) = problem.tokens, problem.size
+    xs = normal(1, copies(2 * tokens * (k + f)), (tokens, k))
+    (w,), name = weights(0, 1, (k, f)), problem.activation
+
+    def sparse(x, w):
+        return nm_matmul(x, w, activation=name, gated=True, implementation=implementation)
+
+    def dense(x, w):
+        z = jnp.matmul(x, w)
+        return activated(z.astype(jnp.float32), _gated(name)).astype(z.dtype)
+
+    variants = {
+        "sparse": Variant(sparse, [(x, w.sparse) for x in xs]),
+        "dense": Variant(dense, [(x, w.dense) for x in xs], CUBLAS),
+    }
+    error = functools.partial(_error_of_rows, epilogue=_gated(name))
+    return Case(variants, error, (xs[0], w.dense))
+
+
+def _gated(activation: str | None) -> Epilogue:
+    return Epilogue(activation=activation, gated=True)
+
+
 def _epilogue(problem: Problem, implementation: str) -> Case:
+    if problem.gated:
+        return _gate(problem, implementation)
     tokens, (k, f) = problem.tokens, problem.size
     xs = normal(1, copies(2 * tokens * (k + f)), (tokens, k))
     (w,), (bias,) = weights(0, 1, (k, f)), normal(2, 1, (f,))
@@ -163,7 +194,7 @@ def _epilogue(problem: Problem, implementation: str) -> Case:
         "sparse": Variant(sparse, [(x, w.sparse, bias.astype(jnp.float32)) for x in xs]),
         "dense": Variant(dense, [(x, w.dense, bias) for x in xs], CUBLAS),
     }
-    error = functools.partial(_error_of_rows, activation=name)
+    error = functools.partial(_error_of_rows, epilogue=Epilogue(activation=name))
     return Case(variants, error, (xs[0], w.dense, bias))
 
 
@@ -247,13 +278,13 @@ def _error_with_adapters(results, x, w, left, right):
     return _error_of_rows(results, x, joined)
 
 
-def _error_of_rows(results, x, w, bias=None, activation=None):
-    """Largest error of y = activation(x @ w + bias), over a sample of tokens."""
+def _error_of_rows(results, x, w, bias=None, epilogue=None):
+    """Largest error of y = activation(x @ w + bias), or its gate, over a sample of tokens."""
     rows = _sample(x.shape[0])
     z = jnp.matmul(x[rows].astype(jnp.float32), w.astype(jnp.float32), precision=EXACT)
     if bias is not None:
         z = z + bias.astype(jnp.float32).reshape(1, -1)
-    exact = z if activation is None else ACTIVATIONS[activation](z)
+    exact = z if epilogue is None else activated(z, epilogue)
 
     def error(result):
         y = result[0] if isinstance(result, tuple | list) else result

@@ -31,9 +31,9 @@ class Model:
         }
 
     def epilogue(self, linear: str) -> str:
-        """What follows the product: "" for nothing, "bias", or "bias+<activation>"."""
+        """What follows the product: "" for nothing, "bias", "bias+<activation>", or "gate+<activation>"."""
         if self.gated:
-            return ""
+            return f"gate+{self.activation}" if linear == "gate_up" else ""
         return f"bias+{self.activation}" if linear == "up" else "bias"
 
 

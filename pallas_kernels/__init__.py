@@ -8,7 +8,7 @@ from pallas_kernels.compressed import (
     kept_mask,
     positions_of,
 )
-from pallas_kernels.dispatch import Choice, NarrowQuery, Query, choose, choose_narrow
+from pallas_kernels.dispatch import Choice, NarrowQuery, Query, choose, choose_gate, choose_narrow
 from pallas_kernels.pattern import Pattern
 from pallas_kernels.products import narrow_matmul, nm_matmul, nm_sddmm, nm_transpose
 from pallas_kernels.sections import Sections
@@ -21,6 +21,7 @@ __all__ = [
     "Query",
     "Sections",
     "choose",
+    "choose_gate",
     "choose_narrow",
     "compress",
     "compressed_shapes",

@@ -46,13 +46,15 @@ class Query:
 class NarrowQuery:
     """An adapter's first product: `tokens` rows of x against an (in, rank) matrix, in `dtype`.
 
-    `outputs` are those of the product by a kernel that the adapter joins; None for x @ l alone.
+    `outputs` are those of the product by a kernel that the adapter joins, and that is `gated` by it or not;
+    None for x @ l alone.
     """
 
     shape: tuple[int, int]
     dtype: str
     tokens: int
     outputs: int | None = None
+    gated: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "shape", _matrix(self.shape))
@@ -142,12 +144,35 @@ def choose_narrow(query: NarrowQuery, implementation: str | None = None) -> Choi
         from pallas_kernels.mosaic import products  # needs a newer JAX than the package does
 
         (k, rank), tokens = query.shape, query.tokens
-        if products.tile_with_first(tokens, k, query.outputs, rank, query.dtype):
+        options = {"gated": query.gated}
+        if products.tile_with_first(tokens, k, query.outputs, rank, query.dtype, **options):
             return Choice("mosaic", "by the kernel of the product that it joins")
     obstacle = missing or support.narrow_obstacle(query.shape, query.dtype, query.tokens)
     return (
         Choice("xla", obstacle) if obstacle else Choice("mosaic", "measured to be the faster one")
     )
+
+
+def choose_gate(query: Query, implementation: str | None = None) -> Choice:
+    """What makes activation(gate) * up of a product's halves (`nm_matmul`'s gated=True): the product's own
+    kernel, or a pass of XLA's over what it makes.
+
+    Raises:
+      ValueError, NotImplementedError: as `choose`.
+
+    >>> choose_gate(Query("nm_matmul", (768, 4096), Pattern(2, 4), "float32", tokens=8192)).implementation
+    'xla'
+    """
+    product = choose(query, implementation)
+    if product.implementation != "mosaic":
+        return Choice("xla", f"the product is {product.implementation}'s")
+    if query.tokens is None:
+        return Choice("mosaic", "the number of tokens is not known here")
+    from pallas_kernels.mosaic import products  # needs a newer JAX than the package does
+
+    if products.gated_tile(query.tokens, *query.shape, query.dtype):
+        return Choice("mosaic", "by the kernel of the product")
+    return Choice("xla", "a pass of its own, taken to be the faster way")
 
 
 def check_implementation(implementation: str | None) -> None:

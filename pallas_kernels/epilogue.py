@@ -70,6 +70,7 @@ class Epilogue:
       float32 (in,): of a gradient, that of a bias.
     * `save_first`: the adapter's first product t is returned too, after all else.
     * `sections`: how many outputs each of several arrays has that y then comes in, as a tuple; or None.
+    * `gated`: y = activation(gate) * up, gate and up being the halves of z's outputs.
     """
 
     bias: jax.Array | None = None
@@ -86,11 +87,12 @@ class Epilogue:
     save_first: bool = dataclasses.field(default=False, metadata={"static": True})
     left_transposed: bool = dataclasses.field(default=False, metadata={"static": True})
     sections: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+    gated: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def is_empty(self) -> bool:
         terms = (self.bias, self.low_rank, self.adapter, self.activation, *self.joining)
-        return all(term is None for term in terms)
+        return all(term is None for term in terms) and not self.gated
 
     @property
     def joining(self) -> tuple[jax.Array | None, jax.Array | None]:
@@ -101,6 +103,10 @@ class Epilogue:
     def saves(self) -> bool:
         """Whether more comes back than y, and t."""
         return self.save_preactivation or self.save_moments or self.save_sums
+
+    def ungated(self) -> "Epilogue":
+        """The same of z, gate and up side by side."""
+        return dataclasses.replace(self, gated=False, activation=None)
 
     def without_joining(self) -> "Epilogue":
         """The same without what has y's shape, and moments, which are of both together."""
@@ -156,6 +162,8 @@ class Epilogue:
             raise ValueError("save_preactivation=True needs an activation; y is what enters it")
         if self.sections is not None:
             self._check_sections(out)
+        if self.gated:
+            self._check_gated(out)
         if self.bias is not None:
             check_array(self.bias, "bias")
             check_dtype(self.bias.dtype, "bias")
@@ -176,6 +184,17 @@ class Epilogue:
             raise ValueError(
                 "sections and what is saved of y (a preactivation, moments) are both given; save it of"
                 " a y in one piece"
+            )
+
+    def _check_gated(self, out: int) -> None:
+        if out % 2:
+            raise ValueError(
+                f"gated=True halves the outputs of w, which has {out}; give an even number"
+            )
+        if self.saves or self.sections is not None or any(a is not None for a in self.joining):
+            raise ValueError(
+                "gated=True goes with a bias, an adapter, a norm and an activation alone: make what is"
+                " saved, sections, and what joins y in a product without it"
             )
 
     def _check_joining(self, x: jax.Array, out: int) -> None:
@@ -309,7 +328,7 @@ def finish(z: jax.Array, epilogue: Epilogue, out_dtype, precision=None, *, x=Non
     if epilogue.bias is not None:
         bias = epilogue.bias.astype(jnp.float32)
         z = z + bias.reshape((1,) * (z.ndim - 1) + (-1,))
-    y = z if epilogue.activation is None else ACTIVATIONS[epilogue.activation](z)
+    y = activated(z, epilogue)
     if epilogue.residual is not None:
         y = y + epilogue.residual.astype(jnp.float32)
     if epilogue.source is not None:
@@ -321,6 +340,15 @@ def finish(z: jax.Array, epilogue: Epilogue, out_dtype, precision=None, *, x=Non
     if epilogue.sections is not None:
         y = apart(y, epilogue.sections)
     return (y, *saved) if saved else y
+
+
+def activated(z: jax.Array, epilogue: Epilogue) -> jax.Array:
+    """What leaves an epilogue's activation, and its gate."""
+    activation = ACTIVATIONS.get(epilogue.activation, lambda z: z)
+    if not epilogue.gated:
+        return activation(z)
+    gate, up = jnp.split(z, 2, axis=-1)
+    return activation(gate) * up
 
 
 def apart(y: jax.Array, sections: tuple[int, ...]) -> tuple[jax.Array, ...]:

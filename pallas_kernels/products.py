@@ -37,6 +37,7 @@ def nm_matmul(
     save_first: bool = False,
     left_transposed: bool = False,
     sections: tuple[int, ...] | None = None,
+    gated: bool = False,
     out_dtype=None,
     precision: jax.lax.PrecisionLike = None,
     implementation: str | None = None,
@@ -68,6 +69,9 @@ def nm_matmul(
       sections: how many outputs each of several arrays has that y then comes in, as a tuple: of several
         projections in one matrix. The kernel writes them apart where all are multiples of 64; no
         preactivation and no moments are saved of them.
+      gated: y is activation(gate) * up, (..., out / 2), gate and up being the halves [gate | up] of the
+        outputs; not together with a residual, `through`, sections, nor what else is saved than t. Where no
+        kernel does so on the way, as for few tokens, gate and up may be rounded to `out_dtype` first.
       out_dtype: dtype of y and the preactivation; None for x's.
       precision: of the products, as in `jax.lax.dot_general`.
       implementation: None for the best, or a name; `choose` tells which and why.
@@ -111,6 +115,7 @@ def nm_matmul(
         save_first=save_first,
         left_transposed=left_transposed,
         sections=None if sections is None else _sections(sections),
+        gated=gated,
     )
     epilogue.check(x, w.shape[1])
     given, epilogue = epilogue, epilogue.without_nothing()

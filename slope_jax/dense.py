@@ -131,6 +131,7 @@ class SparseDense(nn.Dense):
         *,
         activated: bool = False,
         apart: bool = False,
+        gate: str | None = None,
     ) -> jax.Array | Activated | Stream | tuple[jax.Array, ...]:
         """(..., in) to (..., features), with the residual (..., features) added if there is one.
 
@@ -141,6 +142,9 @@ class SparseDense(nn.Dense):
         Args:
           activated: hand on an `Activated` for another layer that `joins`, if this one does.
           apart: return a tuple of the `sections`, which the product's kernel writes apart.
+          gate: an activation's name: return activation(gate) * up, (..., features / 2), of the halves
+            [gate | up] of what it would be without, if this layer `joins`. The product's kernel makes
+            it where no gradient follows.
         """
         norm, stream = None, residual if isinstance(residual, Stream) else None
         if isinstance(inputs, Normed):
@@ -149,6 +153,11 @@ class SparseDense(nn.Dense):
             inputs = jnp.asarray(inputs)
         self._check(inputs)
         self._check_handing_on(inputs, residual, activated)
+        if gate is not None:
+            self._check_gate(gate, residual, activated or apart)
+            if norm is not None:
+                return self._joined(inputs, norm, None, activation=gate, gated=True)
+            return self._sparse(inputs, activation=gate, gated=True)
         if apart:
             return self._apart(inputs, norm, residual)
         if self.joins and (norm is not None or stream is not None):
@@ -194,7 +203,7 @@ class SparseDense(nn.Dense):
             inputs,
             kernel.with_values(values.astype(inputs.dtype)),
             bias=bias,
-            activation=self.activation,
+            activation=options.pop("activation", self.activation),
             adapter=None if adapter is None else tuple(a.astype(inputs.dtype) for a in adapter),
             norm=norm,
             residual=None if residual is None else residual.x.astype(inputs.dtype),
@@ -241,21 +250,21 @@ class SparseDense(nn.Dense):
         inputs = inputs.astype(x.dtype) if isinstance(inputs, Activated) else x
         if self._is_sharded():
             matmul = functools.partial(
-                sharded_matmul, cut=cut_of(self.path), sections=self.sections, **options
+                sharded_matmul, cut=cut_of(self.path), sections=self.sections
             )
         else:
             residual = None if residual is None else residual.astype(x.dtype)
-            matmul = functools.partial(slope_matmul, residual=residual, **options)
+            matmul = functools.partial(slope_matmul, residual=residual)
         return matmul(
             inputs,
             kernel,
             working=self._working(),
             bias=bias,
-            activation=self.activation,
             adapter=adapter,
             precision=self.precision,
             implementation=self.implementation,
             backward=self.backward,
+            **({"activation": self.activation} | options),
         )
 
     def _terms(self, in_features: int) -> tuple[jax.Array | None, tuple | None]:
@@ -368,6 +377,19 @@ class SparseDense(nn.Dense):
             raise ValueError(
                 f"{where}: a stream is added without gradients, which what an activation hands on is"
                 " for; call up(x), or give the residual as an array"
+            )
+
+    def _check_gate(self, gate: str, residual: Any, other: bool) -> None:
+        check_activation(gate, f"{self._where()}: gate is")
+        if not self.joins:
+            raise ValueError(
+                f"{self._where()}: gate={gate!r} needs a layer whose `joins` is true, one that is sparse"
+                " and not cut by a mesh; make the gate of what it returns"
+            )
+        if self.activation is not None or residual is not None or other:
+            raise ValueError(
+                f"{self._where()}: gate={gate!r} goes with no activation={self.activation!r}, residual,"
+                " activated=True or apart=True"
             )
 
     def _where(self) -> str:

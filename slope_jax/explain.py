@@ -1,6 +1,7 @@
 """What runs, and why: one row per linear layer of a model."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pallas_kernels import Choice, NarrowQuery, Query, choose, choose_narrow
+from pallas_kernels import Choice, NarrowQuery, Query, choose, choose_gate, choose_narrow
 from pallas_kernels.mosaic.support import MOST_FIRST
 from slope_jax.dense import ADAPTER_L, ADAPTER_R, MASKS, SparseDense
 from slope_jax.inputs import eval_shape, example_inputs, unboxed
@@ -21,8 +22,9 @@ class Row:
     """One linear layer; `layers` of them when it is a scanned stack.
 
     `shape` is (in, out); `choices` maps y, dx and dw to what runs and why, and `first_product` says
-    so of an adapter's x @ l, where the product itself has a kernel; bytes are those stored for
-    kernel, metadata and adapters, and for a dense kernel of the same dtype.
+    so of an adapter's x @ l, where the product itself has a kernel, and `gate` of a gate that the layer
+    was asked for; bytes are those stored for kernel, metadata and adapters, and for a dense kernel of
+    the same dtype.
     """
 
     path: str
@@ -33,6 +35,7 @@ class Row:
     stored_bytes: int
     dense_bytes: int
     first_product: Choice | None = None
+    gate: Choice | None = None
 
     @property
     def implementation(self) -> str:
@@ -50,10 +53,9 @@ class Row:
         reasons = list(products)
         if len(products) > 1:
             reasons = [f"{', '.join(names)}: {why}" for why, names in products.items()]
-        if self.first_product is not None:
-            reasons.append(
-                f"x @ l {self.first_product.implementation}: {self.first_product.reason}"
-            )
+        for part, choice in (("x @ l", self.first_product), ("gate", self.gate)):
+            if choice is not None:
+                reasons.append(f"{part} {choice.implementation}: {choice.reason}")
         return "; ".join(reasons)
 
 
@@ -136,7 +138,8 @@ def explain(model: nn.Module, variables: Any, *args, strict: bool = False, **kwa
         dense = isinstance(module, nn.Dense) and context.method_name == "__call__"
         tied = isinstance(module, nn.Embed) and context.method_name == "attend"
         if (dense or tied) and module.path not in rows:
-            describe = _dense_row if dense else _tied_row
+            gated = call_kwargs.get("gate") is not None
+            describe = functools.partial(_dense_row, gated=gated) if dense else _tied_row
             rows[module.path] = describe(module, call_args[0], variables)
         return call(*call_args, **call_kwargs)
 
@@ -148,7 +151,7 @@ def explain(model: nn.Module, variables: Any, *args, strict: bool = False, **kwa
     return explanation
 
 
-def _dense_row(module: nn.Dense, x: jax.Array, variables: Any) -> Row:
+def _dense_row(module: nn.Dense, x: jax.Array, variables: Any, *, gated: bool) -> Row:
     params = _at(variables["params"], module.path)
     pattern = module.pattern if isinstance(module, SparseDense) else None
     shape = (x.shape[-1], module.features)
@@ -156,7 +159,7 @@ def _dense_row(module: nn.Dense, x: jax.Array, variables: Any) -> Row:
     layers = math.prod(kernel.shape[:-2])
     names = ("kernel", ADAPTER_L, ADAPTER_R)
     stored = sum(_nbytes(params[name]) for name in names if name in params)
-    name, first = "dense" if pattern is None else str(pattern), None
+    name, first, gate = "dense" if pattern is None else str(pattern), None, None
     if getattr(module, "simulated", False):
         name = module.sparsity or "dense"
         why = f"{name} is simulated: a dense product with a dense kernel that is masked outside"
@@ -167,8 +170,11 @@ def _dense_row(module: nn.Dense, x: jax.Array, variables: Any) -> Row:
     else:
         stored += _nbytes(_at(variables[MASKS], module.path)["kernel"])
         choices = _choices(module, pattern, shape, x, kernel)
+        if gated:
+            gate = choose_gate(_query(module, pattern, shape, x, kernel), module.implementation)
         if module.adapter_rank:
-            first = _first_product(module, shape, x, kernel, choices["y"])
+            inside = gate is not None and gate.implementation == "mosaic"
+            first = _first_product(module, shape, x, kernel, choices["y"], gated=inside)
     return Row(
         path="/".join(module.path) or type(module).__name__,
         layers=layers,
@@ -178,27 +184,30 @@ def _dense_row(module: nn.Dense, x: jax.Array, variables: Any) -> Row:
         stored_bytes=stored,
         dense_bytes=layers * math.prod(shape) * kernel.dtype.itemsize,
         first_product=first,
+        gate=gate,
     )
 
 
 def _choices(module, pattern, shape, x, kernel) -> dict[str, Choice]:
-    dtype = _dtype(module, x, kernel)
-    tokens, shape = local_product(module.path, math.prod(x.shape[:-1]), shape)
-    products = {
-        "y": ("nm_matmul", shape),
-        "dx": ("nm_matmul", shape[::-1]),
-        "dw": ("nm_sddmm", shape),
+    forward = _query(module, pattern, shape, x, kernel)
+    queries = {
+        "y": forward,
+        "dx": dataclasses.replace(forward, shape=forward.shape[::-1]),
+        "dw": dataclasses.replace(forward, op="nm_sddmm"),
     }
-    choices = {
-        name: choose(Query(op, size, pattern, dtype, tokens), module.implementation)
-        for name, (op, size) in products.items()
-    }
+    choices = {name: choose(query, module.implementation) for name, query in queries.items()}
     if module.backward == EXACT:
         choices["dx"] = Choice("xla", "backward is exact: dx by a dense product with w_r.T")
     return choices
 
 
-def _first_product(module, shape, x, kernel, product: Choice) -> Choice | None:
+def _query(module, pattern, shape, x, kernel) -> Query:
+    """Of a forward pass, on each device."""
+    tokens, shape = local_product(module.path, math.prod(x.shape[:-1]), shape)
+    return Query("nm_matmul", shape, pattern, _dtype(module, x, kernel), tokens)
+
+
+def _first_product(module, shape, x, kernel, product: Choice, *, gated: bool) -> Choice | None:
     """Of a forward pass; None where the product has no kernel, which says all."""
     tokens, shape = local_product(module.path, math.prod(x.shape[:-1]), shape)
     if product.implementation != "mosaic":
@@ -206,7 +215,7 @@ def _first_product(module, shape, x, kernel, product: Choice) -> Choice | None:
     if tokens <= MOST_FIRST:
         return Choice("mosaic", f"a kernel for up to {MOST_FIRST} tokens")
     size, dtype = (shape[0], module.adapter_rank), _dtype(module, x, kernel)
-    query = NarrowQuery(size, dtype, tokens, outputs=shape[1])
+    query = NarrowQuery(size, dtype, tokens, outputs=shape[1], gated=gated)
     return choose_narrow(query, module.implementation)
 
 

@@ -18,7 +18,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.compressed import check_compressed
 from pallas_kernels.dispatch import check_implementation
-from pallas_kernels.epilogue import gradient_through, sums_of
+from pallas_kernels.epilogue import Epilogue, activated, gradient_through, sums_of
 from pallas_kernels.sections import Sections
 from pallas_kernels.varying import alike
 from slope_jax.operands import (
@@ -26,6 +26,7 @@ from slope_jax.operands import (
     EXACT,
     as_array,
     check_activated,
+    check_gated,
     check_operands,
     check_sections,
     check_terms,
@@ -88,6 +89,7 @@ def slope_matmul(
     residual: jax.Array | None = None,
     activated: bool = False,
     sections: tuple[int, ...] | None = None,
+    gated: bool = False,
     precision: jax.lax.PrecisionLike = None,
     implementation: str | None = None,
     backward: str = DOUBLE_PRUNED,
@@ -115,13 +117,15 @@ def slope_matmul(
       activated: return an `Activated` of the activation, for another product to multiply.
       sections: outputs of each of several arrays that y then comes in, as a tuple: of several
         projections in one matrix, without an activation and a residual. The kernel writes them apart.
+      gated: y is activation(gate) * up, (..., out / 2), gate and up being the halves [gate | up] of z. The
+        kernel makes it where no gradient follows, for which z is kept.
       precision: of the products, as in `jax.lax.dot_general`.
       implementation: of the products; None for the best. See `pallas_kernels.choose`.
       backward: "double-pruned", or "exact": dx = dz @ w_r.T + ..., the derivative, by a dense
         product. For comparisons: it is what the second pruning approximates.
 
     Returns:
-      (..., out) in x's dtype, an `Activated` of it, or a tuple of its sections. Gradients are in the dtypes
+      (..., out) in x's dtype, half of that if gated, an `Activated` of it, or a tuple of its sections. Gradients are in the dtypes
       of their operands, that of w straight from float32 accumulators; there are no second derivatives.
 
     Raises:
@@ -146,9 +150,10 @@ def slope_matmul(
     check_operands(x, w, working, adapter, backward)
     check_terms(x, w, activation, residual, activated)
     check_sections(sections, activation, residual)
+    check_gated(gated, w.shape[1], residual, activated, sections)
     added = residual is not None
     options = Options(
-        precision, implementation, w.dtype, backward, through, activated, added, sections
+        precision, implementation, w.dtype, backward, through, activated, added, sections, gated
     )
     terms = Terms(bias, adapter, residual, source)
     x, w, working, terms = alike((x, w, working, terms))
@@ -165,6 +170,7 @@ class Options(NamedTuple):
     activated: bool = False
     added: bool = False  # to a residual
     sections: tuple[int, ...] | None = None
+    gated: bool = False
 
 
 class Terms(NamedTuple):
@@ -186,9 +192,9 @@ class Saved(NamedTuple):
 NOTHING = Saved()
 
 
-def saved_with(activation: str | None) -> Saved:
+def saved_with(activation: str | None, gated: bool = False) -> Saved:
     """What the backward pass needs: where relu is flat, its y says."""
-    return Saved(preactivation=activation not in (None, "relu"), first_product=True)
+    return Saved(preactivation=gated or activation not in (None, "relu"), first_product=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -206,6 +212,17 @@ def _handed_on(y, z, activation):
 def product(x, w, working, terms: Terms, activation, options, saved=NOTHING):
     """y, and z and x @ l where they are saved."""
     first = saved.first_product and terms.adapter is not None
+    if options.gated and saved.preactivation:
+        z, _, t = product(
+            x,
+            w,
+            working,
+            terms,
+            None,
+            options._replace(gated=False),
+            NOTHING._replace(first_product=first),
+        )
+        return gate(z, activation), z, t
     y = nm_matmul(
         x,
         w.with_values(w.values.astype(x.dtype) if working.values is None else working.values),
@@ -216,6 +233,7 @@ def product(x, w, working, terms: Terms, activation, options, saved=NOTHING):
         save_preactivation=saved.preactivation,
         save_first=first,
         sections=options.sections,
+        gated=options.gated,
         precision=options.precision,
         implementation=options.implementation,
     )
@@ -224,13 +242,20 @@ def product(x, w, working, terms: Terms, activation, options, saved=NOTHING):
     return y, others.pop() if saved.preactivation else None, t
 
 
+def gate(z: jax.Array, activation: str | None) -> jax.Array:
+    """activation(gate) * up of z (..., [gate | up]), in float32, returned in z's dtype."""
+    return activated(z.astype(jnp.float32), Epilogue(activation=activation, gated=True)).astype(
+        z.dtype
+    )
+
+
 def _forward(x, w, working, terms, activation, options):
-    saved = saved_with(activation)
+    saved = saved_with(activation, options.gated)
     y, z, t = product(x, w, working, terms, activation, options, saved)
     if None not in working:  # the backward pass then reads w's positions alone
         w = w.with_values(working.values)
     out = _handed_on(y, z, activation) if options.activated else y
-    entered = y if activation == "relu" else z
+    entered = y if z is None else z
     terms = terms._replace(residual=None)
     return out, (x, w, working.transpose, terms, None if options.activated else entered, t)
 
@@ -246,7 +271,8 @@ def backward(activation, options, residuals, dy):
         dy = Sections(tuple(dy))
         if terms.adapter is not None or options.backward == EXACT:  # other products read it, too
             dy = dy.whole()
-    dz = gradient_of_product(activation, x, z, dy)
+    dz = gradient_of_gate(activation, z, dy) if options.gated else dy
+    dz = gradient_of_product(None if options.gated else activation, x, z, dz)
     if options.backward == EXACT:
         dt = None if terms.adapter is None else gradient_of_first(dz, terms.adapter, options)
         dx, sums = _exact_dx(dz, dt, w, x, terms, options), sums_of(dz)
@@ -297,6 +323,11 @@ def gradient_of_product(activation, x, z, dy):
     """That of what enters the activation, in x's dtype. The gradient of the bias is its sums, rounded as it is."""
     dz = dy if activation is None else gradient_through(activation, z, dy)
     return dz.astype(x.dtype)
+
+
+def gradient_of_gate(activation, z, dy):
+    """That of z, of which `gate` made y."""
+    return jax.vjp(lambda z: gate(z, activation), z)[1](dy)[0]
 
 
 def gradient_of_first(dz, adapter, options: Options):

@@ -74,6 +74,25 @@ def check_sections(sections, activation: str | None, residual) -> None:
         raise ValueError(f"sections and {other} are both given; sections are of a product alone")
 
 
+def check_gated(gated: bool, out: int, residual, handed_on: bool, sections) -> None:
+    """Raises a ValueError if a gate is asked of what has no halves, or something else of what it makes."""
+    if not gated:
+        return
+    if out % 2:
+        raise ValueError(
+            f"gated=True halves the outputs of w, which has {out}; give an even number"
+        )
+    for name, given in (
+        ("a residual", residual is not None),
+        ("activated=True", handed_on),
+        ("sections", sections is not None),
+    ):
+        if given:
+            raise ValueError(
+                f"gated=True and {name} are both given; give {name} to a product without"
+            )
+
+
 def check_backward(backward: str) -> None:
     """Raises a ValueError unless `backward` is one of `BACKWARDS`."""
     if backward not in BACKWARDS:

@@ -77,6 +77,7 @@ def _many(
     save_preactivation=False,
     save_sums=False,
     sections=None,
+    gated=False,
     out_dtype=None,
     processors=132,
     **others,
@@ -94,7 +95,7 @@ def _many(
         z += _float32(*low_rank)
     if bias is not None:
         z += bias.astype(jnp.float32)[None]
-    y = z if activation is None else epilogue.ACTIVATIONS[activation](z)
+    y = epilogue.activated(z, epilogue.Epilogue(activation=activation, gated=gated))
     if through is not None:
         y = epilogue.gradient_through(through, joining, y)
     elif joining is not None:

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import compress, decompress, kept_mask, nm_matmul
+from pallas_kernels import compress, decompress, kept_mask, nm_matmul, nm_transpose
 from pallas_kernels.epilogue import Norm, moments
-from slope_jax import masks, slope_matmul
+from slope_jax import SparseDense, masks, slope_matmul
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -60,6 +60,28 @@ def test_matmul_is_the_formula(activation):
     for low_rank in ({"low_rank": (x @ left, right)}, {"adapter": (left, right)}):
         y = nm_matmul(x, w, bias=bias, activation=activation, **low_rank)
         close(y, formula(activation, exact)[0])
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+def test_a_gate_is_the_formula_and_its_gradient_that_of_the_method(activation):
+    x, w, bias, left, right = problem()
+    z = np.asarray(x @ decompress(w) + x @ left @ right) + np.asarray(bias)
+    gate, up = np.split(z, 2, axis=-1)
+    value, slope = formula(activation, gate)
+    for low_rank in ({"low_rank": (x @ left, right)}, {"adapter": (left, right)}):
+        close(nm_matmul(x, w, bias=bias, activation=activation, gated=True, **low_rank), value * up)
+    weights = integers(9, up.shape)
+
+    def loss(x, bias, adapter):
+        y = slope_matmul(x, w, bias=bias, adapter=adapter, activation=activation, gated=True)
+        return (y * weights).sum()
+
+    dz = np.concatenate([weights * up * slope, weights * value], axis=-1)
+    dx, dbias, (_, dright) = jax.grad(loss, argnums=(0, 1, 2))(x, bias, (left, right))
+    close(dbias, dz.sum((0, 1)))
+    close(dright, np.einsum("bsr,bso->ro", x @ left, dz))
+    again = nm_transpose(w)
+    close(dx, dz @ np.asarray(decompress(again)) + dz @ np.asarray(right).T @ np.asarray(left).T)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -250,12 +272,39 @@ def test_vmap_and_scan_over_layers_of_everything():
         ),
         ({"residual": jnp.ones((6, 48))}, r"residual is float32\[6, 48\].*float32\[2, 3, 48\]"),
         ({"residual": jnp.ones((2, 3, 48), "bfloat16")}, "residual is bfloat16"),
+        ({"gated": True, "residual": jnp.ones((2, 3, 48))}, "gated=True goes with a bias"),
+        ({"gated": True, "sections": (24, 24)}, "gated=True goes with a bias"),
+        ({"gated": True, "activation": "silu", "save_preactivation": True}, "gated=True goes with"),
     ],
 )
 def test_bad_epilogues_are_named(options, message):
     x, w, *_ = problem()
     with pytest.raises(ValueError, match=message):
         nm_matmul(x, w, **options)
+
+
+def test_a_gate_that_goes_with_nothing_is_named():
+    x, w, *_ = problem()
+    odd = compress(jnp.ones((32, 5)), "2:4")
+    with pytest.raises(ValueError, match="halves the outputs of w, which has 5"):
+        nm_matmul(x, odd, gated=True)
+    for options, other in (
+        ({"residual": jnp.ones((2, 3, 48))}, "a residual"),
+        ({"activation": "relu", "activated": True}, "activated=True"),
+        ({"sections": (24, 24)}, "sections"),
+    ):
+        with pytest.raises(ValueError, match=f"gated=True and {other} are both given"):
+            slope_matmul(x, w, gated=True, **options)
+    layer = SparseDense(48)
+    variables = layer.init(jax.random.key(0), x)
+    for options, message in (
+        ({"gate": "tan"}, "'tan'"),
+        ({"gate": "silu", "residual": x}, "goes with no"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer.apply(variables, x, **options)
+    with pytest.raises(ValueError, match="gate='silu' needs a layer whose `joins` is true"):
+        layer.clone(sparsity=None).apply({"params": {}}, x, gate="silu")
 
 
 def test_a_bad_adapter_is_named():

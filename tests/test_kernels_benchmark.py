@@ -67,6 +67,7 @@ def test_epilogues_are_those_of_the_models():
     assert {((768, 3072), "bias+gelu"), ((768, 3072), "bias+gelu_tanh")} <= found
     assert ((9216, 36864), "bias+relu") in found
     assert ((4096, 6144), "bias") not in found  # LLaMA has none
+    assert {name for size, name in found if size == (4096, 28672)} == {"gate+silu"}
     assert [samples.adapter_rank(w) for w in (768, 1024, 4096, 9216)] == [16, 16, 64, 144]
 
 

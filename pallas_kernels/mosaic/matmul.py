@@ -28,10 +28,18 @@ import jax.numpy as jnp
 from pallas_kernels.mosaic import exchange, first_tiles, frame, launch, wgmma
 from pallas_kernels.mosaic.frame import CONSUMERS, STEP
 from pallas_kernels.mosaic.matmul_body import Kernel
-from pallas_kernels.mosaic.matmul_tiles import Tile, candidates, choose, firsts, suited
+from pallas_kernels.mosaic.matmul_tiles import (
+    GATED,
+    Tile,
+    candidates,
+    choose,
+    firsts,
+    gating,
+    suited,
+)
 from pallas_kernels.sections import Sections
 
-__all__ = ["Tile", "candidates", "choose", "firsts", "nm_matmul", "suited"]
+__all__ = ["Tile", "candidates", "choose", "firsts", "gating", "nm_matmul", "suited"]
 
 SECTION = 64  # outputs of a section of the results are a multiple of so many
 
@@ -43,6 +51,7 @@ SECTION = 64  # outputs of a section of the results are a multiple of so many
     "save_preactivation",
     "save_sums",
     "sections",
+    "gated",
     "out_dtype",
     "transposed",
     "processors",
@@ -63,6 +72,7 @@ def nm_matmul(
     save_preactivation: bool = False,
     save_sums: bool = False,
     sections: tuple[int, ...] | None = None,
+    gated: bool = False,
     out_dtype=None,
     processors: int = 132,
 ):
@@ -82,6 +92,8 @@ def nm_matmul(
       save_sums: those of x over the tokens of each tile, float32 (tiles, in).
       sections: how many outputs each of several arrays has, multiples of 64, that y then comes in, in
         x's dtype and without a preactivation.
+      gated: y is activation(gate) * up, (tokens, out / 2), of the halves of the outputs, and all else that is
+        returned is t. For tiles that `gate`.
       out_dtype: x's dtype (None) or float32.
       processors: of the device; a CTA is put on each.
 
@@ -89,9 +101,19 @@ def nm_matmul(
       ValueError: the tile does not fit the product, it cannot make t, or what joins does not go with the rest.
     """
     (tokens, k), out = x.shape, values.shape[1]
+    if gated and not tile.gates:
+        raise ValueError(
+            f"{tile}: none of its warpgroups has 64 outputs of both halves; gated needs that"
+        )
+    if gated and out % GATED:
+        raise ValueError(
+            f"gated=True halves the {out} outputs, whose number must be a multiple of {GATED}"
+        )
+    if gated and (save_preactivation or save_sums or sections is not None or joining is not None):
+        raise ValueError("gated=True goes with a bias and an adapter or low_rank alone")
     if out % 16:  # the rows of an array for TMA are multiples of 16 bytes
         metadata = jnp.pad(metadata, ((0, 0), (0, 8)))
-    out_type = jax.ShapeDtypeStruct((tokens, out), out_dtype or x.dtype)
+    out_type = jax.ShapeDtypeStruct((tokens, out // (1 + gated)), out_dtype or x.dtype)
     operands = frame.named("x", x) | {"w": values, "e": metadata}
     if low_rank is not None and adapter is not None:
         raise ValueError("low_rank and adapter are both given; leave out one, they are the same")
@@ -105,7 +127,7 @@ def nm_matmul(
         rank = adapter[1].shape[0]
         count = tile.firsts(tokens, k, rank)
     if bias is not None:
-        operands["bias"] = jnp.pad(bias.astype(jnp.float32), (0, -out % (tile.rows * tile.down)))
+        operands["bias"] = _laid_out(bias.astype(jnp.float32), tile, gated)
     if through is not None and joining is None:
         raise ValueError(f"through={through!r} needs joining: what entered the activation")
     if joining is not None:
@@ -172,7 +194,9 @@ def nm_matmul(
     def body(*refs):
         names = (*operands, *results, *scratch)
         refs = dict(zip(names, refs, strict=True))
-        halves = Kernel(tile, schedule, activation, through, sections, refs, count, transposed)
+        halves = Kernel(
+            tile, schedule, activation, through, sections, refs, count, transposed, gated
+        )
         if tile.along > 1:
             exchange.prepare(refs["exchange"], *tile.parts)
         frame.run(halves.produce, halves.consume)
@@ -191,6 +215,14 @@ def nm_matmul(
     names = ["y"] if sections is None else [f"y{number}" for number in range(len(sections))]
     made = tuple(found[name] for name in (*names, "z", "sums", "t") if name in found)
     return made if len(made) > 1 or sections is not None else made[0]
+
+
+def _laid_out(bias: jax.Array, tile: Tile, gated: bool) -> jax.Array:
+    """A bias as tiles have the outputs: if gated, 64 of the gate and 64 of the rest, in turn."""
+    halves = bias.reshape(1 + gated, -1)
+    rows = tile.rows // (1 + gated) * tile.down
+    halves = jnp.pad(halves, ((0, 0), (0, -halves.shape[1] % rows)))
+    return halves.reshape(1 + gated, -1, 64).swapaxes(0, 1).reshape(-1)
 
 
 def _check_sections(sections: tuple[int, ...], out: int) -> None:

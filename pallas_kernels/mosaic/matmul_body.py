@@ -34,7 +34,8 @@ class Unit(NamedTuple):
 class Kernel:
     """`refs` are the operands, results and scratch by name; the results, "z" and one or several "y".
 
-    With "l" among them, `firsts` tiles of the schedule are of t = x @ l; l may be transposed.
+    With "l" among them, `firsts` tiles of the schedule are of t = x @ l; l may be transposed. If `gated`, the
+    blocks of a warpgroup are a gate and what it multiplies: the same outputs of the halves of w's.
     """
 
     def __init__(
@@ -47,11 +48,12 @@ class Kernel:
         refs: dict,
         firsts: int = 0,
         transposed: bool = False,
+        gated: bool = False,
     ):
         self.tile, self.schedule, self.refs = tile, schedule, refs
         self.activation, self.through = activation, through
         self.x, self.w, self.e = frame.sections("x", refs), refs["w"], refs["e"]
-        self.sections = sections
+        self.sections, self.gated = sections, gated
         self.dtype = str(self.x[0].dtype)
         self.sizes = [x.shape[1] for x in self.x]
         tokens, k = self.x[0].shape[0], sum(self.sizes)
@@ -117,7 +119,7 @@ class Kernel:
         def load(stage, row, k, rows_source, halves):
             copies = [
                 (
-                    rows_source.at[halves, pl.ds(row + 64 * b, 64)],
+                    rows_source.at[halves, pl.ds(self.first_output(row, b), 64)],
                     refs["w_smem"].at[stage, b],
                     "across",
                 )
@@ -198,8 +200,17 @@ class Kernel:
     def load_metadata(self, copy, stage, row, k):
         groups = pl.ds(k * (STEP // 8), STEP // 8)
         for b in range(self.tile.rows // 128):
-            source = self.e.at[groups, pl.ds(row + 128 * b, 128)]
-            copy(source, self.refs["e_smem"].at[stage, b], stage, None)
+            first = self.first_output(row, b) if self.gated else row + 128 * b
+            copy(
+                self.e.at[groups, pl.ds(first, 128)], self.refs["e_smem"].at[stage, b], stage, None
+            )
+
+    def first_output(self, row, block: int):
+        """Of w, for a block of 64 rows of the tile that begins with a row; if gated, of the halves in turn."""
+        if not self.gated:
+            return row + 64 * block
+        half = self.w.shape[1] // 2
+        return lax.div(row, jnp.int32(2)) + (64 * (block // 2) + half * (block % 2))
 
     def consume(self, wg):
         tile, refs = self.tile, self.refs
@@ -213,7 +224,8 @@ class Kernel:
                 acc = wgmma.multiply_dense(acc, w, x, self.dtype)
             else:
                 e = refs["e_smem"].at[stage]
-                acc = wgmma.multiply_sparse(acc, w, e, x, self.dtype, ragged=self.ragged)
+                options = {"ragged": self.ragged, "gated": self.gated}
+                acc = wgmma.multiply_sparse(acc, w, e, x, self.dtype, **options)
             if add_up is not None:
                 self.add_up(x, *add_up)
             wgmma.wait(1)
@@ -322,10 +334,13 @@ class Kernel:
         results = [("y", self.activation)]
         if "z" in refs:
             results.insert(0, ("z", None))
+        blocks = range(tile.blocks)
+        if self.gated:
+            row, blocks = lax.div(row, jnp.int32(2)), range(1)
         if "y" in refs and refs["y"].dtype != self.x[0].dtype:
-            for block, (name, activation) in itertools.product(range(tile.blocks), results):
+            for block, (name, activation) in itertools.product(blocks, results):
                 place = row + 64 * block, column
-                store.store_float32(acc, bias, refs[name], block, *place, activation)
+                store.store_float32(acc, bias, refs[name], block, *place, activation, self.gated)
             return
 
         mine = self.after(stage, wg * tile.blocks)
@@ -339,7 +354,7 @@ class Kernel:
             for other in others:
                 plgpu.barrier_arrive(empty.at[other])
         chunks = range(0, tile.tokens, tile.slot_tokens)
-        stores = itertools.product(range(tile.blocks), chunks, results)
+        stores = itertools.product(blocks, chunks, results)
         for count, (block, first, (name, activation)) in enumerate(stores):
             slot = refs["out_smem"].at[wg, count % tile.slots]
             here = self.after(mine, block)
@@ -349,7 +364,9 @@ class Kernel:
             if self.joining_steps and name == "y":
                 joining = store.Joining(refs["x_smem"].at[here], self.through)
             plgpu.wait_smem_to_gmem(tile.slots - 1, wait_read_only=True)
-            store.store_transposed(acc, bias, slot, block, first, self.dtype, activation, joining)
+            store.store_transposed(
+                acc, bias, slot, block, first, self.dtype, activation, joining, self.gated
+            )
             plgpu.commit_smem()
             if joining is not None and first == chunks[-1]:  # all warps have read it
                 plgpu.barrier_arrive(empty.at[here])

@@ -73,6 +73,11 @@ class Tile:
         return self.along - 1, self.rows * self.tokens
 
     @property
+    def gates(self) -> bool:
+        """Whether a warpgroup can have 64 outputs of a gate and those that it multiplies, and its slots go round."""
+        return self.blocks == 2 and self.tokens // self.slot_tokens % self.slots == 0
+
+    @property
     def loads(self) -> int:
         """Copies that fill a stage."""
         return 1 + self.rows // 64 + self.rows // 128
@@ -154,6 +159,10 @@ FAR_SHORTER = 0.9
 LAUNCH, PART, SENT = (1.7, 0.4), (0.15, 0.65), (0.2, 0.3)
 FLAGS, EXCHANGE = 3.5, 1.4
 LOADS = 65e3  # bytes in a microsecond that a CTA gets for a tile of t
+GATED = (
+    32  # outputs that are halved: TMA reads metadata, a byte each, from multiples of 16 bytes on
+)
+PASSED = 2.5e6  # bytes in a microsecond, of a pass over memory
 
 
 def choose(tokens: int, k: int, f: int, *, processors: int = 132) -> Tile:
@@ -212,6 +221,31 @@ def suited(
         return ours / theirs
 
     return other if ratio(tokens) < FAR_SHORTER * min(1, ratio(measured)) else tile
+
+
+def gating(tile: Tile, tokens: int, k: int, f: int, *, processors: int = 132) -> Tile | None:
+    """The tile for a product with a gate whose best one it would be without; None where that and a pass of its
+    own over what it makes are the shorter way.
+
+    >>> tile = Tile(blocks=1, tokens=256, slot_tokens=64, down=2)
+    >>> gating(tile, 2048, 4096, 28672).blocks, gating(tile, 128, 4096, 256)
+    (2, None)
+    """
+    if f % GATED:
+        return None
+    if tile.gates:
+        return tile
+    stages = pl.cdiv(k, STEP)
+
+    def microseconds(tile: Tile) -> float:
+        return estimate(tile, tile.schedule(tokens, k, f, processors), stages)
+
+    able = [t for t in candidates(tokens, k, f, processors=processors) if t.gates]
+    best = min(able, key=microseconds, default=None)
+    passing = LAUNCH[0] + 3 * tokens * f / PASSED
+    if best is None or tile.size not in PACES or microseconds(best) > microseconds(tile) + passing:
+        return None
+    return best
 
 
 def firsts(tokens: int, k: int, f: int, rank: int, *, processors: int = 132) -> list[Tile]:

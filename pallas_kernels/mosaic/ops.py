@@ -70,6 +70,10 @@ def add_float(x, y):
     return llvm.fadd(x, y)
 
 
+def multiply_float(x, y):
+    return llvm.fmul(x, y)
+
+
 def pack(low, high, dtype: str):
     """Two float32 rounded to 16 bits, side by side."""
     i32 = ir.IntegerType.get_signless(32)

@@ -13,6 +13,7 @@ from pallas_kernels.compressed import CompressedMatrix
 from pallas_kernels.device import current
 from pallas_kernels.epilogue import (
     Epilogue,
+    activated,
     apart,
     finish,
     first_product,
@@ -83,9 +84,16 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
     if few and epilogue.left_transposed:
         left = (epilogue.left, epilogue.adapter[1])
         epilogue = dataclasses.replace(epilogue, adapter=left, left_transposed=False)
+    gated = gated_tile(tokens, k, f, x.dtype) if epilogue.gated else None
+    if epilogue.gated and gated is None:
+        result = _nm_matmul(x, w, epilogue.ungated(), out_dtype=out_dtype)
+        z, *t = result if epilogue.save_first else (result,)
+        y = activated(z.astype(jnp.float32), epilogue).astype(out_dtype)
+        return (y, *t) if t else y
     inside = None
     if epilogue.adapter is not None:
-        inside = tile_with_first(tokens, k, f, epilogue.adapter[1].shape[0], x.dtype)
+        rank = epilogue.adapter[1].shape[0]
+        inside = tile_with_first(tokens, k, f, rank, x.dtype, gated=gated is not None)
     if epilogue.save_first and inside is None:
         t = _first_product(x, epilogue)
         result = _nm_matmul(x, w, epilogue.with_first(t), out_dtype=out_dtype)
@@ -108,7 +116,7 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
     w, rows = as_two_four(w), _rows(x, tokens)
     module = few_tokens if few else matmul
     with_first = _with_first(rows, f, epilogue)
-    config = with_first or inside or configuration("nm_matmul", tokens, k, f, x.dtype)
+    config = with_first or inside or gated or configuration("nm_matmul", tokens, k, f, x.dtype)
     norm = _norm_options(rows, f, config, epilogue)
     if not norm:
         rows, epilogue = epilogue.normalised(rows)
@@ -209,6 +217,7 @@ def _joining_options(module, tokens: int, f: int, epilogue: Epilogue) -> dict[st
         "through": epilogue.through,
         "save_sums": epilogue.save_sums,
         "sections": epilogue.sections,
+        "gated": epilogue.gated,
     }
 
 
@@ -239,6 +248,16 @@ def configuration(op: str, tokens: int, k: int, f: int, dtype):
     if module is few_tokens and not few_tokens.fits(config, tokens, k, f):
         return few_tokens.choose(tokens, k, f)
     return config
+
+
+def gated_tile(tokens: int, k: int, f: int, dtype) -> matmul.Tile | None:
+    """How the kernel for many tokens is cut that gates as well; None where that is done apart."""
+    if not tokens:
+        return matmul.Tile()  # of nothing
+    if kernel_of("nm_matmul", tokens, k, f, dtype) == "few_tokens":
+        return None
+    tile = configuration("nm_matmul", tokens, k, f, dtype)
+    return matmul.gating(tile, tokens, k, f, **_where(matmul))
 
 
 def _where(module) -> dict[str, int]:
@@ -323,9 +342,12 @@ def _with_first(x, f: int, epilogue: Epilogue) -> few_tokens.Config | None:
     return few_tokens.choose_with_first(*x.shape, f, str(x.dtype), norms, rank)
 
 
-def tile_with_first(tokens: int, k: int, f: int, rank: int, dtype) -> matmul.Tile | None:
+def tile_with_first(
+    tokens: int, k: int, f: int, rank: int, dtype, *, gated: bool = False
+) -> matmul.Tile | None:
     """How the kernel for many tokens is cut that makes an adapter's first product as well; None where that
-    was not measured to be faster than the first product apart, or joins the kernel for few tokens.
+    was not measured to be faster than the first product apart, joins the kernel for few tokens, or takes a
+    tile that cannot gate if it is to.
 
     Other tokens than were measured go by its times if they are near and take no wave of tiles more, or more than
     were measured and many: how tiles fill their waves changes with every one where waves are few.
@@ -337,6 +359,8 @@ def tile_with_first(tokens: int, k: int, f: int, rank: int, dtype) -> matmul.Til
     if entry is None or entry.dense_us < GAIN * entry.sparse_us:
         return None
     tile = matmul.Tile(**entry.config)
+    if gated and not tile.gates:
+        return None
     plan, timed = (
         tile.schedule(n, k, f, processors(), first_rank=rank) for n in (tokens, entry.tokens)
     )

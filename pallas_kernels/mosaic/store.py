@@ -47,10 +47,12 @@ def store_transposed(
     dtype: str,
     activation,
     joining: Joining | None = None,
+    gated: bool = False,
 ) -> None:
     """out_ref (tokens, 64) = activation(acc + bias)[64 * block :][:64, first:][:, :tokens].T.
 
-    Combined with rows `first` on of what joins, if anything does. By stmatrix: four times fewer
+    Combined with rows `first` on of what joins, if anything does; or, gated, times the next block with its
+    bias, with a `PRECISE` activation, as it is of half of the numbers. By stmatrix: four times fewer
     instructions than storing the transposed layout.
     """
     tokens = out_ref.shape[0]
@@ -75,9 +77,10 @@ def store_transposed(
                 *(ops.pack(*pair, dtype) for pair in pairs),
             )
 
-    tile, function = plgpu.RefType(SWIZZLED), FAST.get(activation)
+    tile, function = plgpu.RefType(SWIZZLED), (PRECISE if gated else FAST).get(activation)
     refs = () if joining is None else (joining.ref,)
-    _with_epilogue(acc, bias, out_ref, tile, block, function, store, [tile for _ in refs], refs)
+    types = [tile for _ in refs]
+    _with_epilogue(acc, bias, out_ref, tile, block, function, store, types, refs, gated)
 
 
 def _matrices(address):
@@ -89,7 +92,9 @@ def _matrices(address):
     )
 
 
-def store_float32(acc, bias, out_ref, block: int, row, column, activation) -> None:
+def store_float32(
+    acc, bias, out_ref, block: int, row, column, activation, gated: bool = False
+) -> None:
     """As `store_transposed`, float32 and straight to the whole (tokens, out) array in memory.
 
     A warp stores runs of 8 features, whole sectors. row and column: where the block lies.
@@ -125,27 +130,39 @@ def store_float32(acc, bias, out_ref, block: int, row, column, activation) -> No
         store,
         (SPLAT, SPLAT),
         (row, column),
+        gated,
     )
 
 
-def _with_epilogue(acc, bias, out_ref, out_type, block, function, store, types=(), others=()):
+def _with_epilogue(
+    acc, bias, out_ref, out_type, block, function, store, types=(), others=(), gated=False
+):
     """Calls `store`, with out_ref and others, in a thread's terms.
 
     rows(b, h) is the pair of neighbouring tokens, with bias and activation, of columns 8 * b on and
-    of the thread's row (h = 0) or the one 8 below (h = 1).
+    of the thread's row (h = 0) or the one 8 below (h = 1); gated, times that of the next block.
     """
     extra = () if bias is None else (bias,)
 
     @plgpu.inline_mgpu(arg_types=(ACC, *(BIAS for _ in extra), out_type, *types))
     def body(ctx, acc, *args):
-        registers = acc.to_layout(fa.WGMMA_LAYOUT_ACC_32BIT).registers[block].reshape(-1, 2, 2)
-        added = args[0].registers.reshape(-1, 2)[block] if extra else None
+        registers = acc.to_layout(fa.WGMMA_LAYOUT_ACC_32BIT).registers
+        added = args[0].registers.reshape(-1, 2) if extra else None
+
+        def entered(block, b, h):
+            pair = registers[block].reshape(-1, 2, 2)[b, h]
+            pair = [llvm.extractelement(v, ops.const(0)) for v in pair]
+            if added is None:
+                return pair
+            return [ops.add_float(z, ops.scalar(added[block][h])) for z in pair]
 
         def rows(b, h):
-            pair = [llvm.extractelement(v, ops.const(0)) for v in registers[b, h]]
-            if added is not None:
-                pair = [ops.add_float(z, ops.scalar(added[h])) for z in pair]
-            return pair if function is None else [function(z) for z in pair]
+            pair = entered(block, b, h)
+            if function is not None:
+                pair = [function(z) for z in pair]
+            if gated:
+                pair = list(map(ops.multiply_float, pair, entered(block + 1, b, h)))
+            return pair
 
         store(rows, *args[len(extra) :])
 

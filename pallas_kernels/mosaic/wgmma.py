@@ -46,7 +46,7 @@ def registers(acc) -> parts.Registers:
     return parts.Registers(ACC, acc_type(rows, columns), values_of, from_values)
 
 
-def multiply_sparse(acc, w_ref, e_ref, x_ref, dtype: str, *, ragged: bool):
+def multiply_sparse(acc, w_ref, e_ref, x_ref, dtype: str, *, ragged: bool, gated: bool = False):
     """Issues and commits one group, acc += w.T @ x.T over 64 inputs, w sparse.
 
     The group is in flight on return: neither touch the result before `drain`, nor overwrite the
@@ -58,11 +58,12 @@ def multiply_sparse(acc, w_ref, e_ref, x_ref, dtype: str, *, ragged: bool):
       e_ref: uint8 (boxes, 8, 128), the metadata of all consumers' outputs, swizzled.
       x_ref: (tokens, 64).
       ragged: whether parts of the metadata lie outside of the array, read as zeros.
+      gated: a box of metadata is of one block of each of two consumers, not of two blocks of one.
     """
     blocks, tokens = w_ref.shape[0], x_ref.shape[0]
 
     def prepare(w, e, x):
-        words = [_metadata_word(e, blocks, block, ragged) for block in range(blocks)]
+        words = [_metadata_word(e, blocks, block, ragged, gated) for block in range(blocks)]
         w_base, x_base = _descriptor(w), _descriptor(x)
 
         def issue(registers, block, k, accumulate):
@@ -231,7 +232,7 @@ def _zeros(rows: int, tokens: int):
     return fa.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=None)
 
 
-def _metadata_word(e, blocks: int, block: int, ragged: bool):
+def _metadata_word(e, blocks: int, block: int, ragged: bool, gated: bool):
     """The positions that this thread holds for 64 outputs x 64 inputs.
 
     With t = 32 * warp + 4 * row8 + quarter it covers the 16 inputs from 16 * quarter on, of the
@@ -249,7 +250,8 @@ def _metadata_word(e, blocks: int, block: int, ragged: bool):
         row8,
     )
     consumer = llvm.lshr(thread, ops.const(7))
-    if blocks == 1:  # two consumers share a box
+    if blocks == 1 or gated:  # two consumers share a box
+        low = ops.add(low, 1024 * block)
         low = llvm.xor(low, shift(consumer, ops.const(6)))
     else:
         low = ops.add_reg(low, shift(consumer, ops.const(10)))
