@@ -255,7 +255,7 @@ def _forward(x, w, working, terms, activation, options):
     if None not in working:  # the backward pass then reads w's positions alone
         w = w.with_values(working.values)
     out = _handed_on(y, z, activation) if options.activated else y
-    entered = y if z is None else z
+    entered = y if activation == "relu" and not options.gated else z
     terms = terms._replace(residual=None)
     return out, (x, w, working.transpose, terms, None if options.activated else entered, t)
 

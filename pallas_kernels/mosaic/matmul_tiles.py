@@ -228,7 +228,7 @@ def gating(tile: Tile, tokens: int, k: int, f: int, *, processors: int = 132) ->
     own over what it makes are the shorter way.
 
     >>> tile = Tile(blocks=1, tokens=256, slot_tokens=64, down=2)
-    >>> gating(tile, 2048, 4096, 28672).blocks, gating(tile, 128, 4096, 256)
+    >>> gating(tile, 2048, 4096, 28672).blocks, gating(tile, 2048, 4096, 28680)
     (2, None)
     """
     if f % GATED:

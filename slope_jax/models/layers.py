@@ -254,7 +254,7 @@ class GatedMlp(nn.Module):
         *,
         training: bool = False,
     ) -> jax.Array | Stream:
-        """As `Mlp`; in training `gate_up` is kept, under a name for policies of rematerialisation."""
+        """As `Mlp`; where `gate_up` may have to be kept, it has a name for policies of rematerialisation."""
         config, patterns = self.config, dict(self.patterns)
         gate_up = linear(
             config,
@@ -270,6 +270,6 @@ class GatedMlp(nn.Module):
             kernel_init=self.output_init,
             name="down",
         )
-        if gate_up.joins and not training:
+        if gate_up.joins and not (training or config.remat):
             return down(gate_up(x, gate=self.activation), residual)
         return down(gated(gate_up(x), self.activation), residual)
