@@ -15,7 +15,7 @@ FEWEST = 16  # tokens, beyond which multiplying takes as long as reading the wei
 DENSE = "†"  # the dispatcher runs the dense product
 TITLES = {
     "matmul": "nm_matmul",
-    "epilogue": "nm_matmul with bias and activation",
+    "epilogue": "nm_matmul with bias, activation or gate",
     "adapters": "nm_matmul with adapters",
     "sddmm": "nm_sddmm",
     "transpose": "nm_transpose",

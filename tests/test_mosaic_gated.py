@@ -94,11 +94,13 @@ def test_every_gating_tile_lowers_for_cuda(size):
         adapter = {"adapter": (left, right)}
         return matmul.nm_matmul(x, values, metadata, size, **adapter, **options)
 
-    for out_dtype in (None, jnp.float32):
+    for out_dtype, wide in ((None, False), (jnp.float32, True)):
         program = functools.partial(run, out_dtype)
-        y, t = jax.eval_shape(program, x, values, metadata, left, right, bias)
+        with jax.enable_x64(wide):
+            y, t = jax.eval_shape(program, x, values, metadata, left, right, bias)
+            text = lowered(program, x, values, metadata, left, right, bias)
         assert (y.shape, t.shape) == ((700, 272), (700, RANK))
-        assert "nm_matmul" in lowered(program, x, values, metadata, left, right, bias)
+        assert "nm_matmul" in text
 
 
 @needs_jax
