@@ -294,8 +294,9 @@ def configuration(problem: Problem) -> dict[str, int]:
 
     if problem.op not in tuning.OPS:
         return {}
-    found = products.configuration(problem.op, problem.tokens, *problem.size, problem.source)
-    return dataclasses.asdict(found)
+    shape = problem.tokens, *problem.size, problem.source
+    gated = products.gated_tile(*shape) if problem.gated else None
+    return dataclasses.asdict(gated or products.configuration(problem.op, *shape))
 
 
 def rounded(value: Any) -> Any:

@@ -8,7 +8,7 @@ from benchmarks.report_kernels import Device, devices, over_peer
 
 KINDS = {
     "matmul": "x @ w",
-    "epilogue": "with bias and activation",
+    "epilogue": "with bias, activation or gate",
     "sddmm": "x.T @ dy, kept",
     "few": "1 to 64 tokens",
 }

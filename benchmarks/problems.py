@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from benchmarks import shapes
 from pallas_kernels import Pattern, Query, decompress, nm_matmul, nm_sddmm, nm_transpose
-from pallas_kernels.epilogue import ACTIVATIONS, Epilogue, activated
+from pallas_kernels.epilogue import ACTIVATIONS, gate
 from pallas_kernels.samples import CUBLAS, MOST_COPIES, adapter_rank, copies, normal, weights
 
 KINDS = ("matmul", "epilogue", "adapters", "sddmm", "transpose", "few")
@@ -151,19 +151,14 @@ def _gate(problem: Problem, implementation: str) -> Case:
         return nm_matmul(x, w, activation=name, gated=True, implementation=implementation)
 
     def dense(x, w):
-        z = jnp.matmul(x, w)
-        return activated(z.astype(jnp.float32), _gated(name)).astype(z.dtype)
+        return gate(jnp.matmul(x, w), name)
 
     variants = {
         "sparse": Variant(sparse, [(x, w.sparse) for x in xs]),
         "dense": Variant(dense, [(x, w.dense) for x in xs], CUBLAS),
     }
-    error = functools.partial(_error_of_rows, epilogue=_gated(name))
+    error = functools.partial(_error_of_rows, finish=functools.partial(gate, activation=name))
     return Case(variants, error, (xs[0], w.dense))
-
-
-def _gated(activation: str | None) -> Epilogue:
-    return Epilogue(activation=activation, gated=True)
 
 
 def _epilogue(problem: Problem, implementation: str) -> Case:
@@ -194,7 +189,7 @@ def _epilogue(problem: Problem, implementation: str) -> Case:
         "sparse": Variant(sparse, [(x, w.sparse, bias.astype(jnp.float32)) for x in xs]),
         "dense": Variant(dense, [(x, w.dense, bias) for x in xs], CUBLAS),
     }
-    error = functools.partial(_error_of_rows, epilogue=Epilogue(activation=name))
+    error = functools.partial(_error_of_rows, finish=activation)
     return Case(variants, error, (xs[0], w.dense, bias))
 
 
@@ -278,13 +273,13 @@ def _error_with_adapters(results, x, w, left, right):
     return _error_of_rows(results, x, joined)
 
 
-def _error_of_rows(results, x, w, bias=None, epilogue=None):
-    """Largest error of y = activation(x @ w + bias), or its gate, over a sample of tokens."""
+def _error_of_rows(results, x, w, bias=None, finish=None):
+    """Largest error of y = finish(x @ w + bias), over a sample of tokens."""
     rows = _sample(x.shape[0])
     z = jnp.matmul(x[rows].astype(jnp.float32), w.astype(jnp.float32), precision=EXACT)
     if bias is not None:
         z = z + bias.astype(jnp.float32).reshape(1, -1)
-    exact = z if epilogue is None else activated(z, epilogue)
+    exact = z if finish is None else finish(z)
 
     def error(result):
         y = result[0] if isinstance(result, tuple | list) else result

@@ -166,12 +166,16 @@ def choose_gate(query: Query, implementation: str | None = None) -> Choice:
     product = choose(query, implementation)
     if product.implementation != "mosaic":
         return Choice("xla", f"the product is {product.implementation}'s")
+    if why := support.gate_obstacle(query.shape, query.tokens):
+        return Choice("xla", why)
     if query.tokens is None:
         return Choice("mosaic", "the number of tokens is not known here")
     from pallas_kernels.mosaic import products  # needs a newer JAX than the package does
 
     if products.gated_tile(query.tokens, *query.shape, query.dtype):
-        return Choice("mosaic", "by the kernel of the product")
+        return Choice("mosaic", "by the kernel of the product, where no gradient follows")
+    if products.kernel_of(query.op, query.tokens, *query.shape, query.dtype) == "few_tokens":
+        return Choice("xla", "the kernel for few tokens makes none")
     return Choice("xla", "a pass of its own, taken to be the faster way")
 
 

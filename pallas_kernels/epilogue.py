@@ -70,7 +70,7 @@ class Epilogue:
       float32 (in,): of a gradient, that of a bias.
     * `save_first`: the adapter's first product t is returned too, after all else.
     * `sections`: how many outputs each of several arrays has that y then comes in, as a tuple; or None.
-    * `gated`: y = activation(gate) * up, gate and up being the halves of z's outputs.
+    * `gated`: y = activation(gate) * up, gate and up being the halves of z's outputs; not for `finish`.
     """
 
     bias: jax.Array | None = None
@@ -92,7 +92,7 @@ class Epilogue:
     @property
     def is_empty(self) -> bool:
         terms = (self.bias, self.low_rank, self.adapter, self.activation, *self.joining)
-        return all(term is None for term in terms) and not self.gated
+        return all(term is None for term in terms)
 
     @property
     def joining(self) -> tuple[jax.Array | None, jax.Array | None]:
@@ -187,6 +187,10 @@ class Epilogue:
             )
 
     def _check_gated(self, out: int) -> None:
+        if self.gated is not True:
+            raise ValueError(
+                f"gated is {self.gated!r}; it must be True or False, beside activation={self.activation!r}"
+            )
         if out % 2:
             raise ValueError(
                 f"gated=True halves the outputs of w, which has {out}; give an even number"
@@ -328,7 +332,7 @@ def finish(z: jax.Array, epilogue: Epilogue, out_dtype, precision=None, *, x=Non
     if epilogue.bias is not None:
         bias = epilogue.bias.astype(jnp.float32)
         z = z + bias.reshape((1,) * (z.ndim - 1) + (-1,))
-    y = activated(z, epilogue)
+    y = z if epilogue.activation is None else ACTIVATIONS[epilogue.activation](z)
     if epilogue.residual is not None:
         y = y + epilogue.residual.astype(jnp.float32)
     if epilogue.source is not None:
@@ -342,13 +346,19 @@ def finish(z: jax.Array, epilogue: Epilogue, out_dtype, precision=None, *, x=Non
     return (y, *saved) if saved else y
 
 
-def activated(z: jax.Array, epilogue: Epilogue) -> jax.Array:
-    """What leaves an epilogue's activation, and its gate."""
-    activation = ACTIVATIONS.get(epilogue.activation, lambda z: z)
-    if not epilogue.gated:
-        return activation(z)
-    gate, up = jnp.split(z, 2, axis=-1)
-    return activation(gate) * up
+def gate(z: jax.Array, activation: str | None) -> jax.Array:
+    """activation(gate) * up of z (..., [gate | up]), in float32, returned in z's dtype."""
+    first, second = jnp.split(z.astype(jnp.float32), 2, axis=-1)
+    if activation is not None:
+        first = ACTIVATIONS[activation](first)
+    return (first * second).astype(z.dtype)
+
+
+def gated_apart(result: jax.Array | tuple[jax.Array, ...], activation: str | None):
+    """What a gated product returns, from what it does ungated."""
+    if not isinstance(result, tuple):
+        return gate(result, activation)
+    return gate(result[0], activation), *result[1:]
 
 
 def apart(y: jax.Array, sections: tuple[int, ...]) -> tuple[jax.Array, ...]:

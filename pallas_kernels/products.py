@@ -16,7 +16,7 @@ from pallas_kernels.compressed import (
     check_compressed,
     check_dtype,
 )
-from pallas_kernels.epilogue import Epilogue, Norm, first_product
+from pallas_kernels.epilogue import Epilogue, Norm, first_product, gated_apart
 from pallas_kernels.sections import Sections, whole
 
 
@@ -71,7 +71,7 @@ def nm_matmul(
         preactivation and no moments are saved of them.
       gated: y is activation(gate) * up, (..., out / 2), gate and up being the halves [gate | up] of the
         outputs; not together with a residual, `through`, sections, nor what else is saved than t. Where no
-        kernel does so on the way, as for few tokens, gate and up may be rounded to `out_dtype` first.
+        kernel does so on the way (`choose_gate`), gate and up are rounded to `out_dtype` first.
       out_dtype: dtype of y and the preactivation; None for x's.
       precision: of the products, as in `jax.lax.dot_general`.
       implementation: None for the best, or a name; `choose` tells which and why.
@@ -123,12 +123,18 @@ def nm_matmul(
     choice = dispatch.choose(_query("nm_matmul", w, x, out_dtype), implementation)
     x = x if choice.implementation == "mosaic" else whole(x)
     run = functools.partial(_run(choice).nm_matmul, x, w, out_dtype, precision)
+    if epilogue.gated and choice.implementation != "mosaic":
+        run = functools.partial(_gated_by_xla, run)
     if not given.save_first or (choice.implementation == "mosaic" and epilogue.save_first):
         return run(epilogue)
     options = {"transposed": left_transposed, "precision": precision}
     t = narrow_matmul(whole(x), given.adapter[0], **options, implementation=implementation)
     result = run(given.with_first(t).without_nothing())
     return (*result, t) if given.saves else (result, t)
+
+
+def _gated_by_xla(run, epilogue: Epilogue):
+    return gated_apart(run(epilogue.ungated()), epilogue.activation)
 
 
 def nm_sddmm(

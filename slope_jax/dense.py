@@ -144,7 +144,7 @@ class SparseDense(nn.Dense):
           apart: return a tuple of the `sections`, which the product's kernel writes apart.
           gate: an activation's name: return activation(gate) * up, (..., features / 2), of the halves
             [gate | up] of what it would be without, if this layer `joins`. The product's kernel makes
-            it where no gradient follows.
+            it where no gradient follows; where one does, what it keeps has no name for policies.
         """
         norm, stream = None, residual if isinstance(residual, Stream) else None
         if isinstance(inputs, Normed):
@@ -385,6 +385,10 @@ class SparseDense(nn.Dense):
             raise ValueError(
                 f"{self._where()}: gate={gate!r} needs a layer whose `joins` is true, one that is sparse"
                 " and not cut by a mesh; make the gate of what it returns"
+            )
+        if self.sections is not None and len(set(self.sections)) + len(self.sections) != 3:
+            raise ValueError(
+                f"{self._where()}: gate={gate!r} needs sections that are two halves, not {self.sections}"
             )
         if self.activation is not None or residual is not None or other:
             raise ValueError(

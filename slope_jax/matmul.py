@@ -18,7 +18,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.compressed import check_compressed
 from pallas_kernels.dispatch import check_implementation
-from pallas_kernels.epilogue import Epilogue, activated, gradient_through, sums_of
+from pallas_kernels.epilogue import gate, gradient_through, sums_of
 from pallas_kernels.sections import Sections
 from pallas_kernels.varying import alike
 from slope_jax.operands import (
@@ -96,13 +96,14 @@ def slope_matmul(
 ) -> jax.Array | Activated | tuple[jax.Array, ...]:
     """activation(x @ w + (x @ l) @ r + bias) + residual, with SLoPe's double-pruned backward pass.
 
-        z  = x @ w_r + (x @ l) @ r + bias,  y = activation(z) + residual
+        z  = x @ w_r + (x @ l) @ r + bias,  y = activation(z) + residual, or activation(gate) * up
         dz = dy * activation'(z)
         dx = dz @ w_rc.T + (dz @ r.T) @ l.T     w_rc: w_r pruned again, n:m along the output axis
         dw = (x.T @ dz) * mask_r                only the survivors' values
 
     (SLoPe, section 2.1, algorithm 1; adapters, section 2.2.) dx is therefore not the derivative
-    of y. Bias, activation, adapter and residual join the sparse product's own kernel where one runs.
+    of y. Bias, activation, adapter and residual join the sparse product's own kernel where one runs,
+    and so does a gate where no gradient follows.
 
     Args:
       x: (..., in), float32, bfloat16 or float16; the products run in its dtype and accumulate in
@@ -117,8 +118,9 @@ def slope_matmul(
       activated: return an `Activated` of the activation, for another product to multiply.
       sections: outputs of each of several arrays that y then comes in, as a tuple: of several
         projections in one matrix, without an activation and a residual. The kernel writes them apart.
-      gated: y is activation(gate) * up, (..., out / 2), gate and up being the halves [gate | up] of z. The
-        kernel makes it where no gradient follows, for which z is kept.
+      gated: y is activation(gate) * up, (..., out / 2), gate and up being the halves [gate | up] of z. Where
+        a gradient follows, z is kept for it, and y made of z as that is rounded to x's dtype; the kernel,
+        where none does, rounds y alone.
       precision: of the products, as in `jax.lax.dot_general`.
       implementation: of the products; None for the best. See `pallas_kernels.choose`.
       backward: "double-pruned", or "exact": dx = dz @ w_r.T + ..., the derivative, by a dense
@@ -240,13 +242,6 @@ def product(x, w, working, terms: Terms, activation, options, saved=NOTHING):
     y, *others = y if saved.preactivation or first else (y,)
     t = others.pop() if first else None
     return y, others.pop() if saved.preactivation else None, t
-
-
-def gate(z: jax.Array, activation: str | None) -> jax.Array:
-    """activation(gate) * up of z (..., [gate | up]), in float32, returned in z's dtype."""
-    return activated(z.astype(jnp.float32), Epilogue(activation=activation, gated=True)).astype(
-        z.dtype
-    )
 
 
 def _forward(x, w, working, terms, activation, options):

@@ -78,6 +78,8 @@ def check_gated(gated: bool, out: int, residual, handed_on: bool, sections) -> N
     """Raises a ValueError if a gate is asked of what has no halves, or something else of what it makes."""
     if not gated:
         return
+    if gated is not True:
+        raise ValueError(f"gated is {gated!r}; it must be True or False, beside activation=...")
     if out % 2:
         raise ValueError(
             f"gated=True halves the outputs of w, which has {out}; give an even number"

@@ -95,7 +95,9 @@ def _many(
         z += _float32(*low_rank)
     if bias is not None:
         z += bias.astype(jnp.float32)[None]
-    y = epilogue.activated(z, epilogue.Epilogue(activation=activation, gated=gated))
+    y = z if activation is None else epilogue.ACTIVATIONS[activation](z)
+    if gated:
+        y = epilogue.gate(z, activation)
     if through is not None:
         y = epilogue.gradient_through(through, joining, y)
     elif joining is not None:

@@ -274,6 +274,7 @@ def test_vmap_and_scan_over_layers_of_everything():
         ({"residual": jnp.ones((2, 3, 48), "bfloat16")}, "residual is bfloat16"),
         ({"gated": True, "residual": jnp.ones((2, 3, 48))}, "gated=True goes with a bias"),
         ({"gated": True, "sections": (24, 24)}, "gated=True goes with a bias"),
+        ({"gated": "silu"}, "gated is 'silu'; it must be True or False"),
         ({"gated": True, "activation": "silu", "save_preactivation": True}, "gated=True goes with"),
     ],
 )
@@ -295,6 +296,8 @@ def test_a_gate_that_goes_with_nothing_is_named():
     ):
         with pytest.raises(ValueError, match=f"gated=True and {other} are both given"):
             slope_matmul(x, w, gated=True, **options)
+    with pytest.raises(ValueError, match="gated is 'silu'; it must be True or False"):
+        slope_matmul(x, w, gated="silu")
     layer = SparseDense(48)
     variables = layer.init(jax.random.key(0), x)
     for options, message in (
@@ -303,6 +306,13 @@ def test_a_gate_that_goes_with_nothing_is_named():
     ):
         with pytest.raises(ValueError, match=message):
             layer.apply(variables, x, **options)
+    for sections, fits in (((24, 24), True), ((20, 28), False), ((16, 16, 16), False)):
+        halves = layer.clone(sections=sections)
+        if fits:
+            halves.apply(variables, x, gate="silu")
+        else:
+            with pytest.raises(ValueError, match="two halves, not"):
+                halves.apply(variables, x, gate="silu")
     with pytest.raises(ValueError, match="gate='silu' needs a layer whose `joins` is true"):
         layer.clone(sparsity=None).apply({"params": {}}, x, gate="silu")
 

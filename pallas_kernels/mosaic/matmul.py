@@ -29,7 +29,6 @@ from pallas_kernels.mosaic import exchange, first_tiles, frame, launch, wgmma
 from pallas_kernels.mosaic.frame import CONSUMERS, STEP
 from pallas_kernels.mosaic.matmul_body import Kernel
 from pallas_kernels.mosaic.matmul_tiles import (
-    GATED,
     Tile,
     candidates,
     choose,
@@ -37,6 +36,7 @@ from pallas_kernels.mosaic.matmul_tiles import (
     gating,
     suited,
 )
+from pallas_kernels.mosaic.support import gate_obstacle
 from pallas_kernels.sections import Sections
 
 __all__ = ["Tile", "candidates", "choose", "firsts", "gating", "nm_matmul", "suited"]
@@ -105,10 +105,8 @@ def nm_matmul(
         raise ValueError(
             f"{tile}: none of its warpgroups has 64 outputs of both halves; gated needs that"
         )
-    if gated and out % GATED:
-        raise ValueError(
-            f"gated=True halves the {out} outputs, whose number must be a multiple of {GATED}"
-        )
+    if gated and (why := gate_obstacle((k, out), tokens)):
+        raise ValueError(why)
     if gated and (save_preactivation or save_sums or sections is not None or joining is not None):
         raise ValueError("gated=True goes with a bias and an adapter or low_rank alone")
     if out % 16:  # the rows of an array for TMA are multiples of 16 bytes

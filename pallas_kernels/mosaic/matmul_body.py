@@ -252,7 +252,7 @@ class Kernel:
                 here = self.next(previous)
                 return issue(acc, here, previous, dense=True), here
 
-            pairs = lax.div(unit.stop - unit.start - 1, 2)
+            pairs = lax.div(jnp.int32(unit.stop - unit.start - 1), jnp.int32(2))
             acc, last = lax.fori_loop(0, pairs, pair, (acc, last))
             if self.rank_steps:
                 ranks = self.of_last(unit, self.rank_steps)

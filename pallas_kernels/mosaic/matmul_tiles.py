@@ -9,6 +9,7 @@ import jax.experimental.pallas as pl
 from pallas_kernels.mosaic import exchange, first_tiles, frame
 from pallas_kernels.mosaic.frame import CONSUMERS, STEP
 from pallas_kernels.mosaic.schedule import Schedule
+from pallas_kernels.mosaic.support import gate_obstacle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,9 +160,6 @@ FAR_SHORTER = 0.9
 LAUNCH, PART, SENT = (1.7, 0.4), (0.15, 0.65), (0.2, 0.3)
 FLAGS, EXCHANGE = 3.5, 1.4
 LOADS = 65e3  # bytes in a microsecond that a CTA gets for a tile of t
-GATED = (
-    32  # outputs that are halved: TMA reads metadata, a byte each, from multiples of 16 bytes on
-)
 PASSED = 2.5e6  # bytes in a microsecond, of a pass over memory
 
 
@@ -231,7 +229,7 @@ def gating(tile: Tile, tokens: int, k: int, f: int, *, processors: int = 132) ->
     >>> gating(tile, 2048, 4096, 28672).blocks, gating(tile, 2048, 4096, 28680)
     (2, None)
     """
-    if f % GATED:
+    if gate_obstacle((k, f), tokens):
         return None
     if tile.gates:
         return tile

@@ -13,10 +13,10 @@ from pallas_kernels.compressed import CompressedMatrix
 from pallas_kernels.device import current
 from pallas_kernels.epilogue import (
     Epilogue,
-    activated,
     apart,
     finish,
     first_product,
+    gated_apart,
     moments,
     padded_rank,
     sums_of,
@@ -87,9 +87,7 @@ def _nm_matmul(x, w, epilogue, *, out_dtype):
     gated = gated_tile(tokens, k, f, x.dtype) if epilogue.gated else None
     if epilogue.gated and gated is None:
         result = _nm_matmul(x, w, epilogue.ungated(), out_dtype=out_dtype)
-        z, *t = result if epilogue.save_first else (result,)
-        y = activated(z.astype(jnp.float32), epilogue).astype(out_dtype)
-        return (y, *t) if t else y
+        return gated_apart(result, epilogue.activation)
     inside = None
     if epilogue.adapter is not None:
         rank = epilogue.adapter[1].shape[0]
@@ -252,9 +250,7 @@ def configuration(op: str, tokens: int, k: int, f: int, dtype):
 
 def gated_tile(tokens: int, k: int, f: int, dtype) -> matmul.Tile | None:
     """How the kernel for many tokens is cut that gates as well; None where that is done apart."""
-    if not tokens:
-        return matmul.Tile()  # of nothing
-    if kernel_of("nm_matmul", tokens, k, f, dtype) == "few_tokens":
+    if not tokens or kernel_of("nm_matmul", tokens, k, f, dtype) == "few_tokens":
         return None
     tile = configuration("nm_matmul", tokens, k, f, dtype)
     return matmul.gating(tile, tokens, k, f, **_where(matmul))

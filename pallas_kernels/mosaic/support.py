@@ -22,6 +22,8 @@ MOST_RANK, FASTER_INPUTS, FASTER_TOKENS = 128, 1536, 1536
 MOST_QUERIES, WIDEST = 8, 128
 
 
+# Outputs that a gate halves are a multiple: TMA reads metadata, a byte each, from multiples of 16 bytes on.
+GATED = 32
 PROCESSORS = 132  # of an H100 SXM, an H200 and a GH200
 
 
@@ -80,6 +82,15 @@ def narrow_obstacle(shape: tuple[int, int], dtype: str, tokens: int) -> str | No
     ):
         if found < least:
             return f"x @ l of {found} {name} is no slower in XLA"
+    return None
+
+
+def gate_obstacle(shape: tuple[int, int], tokens: int | None) -> str | None:
+    """Why no kernel gates what so many tokens and an (in, out) matrix make, or None."""
+    if tokens == 0:
+        return "there are no tokens"
+    if shape[1] % GATED:
+        return f"a kernel makes a gate of outputs that are a multiple of {GATED}, not {shape[1]}"
     return None
 
 

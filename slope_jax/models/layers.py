@@ -254,7 +254,8 @@ class GatedMlp(nn.Module):
         *,
         training: bool = False,
     ) -> jax.Array | Stream:
-        """As `Mlp`; where `gate_up` may have to be kept, it has a name for policies of rematerialisation."""
+        """As `Mlp`; in training, and with `remat`, whose policies go by names, what `gate_up` makes has one,
+        and the gate is apart."""
         config, patterns = self.config, dict(self.patterns)
         gate_up = linear(
             config,
