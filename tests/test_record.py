@@ -114,7 +114,8 @@ def test_gpu_tests_tell_failures_at_once_and_what_was_under_way(tmp_path):
     program = (
         "import pathlib, sys\n"
         "from benchmarks import gpu_tests\n"
-        "gpu_tests.ROOT = pathlib.Path(sys.argv.pop())\n"
+        "gpu_tests.ROOT = gpu_tests.RESULTS = pathlib.Path(sys.argv.pop())\n"
+        "gpu_tests.KEPT_SECONDS = 0\n"
         "gpu_tests.main()\n"
     )
     run = subprocess.Popen(
@@ -131,3 +132,9 @@ def test_gpu_tests_tell_failures_at_once_and_what_was_under_way(tmp_path):
     assert "assert (2 + 2) == 5" in said
     assert re.search(r"under way:\n  .*test_some.py::test_long\n", said)
     assert run.returncode == 2
+    (path,) = tmp_path.glob("gpu-tests*.json")
+    assert path.name.startswith("gpu-tests-cut-off")
+    found = json.loads(path.read_text())["results"]
+    assert (found["passed"], found["failed"]) == (0, 1)
+    (test,) = found["tests"]
+    assert test.endswith("test_wrong")
