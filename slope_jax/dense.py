@@ -18,20 +18,18 @@ from pallas_kernels import (
     epilogue,
     nm_matmul,
 )
-from pallas_kernels.epilogue import ACTIVATIONS, Norm, check_activation
-from pallas_kernels.sections import check_sizes
+from pallas_kernels.epilogue import ACTIVATIONS, Norm
 from slope_jax import masks
+from slope_jax.layer_checks import check_call, check_layer, name_of
 from slope_jax.matmul import Activated, Working, slope_matmul
 from slope_jax.normed import Normed, Stream
-from slope_jax.operands import DOUBLE_PRUNED, check_backward
-from slope_jax.prompts import is_integer
+from slope_jax.operands import DOUBLE_PRUNED
 from slope_jax.sharded import sharded_matmul, split_sections
 from slope_jax.sharding import active_mesh, cut_of
 
 MASKS = "masks"
 PRODUCT = "product"  # the name of results, for policies of jax.checkpoint
 WORKING = "working"  # copies of kernels in the compute dtype, see slope_jax.working_copies
-MASK_INITS = ("magnitude", "random")
 ADAPTER_L, ADAPTER_R = "adapter_l", "adapter_r"
 
 Initializer = Callable[..., jax.Array]
@@ -151,10 +149,9 @@ class SparseDense(nn.Dense):
             inputs, norm = inputs if self.joins else (inputs.made(), None)
         if not isinstance(inputs, Activated):
             inputs = jnp.asarray(inputs)
-        self._check(inputs)
-        self._check_handing_on(inputs, residual, activated)
+        check_layer(self, inputs)
+        check_call(self, inputs, residual, activated, apart, gate)
         if gate is not None:
-            self._check_gate(gate, residual, activated or apart)
             if norm is not None:
                 return self._joined(inputs, norm, None, activation=gate, gated=True)
             return self._sparse(inputs, activation=gate, gated=True)
@@ -179,11 +176,6 @@ class SparseDense(nn.Dense):
     def _apart(
         self, inputs: jax.Array | Activated, norm: Norm | None, residual: Any
     ) -> tuple[jax.Array, ...]:
-        if self.sections is None or self.activation is not None or residual is not None:
-            raise ValueError(
-                f"{self._where()}: apart=True needs sections={self.sections}, and neither an activation"
-                " nor a residual"
-            )
         if self.pattern is None:
             split = split_sections if self._is_sharded() else epilogue.apart
             return tuple(split(self._dense(inputs), self.sections))
@@ -293,7 +285,7 @@ class SparseDense(nn.Dense):
         shape = (in_features, self.features)
         if not (self.is_initializing() or self.has_variable(MASKS, "kernel")):
             raise ValueError(
-                f"{self._where()}: the collection '{MASKS}' is missing; call apply with"
+                f"{name_of(self)}: the collection '{MASKS}' is missing; call apply with"
                 f" {{'params': params, '{MASKS}': masks}}, both from init"
             )
         born = {}
@@ -328,76 +320,6 @@ class SparseDense(nn.Dense):
             self.param(ADAPTER_L, self.adapter_l_init, (in_features, rank), self.param_dtype),
             self.param(ADAPTER_R, self.adapter_r_init, (rank, self.features), self.param_dtype),
         )
-
-    def _check(self, inputs: jax.Array | Activated) -> None:
-        where = self._where()
-        rank = self.adapter_rank
-        if not is_integer(rank):
-            raise ValueError(
-                f"{where}: adapter_rank {rank!r} must be an integer; fractions of the hidden size are"
-                " for models"
-            )
-        if self.sections is not None:
-            check_sizes(self.sections, self.features, where)
-        if rank < 0 or rank > min(inputs.shape[-1], self.features):
-            raise ValueError(
-                f"{where}: adapter_rank {rank} must lie between 0 and"
-                f" {min(inputs.shape[-1], self.features)}, the smaller side of the layer"
-                f" ({inputs.shape[-1]}, {self.features})"
-            )
-        if not callable(self.mask_init) and self.mask_init not in MASK_INITS:
-            raise ValueError(
-                f"{where}: mask_init {self.mask_init!r} must be one of {MASK_INITS} or a function"
-            )
-        check_activation(self.activation)
-        check_backward(self.backward)
-        if self.pattern is None:
-            return
-        self.pattern.check_divides(inputs.shape[-1], f"{where}: input axis")
-        self.pattern.check_divides(self.features, f"{where}: output axis")
-        if self.dot_general is not None or self.dot_general_cls is not None:
-            raise ValueError(
-                f"{where}: dot_general does not apply to a compressed kernel; use sparsity=None"
-            )
-
-    def _check_handing_on(self, inputs, residual, activated: bool) -> None:
-        where = self._where()
-        if activated and self.activation is None:
-            raise ValueError(f"{where}: activated=True needs an activation to hand on")
-        if activated and residual is not None:
-            raise ValueError(f"{where}: activated=True hands on no sum; add the residual later")
-        if not isinstance(inputs, Activated):
-            return
-        if not self.joins:
-            raise ValueError(
-                f"{where}: what an activation hands on needs a layer whose `joins` is true, one that"
-                " is sparse and not cut by a mesh; call up(x, activated=down.joins)"
-            )
-        if isinstance(residual, Stream):
-            raise ValueError(
-                f"{where}: a stream is added without gradients, which what an activation hands on is"
-                " for; call up(x), or give the residual as an array"
-            )
-
-    def _check_gate(self, gate: str, residual: Any, other: bool) -> None:
-        check_activation(gate, f"{self._where()}: gate is")
-        if not self.joins:
-            raise ValueError(
-                f"{self._where()}: gate={gate!r} needs a layer whose `joins` is true, one that is sparse"
-                " and not cut by a mesh; make the gate of what it returns"
-            )
-        if self.sections is not None and len(set(self.sections)) + len(self.sections) != 3:
-            raise ValueError(
-                f"{self._where()}: gate={gate!r} needs sections that are two halves, not {self.sections}"
-            )
-        if self.activation is not None or residual is not None or other:
-            raise ValueError(
-                f"{self._where()}: gate={gate!r} goes with no activation={self.activation!r}, residual,"
-                " activated=True or apart=True"
-            )
-
-    def _where(self) -> str:
-        return "/".join(self.path) or type(self).__name__
 
 
 def _activate(y: jax.Array, activation: str) -> jax.Array:
