@@ -348,10 +348,15 @@ def finish(z: jax.Array, epilogue: Epilogue, out_dtype, precision=None, *, x=Non
 
 def gate(z: jax.Array, activation: str | None) -> jax.Array:
     """activation(gate) * up of z (..., [gate | up]), in float32, returned in z's dtype."""
-    first, second = jnp.split(z.astype(jnp.float32), 2, axis=-1)
+    return gate_of(*jnp.split(z, 2, axis=-1), activation)
+
+
+def gate_of(first: jax.Array, second: jax.Array, activation: str | None) -> jax.Array:
+    """`gate` of its two halves."""
+    opened = first.astype(jnp.float32)
     if activation is not None:
-        first = ACTIVATIONS[activation](first)
-    return (first * second).astype(z.dtype)
+        opened = ACTIVATIONS[activation](opened)
+    return (opened * second.astype(jnp.float32)).astype(first.dtype)
 
 
 def gated_apart(result: jax.Array | tuple[jax.Array, ...], activation: str | None):

@@ -10,7 +10,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from pallas_kernels import epilogue
-from pallas_kernels.epilogue import ACTIVATIONS
 from slope_jax.dense import PRODUCT, SparseDense, inverse_rank_normal
 from slope_jax.models.config import TransformerConfig
 from slope_jax.normed import Normed, Stream
@@ -234,8 +233,8 @@ def gated(gate_up: jax.Array, activation: str) -> jax.Array:
 
     The backward pass recomputes it, so that nothing but `gate_up` is kept.
     """
-    gate, up = split_sections(gate_up.astype(jnp.float32), (gate_up.shape[-1] // 2,) * 2)
-    return (ACTIVATIONS[activation](gate) * up).astype(gate_up.dtype)
+    halves = split_sections(gate_up, (gate_up.shape[-1] // 2,) * 2)
+    return epilogue.gate_of(*halves, activation)
 
 
 class GatedMlp(nn.Module):
