@@ -162,7 +162,7 @@ class Epilogue:
             raise ValueError("save_preactivation=True needs an activation; y is what enters it")
         if self.sections is not None:
             self._check_sections(out)
-        if self.gated:
+        if self.gated is not False:
             self._check_gated(out)
         if self.bias is not None:
             check_array(self.bias, "bias")
@@ -187,14 +187,7 @@ class Epilogue:
             )
 
     def _check_gated(self, out: int) -> None:
-        if self.gated is not True:
-            raise ValueError(
-                f"gated is {self.gated!r}; it must be True or False, beside activation={self.activation!r}"
-            )
-        if out % 2:
-            raise ValueError(
-                f"gated=True halves the outputs of w, which has {out}; give an even number"
-            )
+        check_gated(self.gated, out)
         if self.saves or self.sections is not None or any(a is not None for a in self.joining):
             raise ValueError(
                 "gated=True goes with a bias, an adapter, a norm and an activation alone: make what is"
@@ -313,6 +306,16 @@ def check_activation(name: str | None, what: str = "activation is") -> None:
     if name is not None and not (isinstance(name, str) and name in ACTIVATIONS):
         raise ValueError(
             f"{what} {name!r}; it must be None or one of {', '.join(map(repr, ACTIVATIONS))}"
+        )
+
+
+def check_gated(gated: bool, out: int) -> None:
+    """Raises a ValueError unless it is False, or True and the outputs have halves."""
+    if not isinstance(gated, bool):
+        raise ValueError(f"gated is {gated!r}; it must be True or False, beside activation=...")
+    if gated and out % 2:
+        raise ValueError(
+            f"gated=True halves the outputs of w, which has {out}; give an even number"
         )
 
 

@@ -26,7 +26,7 @@ from slope_jax.operands import (
     EXACT,
     as_array,
     check_activated,
-    check_gated,
+    check_gate,
     check_operands,
     check_sections,
     check_terms,
@@ -152,7 +152,7 @@ def slope_matmul(
     check_operands(x, w, working, adapter, backward)
     check_terms(x, w, activation, residual, activated)
     check_sections(sections, activation, residual)
-    check_gated(gated, w.shape[1], residual, activated, sections)
+    check_gate(gated, w.shape[1], residual, activated, sections)
     added = residual is not None
     options = Options(
         precision, implementation, w.dtype, backward, through, activated, added, sections, gated

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import CompressedMatrix
 from pallas_kernels.compressed import check_array, check_compressed, check_dtype, check_pair
+from pallas_kernels.epilogue import check_gated
 
 if TYPE_CHECKING:
     from slope_jax.matmul import Working
@@ -74,22 +75,16 @@ def check_sections(sections, activation: str | None, residual) -> None:
         raise ValueError(f"sections and {other} are both given; sections are of a product alone")
 
 
-def check_gated(gated: bool, out: int, residual, handed_on: bool, sections) -> None:
+def check_gate(gated: bool, out: int, residual, handed_on: bool, sections) -> None:
     """Raises a ValueError if a gate is asked of what has no halves, or something else of what it makes."""
-    if not gated:
-        return
-    if gated is not True:
-        raise ValueError(f"gated is {gated!r}; it must be True or False, beside activation=...")
-    if out % 2:
-        raise ValueError(
-            f"gated=True halves the outputs of w, which has {out}; give an even number"
-        )
-    for name, given in (
-        ("a residual", residual is not None),
-        ("activated=True", handed_on),
-        ("sections", sections is not None),
-    ):
-        if given:
+    check_gated(gated, out)
+    others = {
+        "a residual": residual is not None,
+        "activated=True": handed_on,
+        "sections": sections is not None,
+    }
+    for name, given in others.items():
+        if gated and given:
             raise ValueError(
                 f"gated=True and {name} are both given; give {name} to a product without"
             )

@@ -12,9 +12,11 @@ from compiled import compress, decompress
 from hopper import lowered, needs_gpu, needs_jax
 from test_mosaic_first_tiles import float32, integers, left_of, shape_of
 
-from pallas_kernels import NarrowQuery, choose_narrow, nm_matmul
+from benchmarks import bench
+from benchmarks.problems import Problem
+from pallas_kernels import nm_matmul
 from pallas_kernels.mosaic import support
-from slope_jax import explain, models, slope_matmul
+from slope_jax import SparseDense, explain, models, slope_matmul
 
 TOKENS, K, RANK = 700, 776, 40  # of no tile a multiple
 
@@ -141,6 +143,19 @@ def test_it_is_made_by_the_kernel_unless_that_takes_longer_than_a_pass(monkeypat
 
 
 @needs_jax
+def test_a_record_names_the_tile_that_gates(monkeypatch):
+    from pallas_kernels.mosaic import products
+
+    tile = dataclasses.replace(gating_tiles()[0], snake=8)
+    monkeypatch.setattr(products, "gated_tile", lambda *_: tile)
+    named = {
+        epilogue: bench.configuration(Problem("epilogue", 2048, (4096, 28672), epilogue=epilogue))
+        for epilogue in ("gate+silu", "bias")
+    }
+    assert named["gate+silu"] == dataclasses.asdict(tile) != named["bias"]
+
+
+@needs_jax
 def test_the_gate_of_a_model_that_is_not_trained_is_the_kernels(monkeypatch):
     monkeypatch.setattr(support, "device_obstacle", lambda *_: None)
     model = models.build(
@@ -169,22 +184,38 @@ def test_the_gate_of_a_model_that_is_not_trained_is_the_kernels(monkeypatch):
 
 @needs_jax
 def test_a_first_product_goes_apart_from_a_tile_that_gates_where_its_own_does_not(monkeypatch):
+    """What runs, and what is said of it."""
     from pallas_kernels import tuning
     from pallas_kernels.mosaic import matmul_tiles, products
 
     monkeypatch.setattr(support, "device_obstacle", lambda *_: None)
+    size, tokens, rank = (4096, 28672), 2048, 64
+    w = jax.eval_shape(lambda w: compress(w, "2:4"), shape_of(*size))
+    x, adapter = shape_of(tokens, size[0]), (shape_of(size[0], rank), shape_of(rank, size[1]))
+    layer = SparseDense(
+        size[1], adapter_rank=rank, dtype=x.dtype, param_dtype=x.dtype, implementation="mosaic"
+    )
+    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
     small = matmul_tiles.Tile(blocks=1, tokens=128, slot_tokens=64, stages=6)
     for tile, inside in ((gating_tiles()[0], True), (small, False)):
-        entry = tuning.Entry(
-            "with_first", "16-bit", 2048, (4096, 28672), dataclasses.asdict(tile), 1.0, 2.0
-        )
-        monkeypatch.setattr(
-            products, "_measured", lambda op, *_, entry=entry: entry if op == "with_first" else None
-        )
+        config = dataclasses.asdict(tile)
+        entry = tuning.Entry("with_first", "16-bit", tokens, size, config, 1.0, 2.0)
+
+        def measured(op, *_, entry=entry):
+            return entry if op == "with_first" else None
+
+        monkeypatch.setattr(products, "_measured", measured)
         for gated in (False, True):
-            query = NarrowQuery((4096, 64), "bfloat16", 2048, outputs=28672, gated=gated)
-            reason = choose_narrow(query).reason
-            assert ("joins" in reason) == (inside or not gated), (tile, gated, reason)
+            options = {"gated": gated, "implementation": "mosaic"}
+            text = lowered(
+                lambda x, w, adapter, options=options: nm_matmul(x, w, adapter=adapter, **options),
+                *(x, w, adapter),
+            )
+            asked = {"gate": "silu"} if gated else {}
+            (row,) = explain(layer, variables, x, **asked).rows
+            joins = inside or not gated
+            assert ("narrow_product" not in text) == joins, (tile, gated)
+            assert ("joins" in row.first_product.reason) == joins, (tile, gated)
 
 
 @needs_gpu

@@ -118,12 +118,8 @@ def test_gpu_tests_tell_failures_at_once_and_what_was_under_way(tmp_path):
         "gpu_tests.KEPT_SECONDS = 0\n"
         "gpu_tests.main()\n"
     )
-    run = subprocess.Popen(
-        [sys.executable, "-c", program, "-q", str(tmp_path)],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=record.ROOT,
-    )
+    command = [sys.executable, "-c", program, "-q", str(tmp_path)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=record.ROOT)
     while not (tests / "started").exists() and run.poll() is None:
         time.sleep(0.05)
     run.send_signal(signal.SIGTERM)
@@ -138,3 +134,11 @@ def test_gpu_tests_tell_failures_at_once_and_what_was_under_way(tmp_path):
     assert (found["passed"], found["failed"]) == (0, 1)
     (test,) = found["tests"]
     assert test.endswith("test_wrong")
+
+    (tests / "test_some.py").write_text(
+        "import pytest\n@pytest.mark.gpu\ndef test_right():\n    pass\n"
+    )
+    subprocess.run(command, stdout=subprocess.PIPE, cwd=record.ROOT, timeout=60, check=True)
+    (path,) = tmp_path.glob("gpu-tests*.json")  # in the place of the other
+    assert not path.name.startswith("gpu-tests-cut-off")
+    assert json.loads(path.read_text())["results"]["passed"] == 1
